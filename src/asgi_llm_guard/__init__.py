@@ -1,0 +1,1 @@
+"""Budgets, quotas, loops and cache scope for LLM calls inside ASGI services."""

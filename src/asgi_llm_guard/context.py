@@ -1,0 +1,83 @@
+"""Who asks, and for what: the values that policies decide on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from asgi_llm_guard.errors import ConfigurationError
+
+__all__ = ["Call", "Context"]
+
+_NO_PARAMS: Mapping[str, object] = {}
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True, dict=False):
+    """Who asks: who was verified, and the ids that narrow it down.
+
+    `caller`, `user`, `departments` and `agent` come from a verified source. `session` is free
+    text from the client and lives under its caller: it can narrow a limit, never widen one.
+    """
+
+    caller: str | None = None
+    """The verified principal. `None`: the shared anonymous caller."""
+    user: str | None = None
+    """The person behind the caller, where the two differ."""
+    departments: tuple[str, ...] = ()
+    """All of them are charged, in full."""
+    agent: str | None = None
+    session: str | None = None
+    tags: tuple[str, ...] = ()
+    request_id: str | None = None
+    params: Mapping[str, object] = _NO_PARAMS
+    """Limits that belong to the caller (an API key's `max_iterations`), checked where they are loaded."""
+    route: str | None = None
+    """The template of the guarded route that the request came in by."""
+
+    def __post_init__(self) -> None:
+        for name in ("caller", "user", "agent", "session"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigurationError(f"Context.{name}: expected a non-empty text or None, got {value!r}")
+        for name in ("departments", "tags"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigurationError(f"Context.{name}: expected a list of texts, got the text {getattr(self, name)!r}")
+            if not isinstance(getattr(self, name), tuple):
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One LLM call, as it is known before it is made. Token and cost figures are upper bounds."""
+
+    provider: str | None = None
+    """Who is called: `openai`, `anthropic`, … `None`: not known."""
+    model: str
+    """The resolved model, without the provider's prefix."""
+    requested: str | None = None
+    """The model as the request names it."""
+    dialect: str | None = None
+    """The wire format of the request: `openai`, …"""
+    input_tokens: int = 0
+    """At most this many input tokens."""
+    output_tokens: int = 0
+    """At most this many output tokens, over all choices."""
+    max_output_tokens: int | None = None
+    """The request's own limit for one choice; `None`: it has none."""
+    choices: int = 1
+    stream: bool = False
+    cost_nanousd: int | None = None
+    """At most this cost; `None`: no price is known for the model."""
+    input_nanousd: int = 0
+    """The part of `cost_nanousd` that the input alone makes up."""
+    output_picousd: int = 0
+    """The price of one more output token, in pico-USD (10^-12), all choices included."""
+    price_source: str | None = None
+    """Where the price comes from, and its date."""
+    billed_model: str | None = None
+    """The model whose price it is, if another one (`charge_as`)."""
+
+    @property
+    def total_tokens(self) -> int:
+        """The upper bound of input and output together."""
+        return self.input_tokens + self.output_tokens

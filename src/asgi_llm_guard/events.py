@@ -1,0 +1,98 @@
+"""What happens inside the guard, told to observers: for telemetry, alerts and tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from asgi_llm_guard.claims import Granted, Settled
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Denied
+from asgi_llm_guard.usage import UsageRecord
+
+__all__ = [
+    "Admission",
+    "Event",
+    "Expired",
+    "Observer",
+    "Refused",
+    "SettledCall",
+    "ShadowMisfit",
+    "StorageFailed",
+    "StorageRecovered",
+    "emit",
+]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """A request or a call was admitted."""
+
+    context: Context
+    call: Call | None
+    granted: Granted
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A request or a call was refused."""
+
+    context: Context
+    call: Call | None
+    denied: Denied
+
+
+class ShadowMisfit(msgspec.Struct, frozen=True):
+    """A policy in shadow would have refused."""
+
+    context: Context
+    call: Call | None
+    policy: str
+    requested: int
+    used: int
+    held: int
+    limit: int
+
+
+class SettledCall(msgspec.Struct, frozen=True):
+    """A call was settled: what was charged, and what the storage did."""
+
+    record: UsageRecord
+    settled: Settled
+
+
+class Expired(msgspec.Struct, frozen=True):
+    """Holds of owners that died were expired and charged."""
+
+    call_ids: tuple[str, ...]
+
+
+class StorageFailed(msgspec.Struct, frozen=True):
+    """The storage stopped answering. Sent once per outage, not once per request."""
+
+    error: str
+
+
+class StorageRecovered(msgspec.Struct, frozen=True):
+    """The storage answers again."""
+
+
+Event = Admission | Refused | ShadowMisfit | SettledCall | Expired | StorageFailed | StorageRecovered
+
+
+class Observer(Protocol):
+    """Is told every event, in order, on the path that caused it: be quick, or hand it on."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+def emit(observers: Sequence[Observer], event: Event) -> None:
+    """Tell every observer. One that raises is logged and changes nothing."""
+    for observer in observers:
+        try:
+            observer(event)
+        except Exception:
+            _log.exception("an observer raised on %s; the event is otherwise handled", type(event).__name__)

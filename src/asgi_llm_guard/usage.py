@@ -1,0 +1,99 @@
+"""What a call used: measured tokens by bucket, and the record that the ledger keeps of it.
+
+Buckets are inclusive: `input_tokens` includes cache reads and writes, `output_tokens` includes
+reasoning, `total = input + output`. `None` is unknown and never counted as zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Outcome", "Usage", "UsageRecord"]
+
+Outcome = Literal[
+    "measured",  # the provider said what it used
+    "estimated",  # a cut stream: counted from the text so far plus the input
+    "unmetered",  # success without usage: charged the hold
+    "unknown",  # sent, no answer seen: charged the hold
+    "unseen",  # the request ended and no call was seen on an opaque route: charged the hold
+    "provider_error",  # the provider answered an error without usage: no money, one iteration
+    "not_dispatched",  # known not to have been sent: nothing
+    "expired",  # the owner died: charged the hold
+]
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Tokens of one call. `None` = unknown; 0 = known to be none."""
+
+    input_tokens: int | None = None
+    """All input, cache reads and writes included."""
+    output_tokens: int | None = None
+    """All output, reasoning included."""
+    cache_read_tokens: int | None = None
+    """Included in `input_tokens`."""
+    cache_write_tokens: int | None = None
+    """Included in `input_tokens`."""
+    cache_write_1h_tokens: int | None = None
+    """Included in `cache_write_tokens`: those with the longer lifetime, which cost more."""
+    reasoning_tokens: int | None = None
+    """Included in `output_tokens`."""
+    input_audio_tokens: int | None = None
+    """Included in `input_tokens`."""
+    output_audio_tokens: int | None = None
+    """Included in `output_tokens`."""
+    service_tier: str | None = None
+    """The tier that the response says it was served on."""
+    model: str | None = None
+    """The model that the response names, which is the one that is billed."""
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Input plus output; `None` if either is unknown."""
+        if self.input_tokens is None or self.output_tokens is None:
+            return None
+        return self.input_tokens + self.output_tokens
+
+
+class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the ledger: one call (or attempt), written once, together with its settlement."""
+
+    call_id: str
+    at_ms: int
+    """When the call was admitted."""
+    ended_ms: int | None = None
+    request_id: str | None = None
+    caller: str | None = None
+    """The verified caller; `None` for the shared anonymous one."""
+    user: str | None = None
+    departments: tuple[str, ...] = ()
+    """Each is charged in full; a grand total counts the row once."""
+    agent: str | None = None
+    session: str | None = None
+    tags: tuple[str, ...] = ()
+    route: str | None = None
+    """The route's template, never the path."""
+    provider: str | None = None
+    model: str | None = None
+    """The model that was asked for, resolved."""
+    billed_model: str | None = None
+    """The model that the price was taken from."""
+    usage: Usage | None = None
+    """What was measured; `None` when unknown."""
+    cost_nanousd: int | None = None
+    """What was charged to money meters; `None` when no price is known."""
+    estimate_nanousd: int | None = None
+    """The upper bound that was held."""
+    tokens: int | None = None
+    """What was charged to token meters."""
+    outcome: Outcome = "measured"
+    late: bool = False
+    """Settled after its hold had expired."""
+    price_source: str | None = None
+    """Where the price comes from, and its date."""
+    dispatched_ms: int | None = None
+    first_token_ms: int | None = None
+    """From dispatch to the first part of the answer, in milliseconds."""
+    latency_ms: int | None = None
+    """From dispatch to the end of the answer, in milliseconds."""
