@@ -94,5 +94,5 @@ def emit(observers: Sequence[Observer], event: Event) -> None:
     for observer in observers:
         try:
             observer(event)
-        except Exception:
+        except Exception:  # noqa: BLE001 - observers are code of others
             _log.exception("an observer raised on %s; the event is otherwise handled", type(event).__name__)

@@ -49,7 +49,6 @@ from typing import Final, Protocol, TypeVar
 
 from asgi_llm_guard.claims import (
     Bundle,
-    Claim,
     Ended,
     Granted,
     Heartbeat,
