@@ -42,7 +42,9 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=False):
                 raise ConfigurationError(f"Context.{name}: expected a non-empty text or None, got {value!r}")
         for name in ("departments", "tags"):
             if isinstance(getattr(self, name), str):
-                raise ConfigurationError(f"Context.{name}: expected a list of texts, got the text {getattr(self, name)!r}")
+                raise ConfigurationError(
+                    f"Context.{name}: expected a list of texts, got the text {getattr(self, name)!r}"
+                )
             if not isinstance(getattr(self, name), tuple):
                 msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
 

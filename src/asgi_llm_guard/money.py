@@ -46,7 +46,9 @@ def to_nano(usd: object, *, name: str = "amount") -> int:
         raise ConfigurationError(f"{name}: at most ${from_nano(MAX_AMOUNT)} per meter, got {usd!r}")
     nano = int(value * NANO)
     if value > 0 and nano < 1:
-        raise ConfigurationError(f"{name}: below one nano-dollar ($0.000000001), got {usd!r}; use 0 to block everything")
+        raise ConfigurationError(
+            f"{name}: below one nano-dollar ($0.000000001), got {usd!r}; use 0 to block everything"
+        )
     if nano > MAX_AMOUNT:
         raise ConfigurationError(f"{name}: at most ${from_nano(MAX_AMOUNT)} per meter, got {usd!r}")
     return nano

@@ -252,7 +252,9 @@ def duration_ms(text: str, *, name: str = "duration") -> int:
     """
     match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ConfigurationError(f"{name}: expected a number and a unit such as 30s, 5m, 12h, 1d, 2w or 1mo, got {text!r}")
+        raise ConfigurationError(
+            f"{name}: expected a number and a unit such as 30s, 5m, 12h, 1d, 2w or 1mo, got {text!r}"
+        )
     length = int(match[1]) * _UNIT_MS[match[2]]
     if length > _MAX_MS:
         raise ConfigurationError(f"{name}: at most 100 years, got {text!r}")

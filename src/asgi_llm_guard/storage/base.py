@@ -47,18 +47,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
-from asgi_llm_guard.claims import (
-    Bundle,
-    Ended,
-    Granted,
-    Heartbeat,
-    Meter,
-    Plan,
-    Reading,
-    Refused,
-    Settled,
-    Settlement,
-)
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["LAPSE_MS", "TOMBSTONE_MS", "Bundle", "Completed", "Pending", "Plan", "Storage"]
