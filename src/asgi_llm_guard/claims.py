@@ -179,11 +179,15 @@ class Settlement(msgspec.Struct, frozen=True):
 
     call_id: str
     actuals: tuple[int | None, ...]
-    """One for each claim of the bundle, in order. `None`: what is held. May exceed the held amount."""
+    """One for each claim of the bundle, in order. `None`: what is held. May exceed the held amount.
+    Empty: nothing was used, whatever the hold's claims are."""
     record: UsageRecord | None = None
     """Appended to the ledger in the same atomic step; `None`: no record (a cancelled call)."""
     receipts: tuple[Receipt, ...] = ()
     """The receipts of the hold. With them, a hold that the store has lost is charged all the same."""
+    debits: tuple[Claim, ...] = ()
+    """Charged as used to the current window instances without having been held: what turned out only
+    afterwards (a call that was not described before it was made). Applied with the settlement, once."""
 
 
 class Settled(msgspec.Struct, frozen=True):

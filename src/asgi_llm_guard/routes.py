@@ -1,0 +1,152 @@
+"""Which requests are guarded, and how: `Route`, and the matching of paths.
+
+Guarded paths match widely and exemptions exactly. A path is compared after `//`, `.`, `..`, a
+trailing slash and letter case have been taken out of it, so that no other spelling of a guarded
+path goes by; an exemption holds only for the very path that it names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.policies.base import Policy
+
+__all__ = ["Route", "RouteTable", "normalise", "route_path"]
+
+_PARAMETER: Final = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-z]+)?}")
+_UNGUARDED_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A guarded route.
+
+    `path` is a template as Starlette writes it: `/agents/{name}`, `/files/{rest:path}`.
+    """
+
+    path: str
+    methods: Sequence[str] | None = None
+    """`None`: every method except OPTIONS."""
+    dialect: str | None = "auto"
+    """The wire format of the body: `openai`, `auto` (recognised by the path), or `None`: do not read the body."""
+    extra: Sequence[Policy] = ()
+    """Policies of this route, in addition to the guard's."""
+    calls: Literal["auto", "hooked", "opaque"] = "auto"
+    """What a request costs in which no call was seen. `hooked`: nothing, because every call is seen; `opaque`:
+    what was held; `auto`: `hooked` once a client hook is installed on the guard, `opaque` until then."""
+    clamp: bool = False
+    """Lower the request's output limit to what is left, or set one, instead of refusing. Changes the body."""
+    inject_usage: bool = False
+    """Ask the provider for usage on streams, and take the extra chunk out for clients that did not ask.
+    Changes the body."""
+    assumed_output_tokens: int | None = None
+    """Held for a request without an output limit of its own; `None`: the model's maximum."""
+    release_on_4xx: bool = False
+    """Charge nothing when the response is a 4xx and no call was seen."""
+    session: Any = None
+    """An extractor for this route's session id, in place of the guard's."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path.startswith("/"):
+            raise ConfigurationError(f"Route: the path must start with '/', got {self.path!r}")
+        if isinstance(self.methods, str):
+            raise ConfigurationError(f"Route {self.path}: methods must be a list such as ['POST'], got {self.methods!r}")
+        if self.calls not in {"auto", "hooked", "opaque"}:
+            raise ConfigurationError(f"Route {self.path}: calls must be auto, hooked or opaque, got {self.calls!r}")
+        tokens = self.assumed_output_tokens
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise ConfigurationError(
+                f"Route {self.path}: assumed_output_tokens must be a whole number from 1, got {tokens!r}"
+            )
+        if (self.clamp or self.inject_usage) and self.dialect is None:
+            raise ConfigurationError(f"Route {self.path}: clamp and inject_usage need a dialect; got dialect=None")
+
+
+def route_path(scope: Mapping[str, Any]) -> str:
+    """The path of the request inside its (mounted) application: `scope["path"]` without `root_path`."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in {"", "/"}:
+        return path[len(root) :] or "/"
+    return path
+
+
+def normalise(path: str) -> str:
+    """`path` with doubled slashes, dot segments, the trailing slash and letter case taken out."""
+    if "//" not in path and "/." not in path and "\\" not in path and not path.endswith("/"):
+        return path.casefold()  # nearly every request
+    parts: list[str] = []
+    for part in path.replace("\\", "/").split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in {"", "."}:
+            parts.append(part)
+    return "/" + "/".join(parts).casefold()
+
+
+class RouteTable:
+    """Finds the route of a request. Built once; exact templates are found by one look-up."""
+
+    def __init__(
+        self, routes: Sequence[Route] | None, *, exempt: Sequence[str] = (), unlisted: Literal["deny", "pass"] = "pass"
+    ) -> None:
+        if unlisted not in {"deny", "pass"}:
+            raise ConfigurationError(f"unlisted: expected 'deny' or 'pass', got {unlisted!r}")
+        if isinstance(exempt, str):
+            raise ConfigurationError(f"exempt: expected a list of paths, got the text {exempt!r}")
+        for path in exempt:
+            if not path.startswith("/"):
+                raise ConfigurationError(f"exempt: a path must start with '/', got {path!r}")
+        self.unlisted = unlisted
+        self.routes = tuple(routes) if routes is not None else None
+        self._exempt = frozenset(exempt)
+        self._exact: dict[str, list[Route]] = {}
+        self._templates: list[tuple[re.Pattern[str], Route]] = []
+        for route in self.routes or ():
+            if _PARAMETER.search(route.path):
+                self._templates.append((_template(route.path), route))
+            else:
+                self._exact.setdefault(normalise(route.path), []).append(route)
+        self._default = Route("/{path:path}")
+
+    def find(self, path: str, method: str | None) -> Route | Literal["deny", "pass"]:
+        """The route of a request; `pass` if it is not guarded, `deny` if it is not listed and must be.
+
+        `method` is `None` for WebSocket handshakes.
+        """
+        if path in self._exempt:
+            return "pass"
+        if self.routes is None:
+            return "pass" if method in _UNGUARDED_METHODS else self._default
+        normal = normalise(path)
+        for route in self._exact.get(normal, ()):
+            if _takes(route, method):
+                return route
+        for pattern, route in self._templates:
+            if pattern.fullmatch(normal) and _takes(route, method):
+                return route
+        if self.unlisted == "deny" and method not in _UNGUARDED_METHODS:
+            return "deny"
+        return "pass"
+
+
+def _takes(route: Route, method: str | None) -> bool:
+    if method is None:
+        return True
+    if route.methods is None:
+        return method != "OPTIONS"
+    return method in route.methods
+
+
+def _template(path: str) -> re.Pattern[str]:
+    pattern, end = "", 0
+    normal = path.rstrip("/")
+    for match in _PARAMETER.finditer(normal):
+        pattern += re.escape(normal[end : match.start()].casefold())
+        pattern += ".*" if match[2] == ":path" else "[^/]+"
+        end = match.end()
+    return re.compile(pattern + re.escape(normal[end:].casefold()), re.DOTALL)
