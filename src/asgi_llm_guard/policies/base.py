@@ -31,6 +31,8 @@ class Verdict(msgspec.Struct, frozen=True):
     refusal: Refusal | None = None
     """The policy refuses by itself; its claims are not asked for."""
     cache: CacheDirective | None = None
+    shadow_refusal: Refusal | None = None
+    """What a policy in shadow would have refused by itself; changes nothing."""
 
 
 class Policy(Protocol):

@@ -44,7 +44,7 @@ storage.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
@@ -75,6 +75,10 @@ class Pending(Protocol[T_co]):
         """
         ...
 
+    def add_done_callback(self, callback: Callable[[Pending[T_co]], object], /) -> None:
+        """Call `callback(self)` when it is done: at once if it is, else from the storage's thread or loop."""
+        ...
+
     def __await__(self) -> Generator[object, None, T_co]: ...
 
 
@@ -91,6 +95,9 @@ class Completed:
 
     def result(self, timeout: float | None = None) -> tuple[Settled, ...]:  # noqa: ARG002
         return self._value
+
+    def add_done_callback(self, callback: Callable[[Pending[tuple[Settled, ...]]], object], /) -> None:
+        callback(self)
 
     def __await__(self) -> Generator[object, None, tuple[Settled, ...]]:
         return self._value

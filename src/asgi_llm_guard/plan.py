@@ -1,0 +1,91 @@
+"""From policies to claims: ask every policy, merge what meets on one meter, keep their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+import msgspec
+
+from asgi_llm_guard.claims import Claim, Meter
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Refusal
+from asgi_llm_guard.policies.base import CacheDirective, Policy
+
+__all__ = ["Asked", "ask"]
+
+_NONE: Set[str] = frozenset()
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What all policies together ask for."""
+
+    requests: tuple[Claim, ...]
+    """Claims that last as long as the request: rates and slots."""
+    calls: tuple[Claim, ...]
+    """Claims of one LLM call."""
+    refusal: Refusal | None = None
+    """The first policy that refuses by itself."""
+    shadow_refusals: tuple[Refusal, ...] = ()
+    """What policies in shadow would have refused by themselves."""
+    cache: CacheDirective | None = None
+
+
+def ask(
+    policies: Iterable[Policy],
+    context: Context,
+    call: Call | None,
+    now_ms: int,
+    *,
+    requests: bool = True,
+    calls: bool = True,
+    taken: Set[str] = _NONE,
+) -> Asked:
+    """Ask the policies that count `requests` and those that count `calls`, in order.
+
+    Two claims on one meter become one, with the larger amount under the lower limit. Claims on
+    meters in `taken` are left out: an enclosing scope holds them already.
+    """
+    request_claims: list[Claim] = []
+    call_claims: list[Claim] = []
+    shadow: list[Refusal] = []
+    cache: CacheDirective | None = None
+    seen: dict[str, tuple[list[Claim], int]] = {}
+    for policy in policies:
+        if policy.counts == "calls":
+            if not calls:
+                continue
+            claims = call_claims
+        elif requests:
+            claims = request_claims
+        else:
+            continue
+        verdict = policy.plan(context, call, now_ms)
+        if verdict.refusal is not None:
+            return Asked((), (), verdict.refusal, tuple(shadow), cache)
+        if verdict.shadow_refusal is not None:
+            shadow.append(verdict.shadow_refusal)
+        if verdict.cache is not None:
+            cache = verdict.cache
+        for claim in verdict.claims:
+            key = claim.meter.key
+            if key in taken:
+                continue
+            earlier = seen.get(key)
+            if earlier is None:
+                seen[key] = (claims, len(claims))
+                claims.append(claim)
+            else:
+                where, index = earlier
+                where[index] = _merge(where[index], claim)
+    return Asked(tuple(request_claims), tuple(call_claims), None, tuple(shadow), cache)
+
+
+def _merge(one: Claim, other: Claim) -> Claim:
+    amount = max(one.amount, other.amount)
+    return Claim(_stricter(one.meter, other.meter), amount, one.member)
+
+
+def _stricter(one: Meter, other: Meter) -> Meter:
+    if other.limit is None or (one.limit is not None and one.limit <= other.limit):
+        return one
+    return other
