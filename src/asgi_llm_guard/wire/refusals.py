@@ -1,0 +1,394 @@
+"""From a `Denied` to bytes: a response, an event in a running stream, or a WebSocket close.
+
+The body has the shape of the API that is being called, because its SDKs show a message only then; a
+problem document (RFC 9457) where no dialect is known, or where the client prefers one. Every shape carries
+the same machine-readable members (`_members`), under the names of `Denied`'s fields.
+
+Money is rendered in US dollars, as decimal text (`"0.0125"`, unit `usd`): nano-dollars are an inner unit, and
+a JSON number would be read as a float.
+
+Nothing that a client chose reaches a header. Bodies are JSON, so ids with quotes or line breaks stay inside
+their strings.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import quote
+
+import msgspec
+
+from asgi_llm_guard.claims import Unit
+from asgi_llm_guard.decision import Code, Denied
+from asgi_llm_guard.denials import period, refusing, utc
+from asgi_llm_guard.money import format_usd
+
+__all__ = ["Rendered", "render", "stream_error", "websocket_close"]
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_JSON: Final = b"application/json"
+_PROBLEM: Final = b"application/problem+json"
+_TYPES: Final = "https://iana.org/assignments/http-problem-types#"
+_URI_SAFE: Final = "/:?#[]@!$&'()*+,;=%~"
+_REASON_BYTES: Final = 123
+"""RFC 6455 §5.5: a control frame carries at most 125 bytes, two of which are the code."""
+
+
+class Rendered(msgspec.Struct, frozen=True):
+    """A response, ready to be sent."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def render(
+    denied: Denied,
+    *,
+    dialect: str | None = None,
+    accept: bytes | None = None,
+    instance: str | None = None,
+    fields: Headers = (),
+) -> Rendered:
+    """The response that tells of a refusal; also the body of a refused WebSocket handshake.
+
+    `dialect` names an API (`openai`, `openai_responses`, `anthropic`, …); one that is not known gets a problem
+    document. `accept` is the request's header. `instance` names this occurrence, such as the request id.
+    `fields` are further headers (`wire.fields`).
+
+    `Retry-After` goes with 429, with 503 and wherever a retry may succeed; elsewhere waiting is not the point.
+    """
+    shape = None if _prefers_problem(accept) else _shape(dialect)
+    body = _json(_problem(denied, instance) if shape is None else shape(denied, instance))
+    headers = [
+        (b"content-type", _PROBLEM if shape is None else _JSON),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+    ]
+    if denied.retry_after_s is not None and (denied.retry or denied.status in (429, 503)):
+        headers.append((b"retry-after", b"%d" % denied.retry_after_s))
+        if denied.retry:
+            headers.append((b"retry-after-ms", b"%d" % (denied.retry_after_s * 1000)))
+    if not denied.retry:
+        headers.append((b"x-should-retry", b"false"))
+    if shape is _bedrock:
+        headers.append((b"x-amzn-errortype", _BEDROCK_TYPES[_kind(denied.code)].encode("ascii")))
+    headers.extend(fields)
+    return Rendered(denied.status, headers, body)
+
+
+def stream_error(denied: Denied, dialect: str | None) -> bytes:
+    """What ends a stream which has already begun: an SSE event; a line of JSON for Ollama, a frame for Bedrock."""
+    family = _family(dialect)
+    if family == "bedrock":
+        return _frame(denied)
+    if family == "ollama":
+        return _json(_ollama(denied, None)) + b"\n"
+    if family == "openai":
+        error = _openai(denied, None)
+        if "responses" not in (dialect or ""):
+            return b"data: " + _json(error) + b"\n\n"
+        flat = {"type": "error", "code": denied.code, "message": denied.message, "param": _param(denied)}
+        return b"event: error\ndata: " + _json({**flat, **error}) + b"\n\n"
+    if family == "gemini":
+        return b"data: " + _json(_gemini(denied, None)) + b"\n\n"
+    shape = _shape(dialect) or _problem
+    return b"event: error\ndata: " + _json(shape(denied, None)) + b"\n\n"
+
+
+def _frame(denied: Denied) -> bytes:
+    """An exception message of AWS's binary event streams.
+
+    Source: the Amazon event stream encoding: lengths, their CRC-32, headers (type 7 is text), payload, CRC-32.
+    """
+    kind = _BEDROCK_TYPES[_kind(denied.code)]
+    texts = (
+        (":exception-type", kind[0].lower() + kind[1:]),
+        (":content-type", "application/json"),
+        (":message-type", "exception"),
+    )
+    headers = b"".join(
+        struct.pack(f">B{len(name)}sBH", len(name), name.encode("ascii"), 7, len(text)) + text.encode("ascii")
+        for name, text in texts
+    )
+    payload = _json(_bedrock(denied, None))
+    prelude = struct.pack(">II", 16 + len(headers) + len(payload), len(headers))
+    message = prelude + struct.pack(">I", zlib.crc32(prelude)) + headers + payload
+    return message + struct.pack(">I", zlib.crc32(message))
+
+
+def websocket_close(denied: Denied) -> tuple[int, str]:
+    """The close code, 1013 (try again later) or 1008 (policy), and a reason of at most 123 bytes of UTF-8."""
+    text = "".join(letter if letter.isprintable() else " " for letter in f"{denied.code}: {denied.message}")
+    reason = text.encode("utf-8", "replace")[:_REASON_BYTES].decode("utf-8", "ignore")
+    return (1013 if denied.retry else 1008), reason
+
+
+# ------------------------------------------------------------------------------------- members
+
+
+def _members(denied: Denied) -> dict[str, object]:
+    """What a program reads: the same in every shape. The first eight are always there."""
+    members: dict[str, object] = {
+        "policy": denied.policy,
+        "scope": denied.scope,
+        "unit": "usd" if denied.unit == Unit.NANOUSD else denied.unit,
+        "requested": _amount(denied, denied.requested),
+        "resets_at": None if denied.resets_at_ms is None else utc(denied.resets_at_ms),
+        "retry": denied.retry,
+        "retry_after_s": denied.retry_after_s,
+        "fits_max_tokens": denied.fits_max_tokens,
+    }
+    if denied.subject:
+        members["subject"] = denied.subject
+    for name in ("limit", "used", "held"):
+        amount: int | None = getattr(denied, name)
+        if amount is not None:
+            members[name] = _amount(denied, amount)
+    lasting = _period(denied)
+    if lasting is not None:
+        members["period"] = lasting
+    if denied.details:
+        members["details"] = list(denied.details)
+    return members
+
+
+def _amount(denied: Denied, amount: int | None) -> int | str | None:
+    if amount is None or denied.unit != Unit.NANOUSD:
+        return amount
+    return format_usd(amount).replace("$", "")
+
+
+def _period(denied: Denied) -> str | None:
+    stuck = refusing(denied.receipts)
+    return period(stuck[0].claim.meter.window) if stuck else None
+
+
+def _violated(denied: Denied) -> list[str]:
+    return list(denied.violated or (denied.policy,))
+
+
+def _param(denied: Denied) -> str | None:
+    return "model" if denied.code in ("model_not_allowed", "model_unpriced") else None
+
+
+def _json(value: object) -> bytes:
+    # Lone surrogates can come in by a JSON body and cannot go out as UTF-8.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+# ------------------------------------------------------------------------------------- shapes
+
+_KINDS: Final[Mapping[Code, str]] = {
+    "rate_limit_exceeded": "rate",
+    "concurrency_limit_exceeded": "rate",
+    "held_by_others": "rate",
+    "session_overflow": "rate",
+    "session_iterations_exhausted": "quota",
+    "quota_exceeded": "quota",
+    "request_exceeds_budget": "quota",
+    "budget_exhausted": "quota",
+    "model_not_allowed": "forbidden",
+    "model_unpriced": "forbidden",
+    "feature_not_allowed": "forbidden",
+    "route_not_listed": "forbidden",
+    "session_required": "invalid",
+    "invalid_request": "invalid",
+    "body_too_large": "invalid",
+    "body_encoded": "invalid",
+    "guard_unavailable": "unavailable",
+    "guard_draining": "unavailable",
+}
+"""The classes that the APIs have types for."""
+
+_OPENAI_TYPES: Final = {
+    "rate": "rate_limit_error",
+    "quota": "insufficient_quota",
+    "forbidden": "permission_error",
+    "invalid": "invalid_request_error",
+    "unavailable": "server_error",
+}
+_ANTHROPIC_TYPES: Final = {
+    "rate": "rate_limit_error",
+    "quota": "rate_limit_error",
+    "forbidden": "permission_error",
+    "invalid": "invalid_request_error",
+    "unavailable": "api_error",
+}
+_BEDROCK_TYPES: Final = {
+    "rate": "ThrottlingException",
+    "quota": "ServiceQuotaExceededException",
+    "forbidden": "AccessDeniedException",
+    "invalid": "ValidationException",
+    "unavailable": "ServiceUnavailableException",
+}
+_GEMINI_STATUS: Final = {
+    "rate": "RESOURCE_EXHAUSTED",
+    "quota": "RESOURCE_EXHAUSTED",
+    "forbidden": "PERMISSION_DENIED",
+    "invalid": "INVALID_ARGUMENT",
+    "unavailable": "UNAVAILABLE",
+}
+
+
+def _kind(code: Code) -> str:
+    return _KINDS[code]
+
+
+def _guard(denied: Denied) -> dict[str, object]:
+    return {**_members(denied), "violated_policies": _violated(denied)}
+
+
+def _openai(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+    return {
+        "error": {
+            "message": denied.message,
+            "type": _OPENAI_TYPES[_kind(denied.code)],
+            "param": _param(denied),
+            "code": denied.code,
+            "guard": _guard(denied),
+        }
+    }
+
+
+def _anthropic(denied: Denied, instance: str | None) -> dict[str, object]:
+    kind = "billing_error" if denied.status == 402 else _ANTHROPIC_TYPES[_kind(denied.code)]
+    details = {"error_code": denied.code, **_guard(denied)}
+    named = {} if instance is None else {"request_id": instance}
+    return {"type": "error", "error": {"type": kind, "message": denied.message, "details": details}, **named}
+
+
+def _gemini(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+    information = {
+        "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+        "reason": denied.code.upper(),
+        "domain": "asgi-llm-guard",
+        "guard": _guard(denied),
+    }
+    return {
+        "error": {
+            "code": denied.status,
+            "message": denied.message,
+            "status": _GEMINI_STATUS[_kind(denied.code)],
+            "details": [information],
+        }
+    }
+
+
+def _mistral(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+    return {
+        "object": "error",
+        "message": denied.message,
+        "type": _OPENAI_TYPES[_kind(denied.code)],
+        "param": _param(denied),
+        "code": denied.code,
+        "guard": _guard(denied),
+    }
+
+
+def _cohere(denied: Denied, instance: str | None) -> dict[str, object]:
+    named = {} if instance is None else {"id": instance}
+    return {**named, "message": denied.message, "code": denied.code, "guard": _guard(denied)}
+
+
+def _bedrock(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+    return {"message": denied.message, "code": denied.code, "guard": _guard(denied)}
+
+
+def _ollama(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+    return {"error": denied.message, "code": denied.code, "guard": _guard(denied)}
+
+
+def _problem(denied: Denied, instance: str | None) -> dict[str, object]:
+    """RFC 9457, with the registered types of the RateLimit draft where their status and meaning are ours."""
+    kind = _kind(denied.code)
+    if denied.status == 429 and kind in ("rate", "quota"):
+        about, title = f"{_TYPES}quota-exceeded", "Quota exceeded"
+    elif denied.status == 503 and kind == "unavailable":
+        about, title = f"{_TYPES}temporary-reduced-capacity", "Temporarily reduced capacity"
+    else:
+        about, title = "about:blank", _phrase(denied.status)
+    occurrence = {} if instance is None else {"instance": quote(instance, safe=_URI_SAFE, errors="replace")}
+    return {
+        "type": about,
+        "title": title,
+        "status": denied.status,
+        "detail": denied.message,
+        **occurrence,
+        "violated-policies": _violated(denied),
+        "code": denied.code,
+        **_members(denied),
+    }
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # a status that a service made up
+        return "Refused"
+
+
+Shape = Callable[[Denied, str | None], dict[str, object]]
+
+_SHAPES: Final[Mapping[str, Shape]] = {
+    "openai": _openai,
+    "azure": _openai,
+    "openrouter": _openai,
+    "vllm": _openai,
+    "anthropic": _anthropic,
+    "gemini": _gemini,
+    "mistral": _mistral,
+    "cohere": _cohere,
+    "bedrock": _bedrock,
+    "ollama": _ollama,
+}
+
+
+def _family(dialect: str | None) -> str | None:
+    """`openai` for `openai_responses`; compatible servers count as what they are compatible with."""
+    if dialect is None:
+        return None
+    family = dialect.partition("_")[0]
+    return "openai" if _SHAPES.get(family) is _openai else family
+
+
+def _shape(dialect: str | None) -> Shape | None:
+    return _SHAPES.get(_family(dialect) or "")
+
+
+# ------------------------------------------------------------------------------------- accept
+
+
+def _prefers_problem(accept: bytes | None) -> bool:
+    """Whether the client names problem documents, and wants JSON no more than them.
+
+    Wildcards ask for nothing in particular; they only count as a wish for plain JSON.
+    Source: RFC 9110 §12.5.1.
+    """
+    if accept is None or b"problem+json" not in accept.lower():
+        return False
+    weights: dict[str, float] = {}
+    for part in accept.decode("latin-1").lower().split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        weights[name] = _weight(parameters)
+    plain = next((weights[name] for name in ("application/json", "application/*", "*/*") if name in weights), 0.0)
+    problem = weights.get("application/problem+json", 0.0)
+    return problem > 0 and problem >= plain
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                weight = float(value)
+            except ValueError:
+                return 0.0
+            return weight if 0 <= weight <= 1 else 0.0
+    return 1.0
