@@ -1,0 +1,949 @@
+"""The verbs of a storage as pure functions over plain dictionaries: no I/O, no clock, no lock.
+
+The memory storage keeps one `State` for good. The SQLite storage fills one with the rows that a
+batch needs (`Needs` says which), runs the same functions and writes back the rows that differ.
+The rules are those of `storage/base.py`. What a cell's fields mean depends on its window:
+
+| window | used, held | start | end |
+|---|---|---|---|
+| `Lifetime`, `Rolling`, `Calendar` | of this instance | names the instance: what receipts pin | when it is over |
+| `Sliding` | sums over `parts` | number of the newest sub-bucket | when the oldest sub-bucket leaves |
+| `Bucket` | backlog in unit-ms (holds included), units held | instant of the backlog | when it has drained |
+| `Slots` | 0, slots held | 0 | 0 |
+| `Distinct` | has no cell: its ids are `Members` | | |
+
+A cell is never written before every claim of the plan was judged, so a refusal has nothing to undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, Protocol
+
+import msgspec
+
+from asgi_llm_guard.claims import (
+    Bundle,
+    Claim,
+    Ended,
+    Granted,
+    Heartbeat,
+    Meter,
+    Plan,
+    Reading,
+    Receipt,
+    Refused,
+    Settled,
+    Settlement,
+)
+from asgi_llm_guard.money import MAX_AMOUNT
+from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS
+from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.windows import BUCKET, CALENDAR, DISTINCT, LIFETIME, SLIDING, SLOTS
+
+__all__ = [
+    "GRACE_MS",
+    "OWNER_MEMORY_MS",
+    "Cell",
+    "Hold",
+    "Ledger",
+    "Members",
+    "Needs",
+    "Owner",
+    "State",
+    "Tombstone",
+    "amend",
+    "any_lapsed",
+    "disposable",
+    "heartbeat",
+    "read",
+    "reserve",
+    "reset",
+    "retire",
+    "settle",
+    "sweep",
+]
+
+GRACE_MS: Final = 600_000
+"""A cell is kept this long after its end, so that a clock that steps back finds it."""
+
+OWNER_MEMORY_MS: Final = 86_400_000
+"""How long a lapsed owner is remembered, so that it learns of its lapse should it wake up."""
+
+
+# ------------------------------------------------------------------------------------ state
+
+
+class Cell(msgspec.Struct, gc=False):
+    """The state of one meter. Mutable; only the functions of this module change one."""
+
+    kind: int
+    used: int
+    held: int
+    start: int
+    end: int
+    parts: dict[int, list[int]] | None = None
+    """`Sliding`: sub-bucket number to used and held, oldest first."""
+    turn: int = 0
+    """The last plan that was judged against this cell. Not state: never stored."""
+
+    def dump(self) -> tuple[int, int, int, int, int, bytes | None]:
+        """Kind, used, held, start, end and the sub-buckets: the columns of a row. All integers fit into 64 bits."""
+        parts = None if self.parts is None else msgspec.json.encode([[i, *uh] for i, uh in self.parts.items()])
+        return self.kind, self.used, self.held, self.start, self.end, parts
+
+    @classmethod
+    def load(cls, kind: int, used: int, held: int, start: int, end: int, parts: bytes | None) -> Cell:
+        """The cell that `dump` gave these columns for."""
+        rows = None if parts is None else msgspec.json.decode(parts, type=list[tuple[int, int, int]])
+        return cls(kind, used, held, start, end, None if rows is None else {i: [u, h] for i, u, h in rows})
+
+
+class Hold(msgspec.Struct):
+    """What one open call id has taken."""
+
+    call_id: str
+    owner: str
+    receipts: tuple[Receipt, ...]
+    draft: UsageRecord | None
+    at_ms: int
+    plan: int = 0
+    """Which of the offered plans was granted."""
+
+
+class Tombstone(msgspec.Struct, frozen=True):
+    """A call id that has ended, remembered until `until_ms`."""
+
+    reason: Literal["settled", "cancelled", "expired"]
+    until_ms: int
+    hold: Hold | None = None
+    """What had been held, for a settlement that comes after the hold expired; else `None`."""
+
+
+class Owner(msgspec.Struct, gc=False):
+    """One process incarnation. `lapse_at_ms` is 0 when it has lapsed and nothing of it is open."""
+
+    lapse_at_ms: int
+    lapsed_ms: int = 0
+    """When it lapsed, until its next heartbeat has told it so; else 0."""
+
+
+class Members(Protocol):
+    """The live ids of `Distinct` meters. Ids of one meter expire in the order in which they were touched."""
+
+    def look(self, key: str, member: str, now_ms: int) -> tuple[int, bool]:
+        """How many ids are live, and whether `member` is one of them. Drops those that have expired."""
+        ...
+
+    def touch(self, key: str, member: str, until_ms: int) -> None:
+        """Keep `member` until `until_ms`, or until the meter's last expiry if that is later."""
+        ...
+
+    def ends(self, key: str) -> tuple[int, int] | None:
+        """When the first and when the last of the ids expire; `None` if there are none."""
+        ...
+
+    def clear(self, key: str) -> None:
+        """Forget all ids of the meter."""
+        ...
+
+
+class Ledger(Protocol):
+    """Where usage records go."""
+
+    def __contains__(self, call_id: object) -> bool: ...
+
+    def append(self, record: UsageRecord) -> None: ...
+
+    def replace(self, call_id: str, record: UsageRecord) -> None:
+        """Put `record` in the place of the one with this call id; append it if there is none."""
+        ...
+
+
+class State:
+    """Everything a storage knows, or the part of it that a batch needs."""
+
+    __slots__ = ("cells", "ended", "holds", "lapse_ms", "ledger", "members", "owners", "tombstone_ms", "turn")
+
+    def __init__(
+        self,
+        *,
+        members: Members,
+        ledger: Ledger,
+        cells: dict[str, Cell] | None = None,
+        holds: dict[str, Hold] | None = None,
+        ended: dict[str, Tombstone] | None = None,
+        owners: dict[str, Owner] | None = None,
+        lapse_ms: int = LAPSE_MS,
+        tombstone_ms: int = TOMBSTONE_MS,
+    ) -> None:
+        self.cells: dict[str, Cell] = {} if cells is None else cells
+        self.holds: dict[str, Hold] = {} if holds is None else holds
+        self.ended: dict[str, Tombstone] = {} if ended is None else ended
+        self.owners: dict[str, Owner] = {} if owners is None else owners
+        self.members = members
+        self.ledger = ledger
+        self.lapse_ms = lapse_ms
+        self.tombstone_ms = tombstone_ms
+        self.turn = 0
+
+
+class Needs:
+    """What has to be in a `State` before a verb runs on it.
+
+    Ask in two steps: first what the verbs name (`calls` for holds, tombstones and the ledger; all
+    owners), then, with `of_hold` for every hold and tombstone that was found, the meters behind them.
+    A verb that may sweep (`reserve`, `amend`, `heartbeat`, `retire`) also needs the holds of owners
+    that have lapsed by then (`retire`: of its owner).
+    """
+
+    __slots__ = ("calls", "keys")
+
+    def __init__(self) -> None:
+        self.calls: set[str] = set()
+        """Call ids."""
+        self.keys: set[str] = set()
+        """Keys of meters that have cells."""
+
+    def of_plans(self, plans: Iterable[Plan]) -> None:
+        """What `reserve` reads and writes."""
+        for plan in plans:
+            for bundle in plan:
+                self.of_bundle(bundle)
+
+    def of_bundle(self, bundle: Bundle) -> None:
+        """What `amend` reads and writes, besides its hold."""
+        self.calls.add(bundle.call_id)
+        self.of_meters(claim.meter for claim in bundle.claims)
+
+    def of_settlements(self, settlements: Iterable[Settlement]) -> None:
+        """What `settle` reads and writes, besides its holds and tombstones."""
+        for settlement in settlements:
+            self.calls.add(settlement.call_id)
+            self.of_meters(receipt.claim.meter for receipt in settlement.receipts)
+
+    def of_hold(self, hold: Hold | None) -> None:
+        """The meters behind a hold, or behind the one that a tombstone carries."""
+        if hold is not None:
+            self.calls.add(hold.call_id)
+            self.of_meters(receipt.claim.meter for receipt in hold.receipts)
+
+    def of_meters(self, meters: Iterable[Meter]) -> None:
+        """What `read` and `reset` touch."""
+        self.keys.update(meter.key for meter in meters if meter.kind != DISTINCT)
+
+
+def disposable(cell: Cell, now_ms: int) -> bool:
+    """Whether forgetting the cell changes no answer: nothing is held, and it has been over for `GRACE_MS`."""
+    return cell.held == 0 and (cell.kind == SLOTS or now_ms >= cell.end + GRACE_MS)
+
+
+# ---------------------------------------------------------------------------------- reserve
+
+
+def reserve(state: State, owner: str, plans: Sequence[Plan], now_ms: int) -> Granted | Refused | Ended:
+    """Take every claim of the first plan that fits, or none of any; see `Storage.reserve`.
+
+    Raises:
+        ValueError: no plan, two claims on one meter or two bundles under one call id, a `Distinct`
+            claim without a member, or some call ids open and others not.
+    """
+    if not plans:
+        raise ValueError("reserve: expected at least one plan, got none")
+    holds, ended, ledger = state.holds, state.ended, state.ledger
+    for bundle in plans[0]:
+        call_id = bundle.call_id
+        if call_id in holds or call_id in ended or call_id in ledger:
+            seen = _seen(state, plans[0], now_ms)
+            if seen is not None:
+                return seen
+            break
+    mine = state.owners.get(owner)
+    if mine is not None and mine.lapse_at_ms <= now_ms:
+        # Its older holds are past saving; what it takes now must not be expired together with them.
+        sweep(state, now_ms)
+    while True:
+        states: list[tuple[Receipt, ...]] = []
+        for number, plan in enumerate(plans):
+            receipts, takes, fresh, refused = _judge(state, plan, now_ms)
+            if refused:
+                states.append(_not_taken(receipts))
+                continue
+            _take(state, receipts, takes, fresh, now_ms)
+            if len(plan) == 1:
+                bundle = plan[0]
+                granted = tuple(receipts)
+                holds[bundle.call_id] = Hold(bundle.call_id, owner, granted, bundle.draft, now_ms, number)
+            else:
+                granted = _hold_each(state, owner, plan, receipts, now_ms, number)
+            if mine is None:
+                state.owners[owner] = Owner(now_ms + state.lapse_ms)
+            elif mine.lapse_at_ms <= now_ms:
+                mine.lapse_at_ms = now_ms + state.lapse_ms
+            return Granted(granted, now_ms, number)
+        if not any_lapsed(state, now_ms):
+            return Refused(tuple(states), now_ms)
+        sweep(state, now_ms)
+
+
+def _seen(state: State, plan: Plan, now_ms: int) -> Granted | Ended | None:
+    """The answer for call ids of which at least one may be known; `None`: none of them is."""
+    open_ids = 0
+    for bundle in plan:
+        call_id = bundle.call_id
+        if call_id in state.holds:
+            open_ids += 1
+            continue
+        ended = _ended(state, call_id, now_ms)
+        if ended is not None:
+            return ended
+    if not open_ids:
+        return None
+    if open_ids < len(plan):
+        missing = next(bundle.call_id for bundle in plan if bundle.call_id not in state.holds)
+        raise ValueError(
+            f"reserve: call ids are reserved together, but {missing!r} is not open and others of its plan are"
+        )
+    held = [state.holds[bundle.call_id] for bundle in plan]
+    return Granted(tuple(r for hold in held for r in hold.receipts), now_ms, held[0].plan, True)
+
+
+def _ended(state: State, call_id: str, now_ms: int) -> Ended | None:
+    tombstone = state.ended.get(call_id)
+    if tombstone is not None and now_ms < tombstone.until_ms:
+        return Ended(call_id, tombstone.reason, now_ms)
+    if call_id in state.ledger:
+        return Ended(call_id, "settled", now_ms)
+    return None
+
+
+_Judged = tuple[list[Receipt], list["Cell | None"], list[tuple[str, Cell]], bool]
+
+
+def _judge(state: State, plan: Plan, now_ms: int) -> _Judged:
+    """Receipts as if granted, the cells to take from, those of them that are new, and whether a claim refuses.
+
+    Changes nothing: what it returns is for `_take` to write. In the hot path, hence one loop.
+    """
+    get = state.cells.get
+    turn = state.turn = state.turn + 1
+    receipts: list[Receipt] = []
+    takes: list[Cell | None] = []
+    fresh: list[tuple[str, Cell]] = []
+    refused = False
+    resets: int | None
+    for bundle in plan:
+        for claim in bundle.claims:
+            meter = claim.meter
+            amount = claim.amount
+            limit = meter.limit
+            kind = meter.kind
+            if kind == DISTINCT:
+                if any(other.claim.meter.key == meter.key for other in receipts):
+                    raise _claimed_twice(meter)
+                receipt = _judge_distinct(state, claim, now_ms)
+                receipts.append(receipt)
+                takes.append(None)
+                if not receipt.fits and meter.enforce:
+                    refused = True
+                continue
+            cell = get(meter.key)
+            if kind <= CALENDAR:
+                if cell is None or now_ms >= cell.end:
+                    cell = _instance(meter, now_ms)
+                    fresh.append((meter.key, cell))
+                elif cell.turn == turn:
+                    raise _claimed_twice(meter)
+                used = cell.used
+                held = cell.held
+                pin = cell.start
+                resets = cell.end
+                fits = limit is None or used + held + amount <= limit
+                if not fits and amount > limit:  # type: ignore[operator]
+                    resets = None
+            else:
+                if cell is None:
+                    cell = Cell(kind, 0, 0, 0, 0, {} if kind == SLIDING else None)
+                    fresh.append((meter.key, cell))
+                elif cell.turn == turn:
+                    raise _claimed_twice(meter)
+                if kind == SLIDING:
+                    window: Any = meter.window
+                    pin = now_ms // (window.period_ms // window.buckets)
+                    if pin < cell.start:  # noqa: PLR1730 - hot path: a call of `max` costs four times as much
+                        pin = cell.start
+                    used = cell.used
+                    held = cell.held
+                    if now_ms >= cell.end:
+                        used, held = _live(cell, pin - window.buckets)
+                    fits = limit is None or used + held + amount <= limit
+                    resets = now_ms if fits else _sliding_fits_at(cell, meter, amount, used + held, pin)
+                elif kind == SLOTS:
+                    used = pin = 0
+                    held = cell.held
+                    resets = None
+                    fits = limit is None or held + amount <= limit
+                else:
+                    pin, backlog = _drained(cell, meter, now_ms)
+                    used, held = _in_units(cell, meter, backlog)
+                    excess = _bucket_excess(meter, backlog, amount)
+                    fits = excess <= 0
+                    resets = now_ms if fits else _bucket_fits_at(meter, amount, excess, pin)
+            cell.turn = turn
+            receipts.append(Receipt(claim, fits, fits, used, held, pin, resets))
+            if fits:
+                takes.append(cell)
+            else:
+                takes.append(None)
+                if fresh and fresh[-1][1] is cell:
+                    fresh.pop()
+                if meter.enforce:
+                    refused = True
+    if len(fresh) > 1 and len({key for key, _ in fresh}) < len(fresh):
+        raise _claimed_twice(plan[0].claims[0].meter)
+    return receipts, takes, fresh, refused
+
+
+def _take(
+    state: State, receipts: list[Receipt], takes: list[Cell | None], fresh: list[tuple[str, Cell]], now_ms: int
+) -> None:
+    """Write what `_judge` found to fit."""
+    for key, new in fresh:
+        state.cells[key] = new
+    for position, take in enumerate(takes):
+        receipt = receipts[position]
+        claim = receipt.claim
+        if take is None:
+            if receipt.taken and claim.member is not None:
+                state.members.touch(claim.meter.key, claim.member, receipt.resets_at_ms or now_ms)
+            continue
+        cell = take
+        amount = claim.amount
+        cell.held += amount
+        kind = cell.kind
+        if kind == SLIDING:
+            parts: Any = cell.parts
+            part = parts.get(receipt.pin)
+            if part is not None:
+                part[1] += amount
+            else:
+                parts[receipt.pin] = [0, amount]
+                window: Any = claim.meter.window
+                _forget_parts(cell, receipt.pin, window)
+        elif kind == BUCKET:
+            window = claim.meter.window
+            _, backlog = _drained(cell, claim.meter, receipt.pin)
+            _fill(cell, claim.meter, receipt.pin, backlog + amount * window.period_ms)
+        elif kind == LIFETIME:
+            window = claim.meter.window
+            if window.renew and cell.end < now_ms + window.ttl_ms:
+                cell.end = now_ms + window.ttl_ms
+                receipts[position] = msgspec.structs.replace(receipt, resets_at_ms=cell.end)
+
+
+def _hold_each(
+    state: State, owner: str, plan: Plan, receipts: list[Receipt], now_ms: int, number: int
+) -> tuple[Receipt, ...]:
+    """One hold for each bundle of a plan that has several."""
+    at = 0
+    for bundle in plan:
+        upto = at + len(bundle.claims)
+        state.holds[bundle.call_id] = Hold(
+            bundle.call_id, owner, tuple(receipts[at:upto]), bundle.draft, now_ms, number
+        )
+        at = upto
+    return tuple(receipts)
+
+
+def _not_taken(receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
+    return tuple(Receipt(r.claim, False, r.fits, r.used, r.held, r.pin, r.resets_at_ms) for r in receipts)
+
+
+def _claimed_twice(meter: Meter) -> ValueError:
+    return ValueError(f"two claims of one plan are on the same meter; merge them (found at {meter.key!r})")
+
+
+# ---------------------------------------------------------------------------------- windows
+
+
+def _instance(meter: Meter, now_ms: int) -> Cell:
+    """A new instance of a `Lifetime`, `Rolling` or `Calendar` window."""
+    kind = meter.kind
+    window: Any = meter.window
+    if kind == CALENDAR:
+        start, end = window.bounds(now_ms)
+        return Cell(kind, 0, 0, start, end)
+    return Cell(kind, 0, 0, now_ms, now_ms + (window.ttl_ms if kind == LIFETIME else window.period_ms))
+
+
+def _live(cell: Cell, oldest: int) -> tuple[int, int]:
+    """Used and held of the sub-buckets from number `oldest` on."""
+    used, held = cell.used, cell.held
+    parts: Any = cell.parts
+    for index, part in parts.items():
+        if index >= oldest:
+            break
+        used -= part[0]
+        held -= part[1]
+    return used, held
+
+
+def _forget_parts(cell: Cell, newest: int, window: Any) -> None:
+    """Drop the sub-buckets that have left the window when `newest` is the current one."""
+    parts: Any = cell.parts
+    oldest = newest - window.buckets
+    first = next(iter(parts))
+    while first < oldest:
+        used, held = parts.pop(first)
+        cell.used -= used
+        cell.held -= held
+        first = next(iter(parts))
+    cell.start = newest
+    cell.end = (first + window.buckets + 1) * (window.period_ms // window.buckets)
+
+
+def _sliding_fits_at(cell: Cell, meter: Meter, amount: int, total: int, newest: int) -> int | None:
+    """When enough sub-buckets have left the window for `amount` to fit."""
+    limit = meter.limit
+    window: Any = meter.window
+    parts: Any = cell.parts
+    if limit is None or amount > limit:
+        return None
+    missing = total + amount - limit
+    for index, part in parts.items():
+        if index >= newest - window.buckets:
+            missing -= part[0] + part[1]
+            if missing <= 0:
+                return int((index + window.buckets + 1) * (window.period_ms // window.buckets))
+    return None  # pragma: no cover - the parts add up to the total, so the loop has returned
+
+
+def _drained(cell: Cell, meter: Meter, now_ms: int) -> tuple[int, int]:
+    """The instant, never before the cell's own, and the backlog in unit-ms that is left at it."""
+    if now_ms <= cell.start:
+        return cell.start, cell.used
+    backlog = cell.used - (now_ms - cell.start) * (meter.limit or 0)
+    return now_ms, max(0, backlog)
+
+
+def _in_units(cell: Cell, meter: Meter, backlog: int) -> tuple[int, int]:
+    """Used and held in whole units, together the backlog rounded up: what is held may have drained in part."""
+    window: Any = meter.window
+    units = -(-backlog // window.period_ms)
+    held = min(cell.held, units)
+    return units - held, held
+
+
+def _bucket_excess(meter: Meter, backlog: int, amount: int) -> int:
+    """By how many unit-ms `amount` is too much; a limit of 0 leaves no room at all."""
+    window: Any = meter.window
+    room = window.burst * window.period_ms if meter.limit else 0
+    return int(backlog + amount * window.period_ms - room)
+
+
+def _bucket_fits_at(meter: Meter, amount: int, excess: int, at_ms: int) -> int | None:
+    window: Any = meter.window
+    if not meter.limit or amount > window.burst:
+        return None
+    return at_ms - (-excess // meter.limit)
+
+
+def _fill(cell: Cell, meter: Meter, at_ms: int, backlog: int) -> None:
+    """Set the backlog as of `at_ms`. Past 2^53 - 1 it stays there: no store could add to it exactly."""
+    backlog = min(backlog, MAX_AMOUNT)
+    cell.used = backlog
+    cell.start = at_ms
+    cell.end = at_ms - (-backlog // (meter.limit or 1))
+
+
+def _judge_distinct(state: State, claim: Claim, now_ms: int) -> Receipt:
+    meter = claim.meter
+    if claim.member is None:
+        raise ValueError(f"{meter.policy}: a claim on distinct ids names its member, got None (meter {meter.key!r})")
+    limit = meter.limit
+    window: Any = meter.window
+    others, known = state.members.look(meter.key, claim.member, now_ms)
+    ends = state.members.ends(meter.key)
+    if known:
+        others -= 1
+    fits = known or limit is None or others + claim.amount <= limit
+    resets: int | None = None
+    if fits:
+        resets = now_ms + window.ttl_ms
+        if ends is not None and ends[1] > resets:
+            resets = ends[1]
+    elif ends is not None and limit is not None and claim.amount <= limit:
+        resets = ends[0]
+    return Receipt(claim, fits, fits, others, 0, 0, resets)
+
+
+# ------------------------------------------------------------------------- settle and expire
+
+
+def settle(state: State, settlements: Sequence[Settlement], now_ms: int) -> tuple[Settled, ...]:
+    """Settle each call id once, in order; see `Storage.settle`.
+
+    Missing actuals count as `None` (what is held), surplus ones are ignored: settling never fails.
+    """
+    return tuple([_settle(state, settlement, now_ms) for settlement in settlements])
+
+
+def _settle(state: State, settlement: Settlement, now_ms: int) -> Settled:
+    call_id = settlement.call_id
+    hold = state.holds.pop(call_id, None)
+    if hold is None:
+        return _settle_unheld(state, settlement, now_ms)
+    overages = _release(state.cells, hold.receipts, settlement.actuals, now_ms)
+    state.ended[call_id] = Tombstone("settled", now_ms + state.tombstone_ms)
+    if settlement.record is not None:
+        state.ledger.append(settlement.record)
+    return Settled(call_id, "settled", overages)
+
+
+def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled:
+    call_id = settlement.call_id
+    record = settlement.record
+    until_ms = now_ms + state.tombstone_ms
+    tombstone = state.ended.get(call_id)
+    if tombstone is not None and now_ms < tombstone.until_ms:
+        hold = tombstone.hold
+        if hold is None:
+            return Settled(call_id, "duplicate")
+        overages = _charge(state.cells, hold.receipts, settlement.actuals, now_ms, late=True)
+        if record is not None:
+            state.ledger.replace(call_id, msgspec.structs.replace(record, late=True))
+        del state.ended[call_id]  # so that the ids stay in the order in which they may be forgotten
+        state.ended[call_id] = Tombstone("settled", until_ms)
+        return Settled(call_id, "late", overages)
+    if call_id in state.ledger:
+        return Settled(call_id, "duplicate")
+    state.ended.pop(call_id, None)
+    if record is None and not settlement.receipts:
+        state.ended[call_id] = Tombstone("cancelled", until_ms)
+        return Settled(call_id, "cancelled")
+    overages = _charge(state.cells, settlement.receipts, settlement.actuals, now_ms, late=False)
+    if record is not None:
+        state.ledger.append(record)
+    state.ended[call_id] = Tombstone("settled", until_ms)
+    return Settled(call_id, "lost", overages)
+
+
+def _paired(receipts: Sequence[Receipt], actuals: Sequence[int | None]) -> tuple[int | None, ...]:
+    """As many actuals as there are receipts."""
+    return (*actuals, *(None,) * (len(receipts) - len(actuals)))[: len(receipts)]
+
+
+def _release(
+    cells: dict[str, Cell], receipts: Sequence[Receipt], actuals: Sequence[int | None], now_ms: int
+) -> tuple[int, ...]:
+    """Put actual amounts in the place of the held ones, each in its pinned window; gives the overages."""
+    if len(actuals) != len(receipts):
+        actuals = _paired(receipts, actuals)
+    overages: list[int] | None = None
+    for position, receipt in enumerate(receipts):
+        if not receipt.taken:
+            continue
+        claim = receipt.claim
+        held = claim.amount
+        actual = actuals[position]
+        if actual is None:
+            actual = held
+        meter = claim.meter
+        kind = meter.kind
+        if kind <= CALENDAR:
+            cell = cells.get(meter.key)
+            if cell is not None and cell.start == receipt.pin:
+                cell.held -= held
+                used = cell.used + actual
+                cell.used = used if used <= MAX_AMOUNT else MAX_AMOUNT  # noqa: FURB136 - as in `_judge`
+        elif kind == SLIDING:
+            cell = cells.get(meter.key)
+            if cell is not None:
+                parts: Any = cell.parts
+                part = parts.get(receipt.pin)
+                if part is not None:
+                    part[1] -= held
+                    cell.held -= held
+                    part[0] += actual
+                    cell.used += actual
+        elif kind == SLOTS:
+            cell = cells.get(meter.key)
+            if cell is not None:
+                cell.held -= held
+            continue
+        elif kind == BUCKET:
+            cell = cells.get(meter.key)
+            if cell is not None:
+                cell.held -= held
+                if actual != held:
+                    _correct(cell, meter, receipt.pin, held, actual, now_ms)
+        else:
+            continue
+        if actual > held:
+            if overages is None:
+                overages = [0] * len(receipts)
+            overages[position] = actual - held
+    return (0,) * len(receipts) if overages is None else tuple(overages)
+
+
+def _correct(cell: Cell, meter: Meter, pin: int, held: int, actual: int, now_ms: int) -> None:
+    """Change a bucket's arrival at instant `pin` from `held` units to `actual` ones.
+
+    What has drained since cannot be given back, else a bucket could be drained twice as fast as
+    its rate: the refund is at most `held` less what has drained. By Lindley's recursion the
+    backlog then never falls below the one that `actual` alone would have left.
+    """
+    window: Any = meter.window
+    at_ms, backlog = _drained(cell, meter, now_ms)
+    if actual > held:
+        backlog += (actual - held) * window.period_ms
+    else:
+        left = held * window.period_ms - (at_ms - pin) * (meter.limit or 0)
+        refund = min((held - actual) * window.period_ms, left)
+        if refund > 0:
+            backlog = backlog - refund if backlog > refund else 0
+    _fill(cell, meter, at_ms, backlog)
+
+
+def _charge(
+    cells: dict[str, Cell], receipts: Sequence[Receipt], actuals: Sequence[int | None], now_ms: int, *, late: bool
+) -> tuple[int, ...]:
+    """Debit what no hold stands for any more; gives the overages.
+
+    `late`: what is above the amount that expiry has charged, in the pinned window if it is still
+    there. Else (the store lost the hold): the whole, also in a window that has to be made again.
+    """
+    overages = [0] * len(receipts)
+    for position, (receipt, actual) in enumerate(zip(receipts, _paired(receipts, actuals), strict=True)):
+        meter = receipt.claim.meter
+        held = receipt.claim.amount
+        if not receipt.taken or meter.kind in (SLOTS, DISTINCT):
+            continue
+        amount = held if actual is None else actual
+        overages[position] = max(0, amount - held)
+        if late and meter.expiry_charge == "hold":
+            amount = overages[position]
+        if amount > 0:
+            _debit(cells, receipt, amount, now_ms, make=not late)
+    return tuple(overages)
+
+
+def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *, make: bool) -> None:
+    """Add `amount` to what is used in the pinned window; `make` the window if the store has lost it."""
+    meter = receipt.claim.meter
+    window: Any = meter.window
+    pin = receipt.pin
+    cell = cells.get(meter.key)
+    if meter.kind == BUCKET:
+        if cell is None:
+            if not make:
+                return
+            cell = cells[meter.key] = Cell(BUCKET, 0, 0, now_ms, now_ms)
+        at_ms, backlog = _drained(cell, meter, now_ms)
+        _fill(cell, meter, at_ms, backlog + amount * window.period_ms)
+    elif meter.kind == SLIDING:
+        if cell is None and make:
+            cell = cells[meter.key] = Cell(SLIDING, 0, 0, 0, 0, {})
+        if cell is None:
+            return
+        parts: Any = cell.parts
+        newest = max(cell.start, pin, now_ms // (window.period_ms // window.buckets)) if make else cell.start
+        if pin not in parts:
+            if not make or pin < newest - window.buckets:
+                return
+            parts[pin] = [0, 0]
+            cell.parts = parts = dict(sorted(parts.items()))
+            _forget_parts(cell, max(cell.start, pin), window)
+        parts[pin][0] += amount
+        cell.used += amount
+    else:
+        over_ms = receipt.resets_at_ms
+        running = over_ms is not None and now_ms < over_ms
+        if make and running and (cell is None or now_ms >= cell.end):
+            cell = cells[meter.key] = Cell(meter.kind, 0, 0, pin, over_ms or 0)
+        if cell is not None and (cell.start == pin or (make and running)):
+            cell.used = min(cell.used + amount, MAX_AMOUNT)
+
+
+def any_lapsed(state: State, now_ms: int) -> bool:
+    """Whether some owner has lapsed and its holds have not been expired yet."""
+    return any(0 < owner.lapse_at_ms <= now_ms for owner in state.owners.values())
+
+
+def sweep(state: State, now_ms: int) -> tuple[str, ...]:
+    """Expire all holds of lapsed owners; gives their call ids, in the order of admission."""
+    lapsed = {name for name, owner in state.owners.items() if 0 < owner.lapse_at_ms <= now_ms}
+    for name in lapsed:
+        owner = state.owners[name]
+        owner.lapsed_ms = owner.lapse_at_ms
+        owner.lapse_at_ms = 0
+    return _expire(state, lapsed, now_ms) if lapsed else ()
+
+
+def _expire(state: State, owners: Iterable[str], now_ms: int) -> tuple[str, ...]:
+    due = [hold for hold in state.holds.values() if hold.owner in owners]
+    due.sort(key=lambda hold: (hold.at_ms, hold.call_id))
+    for hold in due:
+        del state.holds[hold.call_id]
+        _release(
+            state.cells,
+            hold.receipts,
+            [None if r.claim.meter.expiry_charge == "hold" else 0 for r in hold.receipts],
+            now_ms,
+        )
+        state.ended.pop(hold.call_id, None)
+        state.ended[hold.call_id] = Tombstone("expired", now_ms + state.tombstone_ms, hold)
+        if hold.draft is not None:
+            state.ledger.append(_estimate(hold.draft, now_ms))
+    return tuple([hold.call_id for hold in due])
+
+
+def _estimate(draft: UsageRecord, now_ms: int) -> UsageRecord:
+    """The record of a call whose owner died: charged what was held, since it may have been billed."""
+    cost = draft.cost_nanousd if draft.estimate_nanousd is None else draft.estimate_nanousd
+    return msgspec.structs.replace(draft, outcome="expired", cost_nanousd=cost, usage=None, ended_ms=now_ms)
+
+
+# ------------------------------------------------------------------------------------- amend
+
+
+def amend(state: State, owner: str, bundle: Bundle, now_ms: int) -> Granted | Refused | Ended:
+    """Replace the claims of an open hold, or change nothing; see `Storage.amend`.
+
+    Raises:
+        ValueError: two claims on one meter, or a `Distinct` claim without a member.
+    """
+    while True:
+        hold = state.holds.get(bundle.call_id)
+        if hold is None:
+            return _ended(state, bundle.call_id, now_ms) or Ended(bundle.call_id, "unknown", now_ms)
+        answer = _amend(state, hold, bundle, now_ms)
+        if isinstance(answer, Granted):
+            hold.receipts = answer.receipts
+            hold.draft = bundle.draft
+            hold.owner = owner
+            if owner not in state.owners:
+                state.owners[owner] = Owner(now_ms + state.lapse_ms)
+            return answer
+        if not any_lapsed(state, now_ms):
+            return answer
+        sweep(state, now_ms)
+
+
+def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | Refused:
+    before = {receipt.claim.meter.key: receipt for receipt in hold.receipts if receipt.taken}
+    if len({claim.meter.key for claim in bundle.claims}) < len(bundle.claims):
+        raise _claimed_twice(bundle.claims[0].meter)
+    kept: dict[str, Receipt] = {}
+    for claim in bundle.claims:
+        old = before.get(claim.meter.key)
+        if old is not None and old.claim.amount == claim.amount and old.claim.member == claim.member:
+            kept[claim.meter.key] = old
+    given_back = [receipt for key, receipt in before.items() if key not in kept]
+    asked = Bundle(bundle.call_id, tuple(claim for claim in bundle.claims if claim.meter.key not in kept))
+    saved = {key: _copy(cell) for key in before if (cell := state.cells.get(key)) is not None}
+    _release(state.cells, given_back, (0,) * len(given_back), now_ms)
+    try:
+        receipts, takes, fresh, refused = _judge(state, (asked,), now_ms)
+    except ValueError:
+        state.cells.update(saved)
+        raise
+    if refused:
+        state.cells.update(saved)
+        receipts = list(_not_taken(receipts))
+        kept = {key: msgspec.structs.replace(receipt, taken=False) for key, receipt in kept.items()}
+    else:
+        _take(state, receipts, takes, fresh, now_ms)
+    judged = iter(receipts)
+    states = tuple([kept.get(claim.meter.key) or next(judged) for claim in bundle.claims])
+    return Refused((states,), now_ms) if refused else Granted(states, now_ms)
+
+
+def _copy(cell: Cell) -> Cell:
+    parts = None if cell.parts is None else {index: list(part) for index, part in cell.parts.items()}
+    return Cell(cell.kind, cell.used, cell.held, cell.start, cell.end, parts)
+
+
+# ------------------------------------------------------------------------------------ owners
+
+
+def heartbeat(state: State, owner: str, now_ms: int) -> Heartbeat:
+    """Expire the holds of lapsed owners, then keep those of `owner`; see `Storage.heartbeat`."""
+    expired = sweep(state, now_ms)
+    mine = state.owners.get(owner)
+    lapsed = mine is not None and mine.lapsed_ms > 0
+    state.owners[owner] = Owner(now_ms + state.lapse_ms)
+    for name, other in list(state.owners.items()):
+        if other.lapse_at_ms == 0 and other.lapsed_ms + OWNER_MEMORY_MS <= now_ms:
+            del state.owners[name]
+    return Heartbeat(lapsed, expired, now_ms)
+
+
+def retire(state: State, owner: str, now_ms: int) -> tuple[str, ...]:
+    """Expire what `owner` still holds and forget it; gives the call ids."""
+    state.owners.pop(owner, None)
+    return _expire(state, (owner,), now_ms)
+
+
+# ------------------------------------------------------------------------------ read, reset
+
+
+def read(state: State, meters: Iterable[Meter], now_ms: int) -> tuple[Reading, ...]:
+    """The state of each meter.
+
+    `resets_at_ms` is when the instance ends; for `Sliding`, `Bucket` and `Distinct`, when nothing is
+    left if nothing else comes; `None` for `Slots` and where nothing is counted.
+    """
+    return tuple([_read(state, meter, now_ms) for meter in meters])
+
+
+def _read(state: State, meter: Meter, now_ms: int) -> Reading:
+    window: Any = meter.window
+    if meter.kind == DISTINCT:
+        count, _ = state.members.look(meter.key, "", now_ms)
+        ends = state.members.ends(meter.key)
+        return Reading(count, 0, None if ends is None else ends[1])
+    cell = state.cells.get(meter.key)
+    if cell is None:
+        return Reading(0, 0, None)
+    if meter.kind == SLOTS:
+        return Reading(0, cell.held, None)
+    if meter.kind == BUCKET:
+        _, backlog = _drained(cell, meter, now_ms)
+        used, held = _in_units(cell, meter, backlog)
+        return Reading(used, held, cell.end if backlog else None)
+    if meter.kind == SLIDING:
+        size = window.period_ms // window.buckets
+        used, held = _live(cell, max(cell.start, now_ms // size) - window.buckets)
+        return Reading(used, held, (cell.start + window.buckets + 1) * size if used or held else None)
+    if now_ms >= cell.end:
+        return Reading(0, 0, None)
+    return Reading(cell.used, cell.held, cell.end)
+
+
+def reset(state: State, meters: Iterable[Meter], now_ms: int) -> None:
+    """Set what is used to 0 and start the window anew; what is held stays, pinned to the same instance."""
+    for meter in meters:
+        if meter.kind == DISTINCT:
+            state.members.clear(meter.key)
+            continue
+        cell = state.cells.get(meter.key)
+        if cell is None or meter.kind == SLOTS:
+            continue
+        window: Any = meter.window
+        if meter.kind == BUCKET:
+            at_ms, backlog = _drained(cell, meter, now_ms)
+            _fill(cell, meter, at_ms, min(backlog, cell.held * window.period_ms))
+        elif meter.kind == SLIDING:
+            parts: Any = cell.parts
+            cell.parts = {index: [0, part[1]] for index, part in parts.items() if part[1]}
+            cell.used = 0
+            first = next(iter(cell.parts), cell.start)
+            cell.end = (first + window.buckets + 1) * (window.period_ms // window.buckets)
+        else:
+            cell.used = 0
+            if not cell.held:
+                cell.end = 0  # over: the next admitted use starts a new instance
+            elif meter.kind != CALENDAR and now_ms < cell.end:
+                # The instance keeps its name, `start`, so that the open holds still find it.
+                cell.end = _instance(meter, now_ms).end
