@@ -1,0 +1,282 @@
+"""What the policies share: names and shadow, scopes and their subjects, and a bounded memory of meters.
+
+A subject becomes the parts of a storage key. The parts start with the kind of the subject, so a
+caller that is named `anonymous` is another subject than the anonymous caller, and a session is
+always a session *of its caller*.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Hashable, Iterable
+from typing import Final, Generic, Literal, NamedTuple, Self, TypeVar, get_args
+
+from asgi_llm_guard.claims import Claim, Meter, Rule, Unit, meter_key
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Code, Refusal
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.policies.base import Verdict
+from asgi_llm_guard.policies.providers import canonical_provider, provider_of, qualified
+from asgi_llm_guard.windows import Window
+
+__all__ = [
+    "ANONYMOUS",
+    "MEMO_SIZE",
+    "NOTHING",
+    "NamedPolicy",
+    "Per",
+    "Scope",
+    "ScopedPolicy",
+    "Subject",
+    "amounts",
+    "call_provider",
+    "quoted",
+]
+
+Per = Literal["user", "session", "caller", "agent", "department", "model", "provider", "tag", "global"]
+ExpiryCharge = Literal["hold", "nothing"]
+Counts = Literal["calls", "requests"]
+
+NOTHING: Final = Verdict()
+ANONYMOUS: Final = "anonymous"
+"""The shown name of the caller that nobody has verified."""
+MEMO_SIZE: Final = 4096
+"""How many subjects a policy remembers the meters of. A flood of ids makes it forget, never grow."""
+
+_PART_LENGTH: Final = 200
+_DIGEST: Final = "sha256~"
+_NEVER_STATUS: Final = frozenset({401, 408, 409})  # client libraries retry 408 and 409, and ask for credentials at 401
+_OWNED: Final = frozenset({"session", "user", "caller"})
+
+V = TypeVar("V")
+
+
+class Memo(dict[Hashable, V]):
+    """A dict that is emptied when it is full. Safe under threads: each step is one dict operation."""
+
+    __slots__ = ()
+
+    def keep(self, key: Hashable, value: V) -> V:
+        if len(self) >= MEMO_SIZE:
+            self.clear()
+        self[key] = value
+        return value
+
+
+class Subject(NamedTuple):
+    """One of those that a limit holds for."""
+
+    name: str
+    """For people to read."""
+    parts: tuple[str, ...]
+    """The end of the storage key: no two subjects have the same parts."""
+
+
+# ------------------------------------------------------------------------------------ scopes
+
+
+class Scope(NamedTuple):
+    """How a scope is found in a context and a call."""
+
+    identify: Callable[[Context, Call | None], Hashable]
+    """A cheap value that is equal only for equal subjects."""
+    subjects: Callable[[Context, Call | None], tuple[Subject, ...]]
+    """Who is meant; nobody where the scope is absent."""
+    needs_call: bool = False
+
+
+def caller_subject(context: Context) -> Subject:
+    """The verified caller, or the one that all unverified requests share."""
+    if context.caller is None:
+        return Subject(ANONYMOUS, (ANONYMOUS,))
+    return Subject(context.caller, ("caller", context.caller))
+
+
+def _user(context: Context, _call: Call | None) -> tuple[Subject, ...]:
+    if context.user is None:
+        return (caller_subject(context),)
+    return (Subject(context.user, ("user", context.user)),)
+
+
+def _session(context: Context, _call: Call | None) -> tuple[Subject, ...]:
+    if context.session is None:
+        return ()
+    return (Subject(context.session, (*caller_subject(context).parts, "session", context.session)),)
+
+
+def _each(kind: str, names: Iterable[str | None]) -> tuple[Subject, ...]:
+    return tuple(Subject(name, (kind, name)) for name in dict.fromkeys(names) if name)
+
+
+def call_provider(call: Call) -> str | None:
+    """The canonical provider of a call: as it is given, else by the model's name."""
+    return canonical_provider(call.provider) or provider_of(call.model)[0]
+
+
+_SCOPES: Final[dict[str, Scope]] = {
+    "global": Scope(lambda _context, _call: None, lambda _context, _call: (Subject("", ("global",)),)),
+    "caller": Scope(lambda context, _call: context.caller, lambda context, _call: (caller_subject(context),)),
+    "user": Scope(lambda context, _call: (context.user, context.caller), _user),
+    "session": Scope(lambda context, _call: (context.caller, context.session), _session),
+    "agent": Scope(lambda context, _call: context.agent, lambda context, _call: _each("agent", (context.agent,))),
+    "department": Scope(
+        lambda context, _call: context.departments, lambda context, _call: _each("department", context.departments)
+    ),
+    "tag": Scope(lambda context, _call: context.tags, lambda context, _call: _each("tag", context.tags)),
+    "model": Scope(
+        lambda _context, call: (call.provider, call.model) if call is not None else None,
+        lambda _context, call: _each("model", (qualified(call.provider, call.model),) if call is not None else ()),
+        needs_call=True,
+    ),
+    "provider": Scope(
+        lambda _context, call: (call.provider, call.model) if call is not None else None,
+        lambda _context, call: _each("provider", (call_provider(call),) if call is not None else ()),
+        needs_call=True,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------- policies
+
+
+class NamedPolicy:
+    """The name of a policy, what it counts, and its shadow."""
+
+    __slots__ = ("_enforce", "counts", "name", "status")
+
+    def __init__(self, *, name: str, counts: Counts, status: int | None) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigurationError(f"name: expected a non-empty text, got {name!r}")
+        if counts not in get_args(Counts):
+            raise ConfigurationError(f"{name}: counts must be 'calls' or 'requests', got {counts!r}")
+        if status is not None and (
+            isinstance(status, bool)
+            or not isinstance(status, int)
+            or not 400 <= status <= 599
+            or status in _NEVER_STATUS
+        ):
+            raise ConfigurationError(
+                f"{name}: status must be from 400 to 599 and not 401, 408 or 409 (clients retry them), got {status!r}"
+            )
+        self.name = name
+        self.counts: Counts = counts
+        self.status = status
+        self._enforce = True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    def shadow(self) -> Self:
+        """A copy that only watches: meters of its own that refuse nothing, refusals that are events."""
+        if not self._enforce:
+            return self
+        return self._copy(name=f"{self.name}.shadow", _enforce=False)
+
+    def _copy(self, **changes: object) -> Self:
+        """A copy with these attributes changed, and nothing remembered."""
+        twin = copy.copy(self)
+        for attribute, value in changes.items():
+            setattr(twin, attribute, value)
+        return twin
+
+    def _refuse(
+        self, code: Code, message: str, *, scope: str = "global", subject: str = "", status: int | None = None
+    ) -> Verdict:
+        refusal = Refusal(
+            policy=self.name,
+            code=code,
+            message=message,
+            scope=scope,
+            subject=subject,
+            status=status if self.status is None else self.status,
+        )
+        return Verdict(refusal=refusal) if self._enforce else Verdict(shadow_refusal=refusal)
+
+    def _unpriced(self, call: Call, *, scope: str, subject: str) -> Verdict:
+        return self._refuse(
+            "model_unpriced",
+            f"No price is known for the model {quoted(call.model)}, and {self.name} limits what a call may cost.",
+            scope=scope,
+            subject=subject,
+        )
+
+    def _meter(
+        self,
+        scope: str,
+        subject: Subject,
+        *,
+        unit: Unit,
+        rule: Rule,
+        limit: int | None,
+        window: Window,
+        expiry_charge: ExpiryCharge = "hold",
+        key_suffix: tuple[str, ...] = (),
+    ) -> Meter:
+        return Meter(
+            key=meter_key(self.name, unit, window, *map(_bounded, subject.parts), *key_suffix),
+            policy=self.name,
+            scope=scope,
+            subject=subject.name,
+            unit=unit,
+            rule=rule,
+            limit=limit,
+            window=window,
+            enforce=self._enforce,
+            expiry_charge=expiry_charge,
+            owned=scope in _OWNED,
+            status=self.status,
+        )
+
+
+class ScopedPolicy(NamedPolicy, Generic[V]):
+    """A policy whose limits hold for each subject of one scope. It remembers a `V` for each subject."""
+
+    __slots__ = ("_identify", "_memo", "_scope", "expiry_charge", "per")
+
+    def __init__(
+        self, *, per: Per, name: str, counts: Counts, status: int | None, expiry_charge: ExpiryCharge = "hold"
+    ) -> None:
+        super().__init__(name=name, counts=counts, status=status)
+        if not isinstance(per, str) or per not in _SCOPES:
+            raise ConfigurationError(f"{name}: per must be one of {', '.join(_SCOPES)}, got {per!r}")
+        if expiry_charge not in get_args(ExpiryCharge):
+            raise ConfigurationError(f"{name}: expiry_charge must be 'hold' or 'nothing', got {expiry_charge!r}")
+        self._scope = _SCOPES[per]
+        if self._scope.needs_call and counts == "requests":
+            raise ConfigurationError(f"{name}: per={per!r} is known for calls only; use counts='calls'")
+        self.per: Per = per
+        self.expiry_charge: ExpiryCharge = expiry_charge
+        self._identify = self._scope.identify
+        self._memo: Memo[V] = Memo()
+
+    def _copy(self, **changes: object) -> Self:
+        return super()._copy(_memo=Memo(), **changes)
+
+    def _subjects(self, context: Context, call: Call | None) -> tuple[Subject, ...]:
+        return self._scope.subjects(context, call)
+
+    def _keep(self, key: Hashable, value: V, subjects: tuple[Subject, ...]) -> V:
+        """Remember `value`, unless the ids behind it are so long that remembering many would cost memory."""
+        if all(len(part) <= _PART_LENGTH for subject in subjects for part in subject.parts):
+            self._memo.keep(key, value)
+        return value
+
+
+def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:
+    """The same amount of every meter. A limit of 0 blocks what costs nothing, too."""
+    if amount:
+        return tuple([Claim(meter, amount) for meter in meters])
+    return tuple([Claim(meter, 1 if meter.limit == 0 else 0) for meter in meters])
+
+
+def quoted(text: str) -> str:
+    """Text from a request, for a message: in quotes and not longer than is readable."""
+    return repr(text if len(text) <= _PART_LENGTH else text[:_PART_LENGTH] + "…")
+
+
+def _bounded(part: str) -> str:
+    # A part that looks like a digest is digested as well, so that nobody can name another's long id.
+    if len(part) <= _PART_LENGTH and not part.startswith(_DIGEST):
+        return part
+    return _DIGEST + hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,55 @@
+"""How many requests or calls one subject may have open at the same time."""
+
+from __future__ import annotations
+
+from asgi_llm_guard.claims import Claim, Rule, Unit
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.policies._scoped import NOTHING, Counts, Per, ScopedPolicy
+from asgi_llm_guard.policies.base import Verdict
+from asgi_llm_guard.policies.grammar import whole
+from asgi_llm_guard.windows import Slots
+
+__all__ = ["Concurrency"]
+
+
+class Concurrency(ScopedPolicy[Verdict]):
+    """At most `limit` open at once: a slot is held until the response or the call has ended.
+
+    Args:
+        limit: a whole number, also as text; 0 blocks everything.
+        per: whose requests share the slots. Where the scope is absent, no slot is taken.
+        counts: `requests` takes one slot for a request and all its calls, `calls` one for each call.
+
+    Raises:
+        ConfigurationError: a setting is malformed.
+    """
+
+    __slots__ = ("_limit",)
+
+    def __init__(
+        self,
+        limit: int | str,
+        *,
+        per: Per = "user",
+        name: str | None = None,
+        status: int | None = None,
+        counts: Counts = "requests",
+    ) -> None:
+        super().__init__(per=per, name=f"{per}_concurrency" if name is None else name, counts=counts, status=status)
+        self._limit = whole(limit, name=f"{self.name}.limit")
+
+    def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
+        """One slot for each subject."""
+        key = self._identify(context, call)
+        verdict = self._memo.get(key)
+        if verdict is None:
+            subjects = self._subjects(context, call)
+            claims = tuple(
+                Claim(
+                    self._meter(self.per, subject, unit=Unit.SLOTS, rule=Rule.SLOTS, limit=self._limit, window=Slots()),
+                    1,
+                )
+                for subject in subjects
+            )
+            verdict = self._keep(key, Verdict(claims) if claims else NOTHING, subjects)
+        return verdict
