@@ -54,6 +54,7 @@ __all__ = [
     "Tombstone",
     "amend",
     "any_lapsed",
+    "copy",
     "disposable",
     "heartbeat",
     "read",
@@ -231,6 +232,12 @@ class Needs:
     def of_meters(self, meters: Iterable[Meter]) -> None:
         """What `read` and `reset` touch."""
         self.keys.update(meter.key for meter in meters if meter.kind != DISTINCT)
+
+
+def copy(cell: Cell) -> Cell:
+    """The cell as it is, to be kept while the original changes."""
+    parts = None if cell.parts is None else {index: list(part) for index, part in cell.parts.items()}
+    return Cell(cell.kind, cell.used, cell.held, cell.start, cell.end, parts)
 
 
 def disposable(cell: Cell, now_ms: int) -> bool:
@@ -841,7 +848,7 @@ def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | R
             kept[claim.meter.key] = old
     given_back = [receipt for key, receipt in before.items() if key not in kept]
     asked = Bundle(bundle.call_id, tuple(claim for claim in bundle.claims if claim.meter.key not in kept))
-    saved = {key: _copy(cell) for key in before if (cell := state.cells.get(key)) is not None}
+    saved = {key: copy(cell) for key in before if (cell := state.cells.get(key)) is not None}
     _release(state.cells, given_back, (0,) * len(given_back), now_ms)
     try:
         receipts, takes, fresh, refused = _judge(state, (asked,), now_ms)
@@ -857,11 +864,6 @@ def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | R
     judged = iter(receipts)
     states = tuple([kept.get(claim.meter.key) or next(judged) for claim in bundle.claims])
     return Refused((states,), now_ms) if refused else Granted(states, now_ms)
-
-
-def _copy(cell: Cell) -> Cell:
-    parts = None if cell.parts is None else {index: list(part) for index, part in cell.parts.items()}
-    return Cell(cell.kind, cell.used, cell.held, cell.start, cell.end, parts)
 
 
 # ------------------------------------------------------------------------------------ owners
