@@ -1,0 +1,475 @@
+"""OpenAI Chat Completions, as OpenAI, Azure and the many compatible servers speak it.
+
+Source: https://platform.openai.com/docs/api-reference/chat, and the types of openai 3.52 for Python
+(2026-11); deviations of other servers stand where they are handled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from asgi_llm_guard.usage import Usage
+from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, ItemMeter, StreamMeter
+from asgi_llm_guard.wire.peek import BodyError, BodyView
+from asgi_llm_guard.wire.sse import Block, Blocks
+
+__all__ = ["OpenAIChat"]
+
+_MOST_TOKENS: Final = 2**31 - 1
+"""No request may ask for more, and a report of more is not believed."""
+_MOST_CHOICES: Final = 65_536  # times _MOST_TOKENS still an exact amount in every storage
+_LONGEST_NAME: Final = 256
+
+_LIMITS: Final = ("max_completion_tokens", "max_tokens")
+logger = logging.getLogger(__name__)
+
+
+class OpenAIChat:
+    """The dialect `openai`: requests to `…/chat/completions`."""
+
+    __slots__ = ()
+
+    name: Final = "openai"
+    provider: Final = None
+
+    def recognises(self, path: str) -> bool:
+        """Whether `path` ends in `/chat/completions`; doubled and trailing slashes make no difference."""
+        return _parts(path)[-2:] == ["chat", "completions"]
+
+    def read_request(self, view: BodyView, path: str = "") -> Ask:
+        """What the request asks for.
+
+        Of `max_tokens` and `max_completion_tokens` the larger counts. Servers disagree on a limit of 0
+        (an error, or none at all), so it counts as none. In an Azure deployment's path the deployment is
+        the model, whatever the body says.
+
+        Raises:
+            BodyError: `model` is missing, or one of the values read here is malformed.
+        """
+        model = _deployment(path) or view.text("model", longest=_LONGEST_NAME)
+        if model is None:
+            raise BodyError("invalid_request", 400, "model: required, got none", "model")
+        limits = [limit for name in _LIMITS if (limit := view.whole(name, least=0, most=_MOST_TOKENS)) is not None]
+        stream = view.flag("stream")
+        options = view.inside("stream_options")
+        wants_usage = options is not None and options.flag("include_usage")
+        return Ask(
+            model=model,
+            max_output_tokens=max(limits) if limits and min(limits) > 0 else None,
+            choices=view.whole("n", least=1, most=_MOST_CHOICES) or 1,
+            stream=stream,
+            wants_usage=stream and wants_usage,
+        )
+
+    def rewrite(self, view: BodyView, *, include_usage: bool, max_output_tokens: int | None) -> bytes:
+        """The body to send.
+
+        Usage is asked for in streams only, since `stream_options` is an error elsewhere. Where the request
+        has no limit, `max_completion_tokens` is set: some models refuse the older `max_tokens`.
+
+        Raises:
+            BodyError: as `read_request`.
+        """
+        changes: dict[str, object] = {}
+        if include_usage and view.flag("stream"):
+            options = view.inside("stream_options")
+            if options is None:
+                changes["stream_options"] = {"include_usage": True}
+            elif not options.flag("include_usage"):
+                changes["stream_options"] = msgspec.Raw(options.replace({"include_usage": True}))
+        if max_output_tokens is not None:
+            present = {
+                name: limit for name in _LIMITS if (limit := view.whole(name, least=0, most=_MOST_TOKENS)) is not None
+            }
+            for name, limit in (present or {_LIMITS[0]: 0}).items():
+                if limit == 0 or limit > max_output_tokens:
+                    changes[name] = max_output_tokens
+        return view.replace(changes) if changes else view.body
+
+    def read_response(self, status: int, body: bytes) -> Answer:
+        """What a whole response says. An error object counts as an error even with status 200."""
+        value = _decode(body)
+        if not 200 <= status < 300:
+            return Answer(kind="error", error=_classify(status, value), usage=_usage(_pick(value, "usage")))
+        tally = _Tally()
+        tally.add(value)
+        return tally.answer(whole=True)
+
+    def stream(self, strip_usage: bool) -> StreamMeter:
+        """A meter for a streamed response."""
+        return _Stream(strip_usage)
+
+    def read_object(self, obj: object) -> Answer | None:
+        """What an object says: a chat completion as a model or a dict, an HTTP response, or an SDK's status error."""
+        status = _pick(obj, "status_code")
+        if isinstance(status, int) and isinstance(obj, BaseException):
+            return Answer(kind="error", error=_classify(status, _pick(obj, "body")))
+        if isinstance(status, int):
+            content = _pick(obj, "content")
+            if not isinstance(content, bytes) or not _is_ours(_decode(content)):
+                return None
+            return self.read_response(status, content)
+        if not _is_ours(obj):
+            return None
+        tally = _Tally()
+        tally.add(obj)
+        return tally.answer(whole=True)
+
+    def item_meter(self) -> ItemMeter:
+        """A meter for chunk objects, dicts, events that carry a `chunk`, and pieces of a raw stream."""
+        return _Items()
+
+
+# ---------------------------------------------------------------------------------- answers
+
+
+class _Tally:
+    """What an answer says, from its chunks or as one piece. The last report of usage wins; none are summed."""
+
+    __slots__ = ("_done", "_error", "_model", "_open", "_text_bytes", "_tier", "_usage")
+
+    def __init__(self) -> None:
+        self._model: str | None = None
+        self._tier: str | None = None
+        self._usage: Usage | None = None
+        self._error: ErrorKind | None = None
+        self._text_bytes = 0
+        self._open: dict[int, bool] = {}
+        self._done = False
+
+    def add(self, value: object) -> bool:
+        """Count a completion, a chunk or an error; `False`: it is none of them."""
+        choices = _pick(value, "choices")
+        if _error_of(value) is not None:
+            self._error = _classify(None, value)
+        elif not isinstance(choices, (list, tuple)):
+            return False
+        self._model = _name(_pick(value, "model")) or self._model
+        self._tier = _name(_pick(value, "service_tier")) or self._tier
+        # Groq reports in its own place as well, and there even when nobody asked.
+        usage = _usage(_pick(value, "usage")) or _usage(_pick(_pick(value, "x_groq"), "usage"))
+        if usage is not None and (usage.total_tokens is not None or self._usage is None):
+            self._usage = usage
+        for choice in _items(choices):
+            self._text_bytes += _text_bytes(_pick(choice, "delta") or _pick(choice, "message"))
+            index = _pick(choice, "index")
+            if not isinstance(index, int) or not 0 <= index < _MOST_CHOICES:
+                index = 0
+            # Sticky: OpenRouter reports usage beside a choice that has ended before.
+            self._open[index] = self._open.get(index, True) and _pick(choice, "finish_reason") is None
+        return True
+
+    def fail(self) -> None:
+        """Count an error that says no more than that."""
+        self._error = self._error or "other"
+
+    def done(self) -> None:
+        """Count the stream's end marker."""
+        self._done = True
+
+    def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
+        """The sum of it. `whole`: there is no more to come."""
+        usage = self._usage
+        if usage is not None and (self._model is not None or self._tier is not None):
+            usage = msgspec.structs.replace(usage, model=self._model, service_tier=self._tier)
+        ended = whole or self._done or (bool(self._open) and not any(self._open.values()))
+        return Answer(
+            kind="success" if self._error is None else "error",
+            usage=usage,
+            model=self._model,
+            error=self._error,
+            text_bytes=self._text_bytes,
+            finished=ended and self._error is None,
+            unread=unread,
+        )
+
+
+class _Stream:
+    """The meter of one streamed response."""
+
+    __slots__ = ("_blocks", "_strip", "_tally", "_undecoded")
+
+    def __init__(self, strip: bool) -> None:
+        self._blocks = Blocks()
+        self._strip = strip
+        self._tally = _Tally()
+        self._undecoded = 0
+
+    def feed(self, chunk: bytes) -> bytes:
+        forward = self._read(self._blocks.feed(chunk))
+        return forward if self._strip else chunk
+
+    def finish(self) -> bytes:
+        forward = self._read(self._blocks.finish())
+        return forward if self._strip else b""
+
+    def answer(self) -> Answer:
+        return self._tally.answer(unread=self._undecoded + self._blocks.passed_over)
+
+    def _read(self, blocks: list[Block]) -> bytes:
+        return b"".join([block.raw for block in blocks if not self._extra(block)])
+
+    def _extra(self, block: Block) -> bool:
+        """Count the block. Whether it is the chunk that only reports usage, which not every client can take."""
+        data = block.data
+        if data is None:
+            return False
+        if data.strip() == b"[DONE]":
+            self._tally.done()
+            return False
+        value = _decode(data)
+        self._tally.add(value)
+        if block.error:
+            self._tally.fail()
+        elif value is None:
+            self._undecoded += 1
+        alone = _pick(value, "choices") == [] and _error_of(value) is None
+        return alone and isinstance(_pick(value, "usage"), dict)
+
+
+class _Items:
+    """The meter of the items that one function streams."""
+
+    __slots__ = ("_known", "_raw", "_tally")
+
+    def __init__(self) -> None:
+        self._tally = _Tally()
+        self._raw = _Stream(strip=False)
+        self._known = False
+
+    def add(self, item: object) -> None:
+        if isinstance(item, str):
+            item = item.encode("utf-8", "surrogatepass")
+        if isinstance(item, bytes):
+            self._raw.feed(item)
+            return
+        for shape in (item, _pick(item, "chunk")):  # the SDK's own events wrap the chunk
+            if _is_ours(shape):
+                self._known = True
+                self._tally.add(shape)
+
+    def answer(self) -> Answer | None:
+        if self._known:
+            return self._tally.answer()
+        raw = self._raw.answer()
+        return raw if raw.text_bytes or raw.usage or raw.error or raw.model else None
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part]
+
+
+def _deployment(path: str) -> str | None:
+    """The model in `/openai/deployments/{model}/chat/completions`."""
+    parts = _parts(path)[-4:]
+    return parts[1] if len(parts) == 4 and parts[0] == "deployments" and _name(parts[1]) else None
+
+
+def _is_ours(value: object) -> bool:
+    """Whether an object that may be anything has the shape of a completion, a chunk or an error.
+
+    A function's own `{"error": "…"}` has not: it says nothing of the calls that were made.
+    """
+    if isinstance(_pick(value, "choices"), (list, tuple)):
+        return True
+    error = _pick(value, "error")
+    return (
+        _pick(value, "type") != "error"  # Anthropic's envelope
+        and _pick(value, "object") in (None, "error")
+        and isinstance(error, dict)
+        and isinstance(error.get("message"), str)
+        and ("type" in error or "code" in error)
+    )
+
+
+def _decode(data: bytes) -> object:
+    """The JSON value in `data`; `None` when it is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        pass
+    try:  # servers written in Python send NaN as a log probability, and halves of surrogate pairs
+        return json.loads(data.decode("utf-8", "replace"))
+    except (RecursionError, ValueError):
+        return None
+
+
+def _pick(value: object, name: str) -> object:
+    """The member `name` of a dict, or the attribute of another object; `None` when there is none."""
+    if type(value) is dict:
+        return value.get(name)
+    if value is None or isinstance(value, (str, int, float, list, tuple)):
+        return None
+    if isinstance(value, Mapping):
+        return value.get(name)
+    try:
+        return getattr(value, name, None)
+    except Exception:  # a property of somebody else's class may raise anything (httpx: ResponseNotRead)
+        logger.debug("%s.%s could not be read for metering", type(value).__name__, name, exc_info=True)
+        return None
+
+
+def _items(value: object) -> Iterable[object]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _name(value: object) -> str | None:
+    """A name as it may stand in records and labels; `None` for anything else, such as Azure's empty first one."""
+    if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable():
+        return value
+    return None
+
+
+def _text_bytes(message: object) -> int:
+    """UTF-8 bytes of what the model wrote in a message or delta."""
+    if message is None:
+        return 0
+    # vLLM sends its reasoning under both names.
+    reasoning = _pick(message, "reasoning_content") or _pick(message, "reasoning")
+    size = _length(_pick(message, "content")) + _length(_pick(message, "refusal")) + _length(reasoning)
+    size += _length(_pick(_pick(message, "audio"), "transcript"))
+    functions = [_pick(call, "function") for call in _items(_pick(message, "tool_calls"))]
+    for function in (*functions, _pick(message, "function_call")):
+        size += _length(_pick(function, "name")) + _length(_pick(function, "arguments"))
+    return size
+
+
+def _length(text: object) -> int:
+    if isinstance(text, str):
+        return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    # Mistral's content may be a list of parts, with thinking as parts inside a part.
+    parts = [part for item in _items(text) for part in (item, *_items(_pick(item, "thinking")))]
+    return sum(_length(piece) for part in parts if isinstance(piece := _pick(part, "text"), str))
+
+
+# ------------------------------------------------------------------------------------ usage
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens; `None` for what is not believable as one."""
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else None
+
+
+def _usage(report: object) -> Usage | None:
+    """The token counts of a `usage` object; `None` when it tells neither input nor output.
+
+    Parts that are larger than what they are part of are taken for unknown.
+    """
+    entered, written = _count(_pick(report, "prompt_tokens")), _count(_pick(report, "completion_tokens"))
+    if entered is None and written is None:
+        return None
+    of_input, of_output = _pick(report, "prompt_tokens_details"), _pick(report, "completion_tokens_details")
+    reasoning = _count(_pick(of_output, "reasoning_tokens"))
+    total = _count(_pick(report, "total_tokens"))
+    if total is not None and entered is not None and written is not None and total > entered + written:
+        # Gemini's compatible endpoint bills thinking that it counts in the total only.
+        reasoning = reasoning or total - entered - written
+        written = total - entered
+    cached = _first(_pick(of_input, "cached_tokens"), _pick(report, "num_cached_tokens"))  # the latter: Mistral
+    stored = _count(_pick(of_input, "cache_write_tokens"))
+    if entered is None or (cached or 0) + (stored or 0) > entered:
+        cached = stored = None
+    return Usage(
+        input_tokens=entered,
+        output_tokens=written,
+        cache_read_tokens=cached,
+        cache_write_tokens=stored,
+        reasoning_tokens=_within(reasoning, written),
+        input_audio_tokens=_within(_count(_pick(of_input, "audio_tokens")), entered),
+        output_audio_tokens=_within(_count(_pick(of_output, "audio_tokens")), written),
+    )
+
+
+def _first(*values: object) -> int | None:
+    return next((count for value in values if (count := _count(value)) is not None), None)
+
+
+def _within(part: int | None, whole: int | None) -> int | None:
+    return part if part is not None and whole is not None and part <= whole else None
+
+
+# ----------------------------------------------------------------------------------- errors
+
+_KINDS: Final[dict[object, ErrorKind]] = {
+    # codes and types of OpenAI
+    "context_length_exceeded": "context_overflow",
+    "rate_limit_exceeded": "rate_limit",
+    "slow_down": "rate_limit",
+    "insufficient_quota": "quota",
+    "credit_balance_exhausted": "quota",
+    "organization_spend_limit_exceeded": "quota",
+    "organization_usage_limit_exceeded": "quota",
+    "project_spend_limit_exceeded": "quota",
+    "server_is_overloaded": "overload",
+    "invalid_api_key": "auth",
+    # types of compatible servers
+    "authentication_error": "auth",
+    "permission_error": "auth",
+    "rate_limit_error": "rate_limit",
+    "overloaded_error": "overload",
+    "RESOURCE_EXHAUSTED": "rate_limit",
+    "UNAVAILABLE": "overload",
+}
+_STATUSES: Final[dict[int | None, ErrorKind]] = {
+    401: "auth",
+    402: "quota",
+    403: "auth",
+    407: "auth",
+    408: "other",
+    429: "rate_limit",
+    502: "overload",
+    503: "overload",
+    529: "overload",
+}
+_OVERFLOWS: Final = re.compile(
+    "maximum context length"  # OpenAI, vLLM, OpenRouter; Mistral: too large for model with N maximum context length
+    "|input tokens exceed the configured limit"
+    "|exceeds the context window"
+    "|prompt is too long"  # Anthropic
+    "|exceed context limit"
+    "|exceeds the maximum number of tokens allowed"  # Gemini
+    "|input is too long for requested model|too many input tokens|expected maxlength"  # Bedrock
+    "|too many tokens"  # Cohere
+    "|prompt is longer than the context length|input length exceeds the context length"  # Ollama
+    "|exceeds the available context size"  # llama.cpp
+    "|`inputs` tokens \\+ `max_new_tokens` must be"  # text-generation-inference
+)
+
+
+def _error_of(value: object) -> object:
+    """The error in an answer, under `error` or without an envelope, alone in a list or not; `None`: there is none."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    error = _pick(value, "error")
+    if error is None and _pick(value, "object") == "error":
+        return value
+    return error
+
+
+def _classify(status: int | None, value: object) -> ErrorKind:
+    """What kind of error an answer is; `status` is `None` in the middle of a stream."""
+    error = _error_of(value) or value
+    code, kind = _pick(error, "code"), _pick(error, "type") or _pick(error, "status")
+    message = error if isinstance(error, str) else _pick(error, "message")
+    text = message[:4096].lower() if isinstance(message, str) else ""
+    if status is None and type(code) is int:  # OpenRouter and vLLM put the status there
+        status = code
+    # A text that is too long for its field is a parameter error, though it reads much the same.
+    if code == "string_above_max_length" or "string too long" in text:
+        return "invalid"
+    if status in (None, 400, 413, 422) and (code == "context_length_exceeded" or _OVERFLOWS.search(text)):
+        return "context_overflow"
+    for word in (code, kind):
+        if isinstance(word, str) and word in _KINDS:
+            return _KINDS[word]
+    if status == 402 and _pick(_pick(error, "metadata"), "limit_source") == "openrouter_in_flight_budget":
+        return "rate_limit"
+    if status in _STATUSES:
+        return _STATUSES[status]
+    return "invalid" if kind == "invalid_request_error" or status in range(400, 500) else "other"
