@@ -106,7 +106,7 @@ def _session(context: Context, _call: Call | None) -> tuple[Subject, ...]:
 
 
 def _each(kind: str, names: Iterable[str | None]) -> tuple[Subject, ...]:
-    return tuple(Subject(name, (kind, name)) for name in dict.fromkeys(names) if name)
+    return tuple(Subject(name, (kind, name)) for name in dict.fromkeys(names) if name is not None)
 
 
 def call_provider(call: Call) -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Self
 
 from asgi_llm_guard.claims import escape
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.policies._scoped import NamedPolicy, caller_subject
+from asgi_llm_guard.policies._scoped import Memo, NamedPolicy, caller_subject
 from asgi_llm_guard.policies.base import CacheDirective, Verdict
 from asgi_llm_guard.policies.grammar import ttl_ms
 
@@ -44,7 +44,7 @@ class CacheScope(NamedPolicy):
         ConfigurationError: a setting is malformed.
     """
 
-    __slots__ = ("_knowledge_base", "_settings", "_ttl_s", "enabled", "public")
+    __slots__ = ("_knowledge_base", "_memo", "_settings", "_ttl_s", "enabled", "public")
 
     def __init__(
         self,
@@ -74,13 +74,20 @@ class CacheScope(NamedPolicy):
             )
         self.enabled = enabled
         self.public = public
+        self._memo: Memo[Verdict] = Memo()
         self._ttl_s = None if ttl is None else -(-ttl_ms(ttl, name=f"{name}.ttl") // 1000)
         self._knowledge_base = _no_knowledge_base if knowledge_base is None else knowledge_base
         self._settings: Mapping[str, Mapping[str, object]] = {} if settings is None else settings
 
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
         """A directive for the cache; never a claim or a refusal."""
-        return Verdict(cache=self._directive(context))
+        if self._knowledge_base is not _no_knowledge_base:
+            return Verdict(cache=self._directive(context))
+        key = (context.caller, context.user)
+        return self._memo.get(key) or self._memo.keep(key, Verdict(cache=self._directive(context)))
+
+    def _copy(self, **changes: object) -> Self:
+        return super()._copy(_memo=Memo(), **changes)
 
     def _directive(self, context: Context) -> CacheDirective:
         if not self._enforce:

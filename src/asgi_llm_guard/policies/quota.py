@@ -127,14 +127,27 @@ class QuotaBook:
 class _Department(NamedTuple):
     """What is asked of a call for the sake of one department."""
 
-    subject: Subject
+    name: str
     known: bool
     models: ModelList | None
     money: tuple[Meter, ...]
     tokens: tuple[Meter, ...]
 
+    @property
+    def may_refuse(self) -> bool:
+        return not self.known or self.models is not None
 
-class Quota(ScopedPolicy[tuple[_Department, ...]]):
+
+class _Departments(NamedTuple):
+    """What is asked for the sake of all departments of one context."""
+
+    refusing: tuple[_Department, ...]
+    """Those that may refuse whatever is left."""
+    money: tuple[Meter, ...]
+    tokens: tuple[Meter, ...]
+
+
+class Quota(ScopedPolicy[_Departments]):
     """The quotas of every department of the caller: all must allow the model and have enough left, and all are charged in full.
 
     Without departments nothing is checked.
@@ -173,68 +186,64 @@ class Quota(ScopedPolicy[tuple[_Department, ...]]):
             return NOTHING
         version, quotas = self.book.snapshot
         key = (version, context.departments)
-        departments = self._memo.get(key)
-        if departments is None:
+        asked = self._memo.get(key)
+        if asked is None:
             subjects = self._subjects(context, call)
-            departments = self._keep(key, tuple(self._department(each, quotas) for each in subjects), subjects)
-        refusal = self._check(departments, call)
-        if refusal is not None:
-            return refusal
-        claims = tuple(
-            claim
-            for each in departments
-            for claim in amounts(each.tokens, call.total_tokens) + amounts(each.money, call.cost_nanousd or 0)
-        )
+            asked = self._keep(key, self._build(subjects, quotas), subjects)
+        for department in asked.refusing:
+            if not department.known or (department.models is not None and not department.models.allows(call)):
+                return self._forbidden(department, call)
+        _, money, tokens = asked
+        if money and call.cost_nanousd is None:
+            return self._unpriced(call, scope="department", subject=money[0].subject)
+        claims = amounts(tokens, call.total_tokens) + amounts(money, call.cost_nanousd or 0)
         return Verdict(claims) if claims else NOTHING
 
-    def _check(self, departments: tuple[_Department, ...], call: Call) -> Verdict | None:
-        for each in departments:
-            name = each.subject.name
-            if not each.known:
-                return self._refuse(
-                    "quota_exceeded",
-                    f"No quota is set for the department {quoted(name)}.",
-                    scope="department",
-                    subject=name,
-                    status=403,
-                )
-            if each.models is not None and not each.models.allows(call):
-                return self._refuse(
-                    "model_not_allowed",
-                    f"The model {quoted(call.model)} is not allowed for the department {quoted(name)}.",
-                    scope="department",
-                    subject=name,
-                )
-            if each.money and call.cost_nanousd is None:
-                return self._unpriced(call, scope="department", subject=name)
-        return None
-
-    def _department(self, subject: Subject, quotas: Mapping[str, DepartmentQuota]) -> _Department:
-        quota = quotas.get(subject.name)
-        if quota is None:
-            return _Department(subject, self.unknown == "allow", None, (), ())
-        day, month = Calendar("day", quota.tz), Calendar("month", quota.tz)
-        return _Department(
-            subject,
-            known=True,
-            models=None if quota.models is None else ModelList(quota.models),
-            money=self._meters(
-                subject,
-                Unit.NANOUSD,
-                (day, _nanousd(quota.daily_cost)),
-                (month, _nanousd(quota.monthly_cost)),
-            ),
-            tokens=self._meters(subject, Unit.TOKENS, (day, quota.daily_tokens), (month, quota.monthly_tokens)),
+    def _forbidden(self, department: _Department, call: Call) -> Verdict:
+        if not department.known:
+            return self._refuse(
+                "quota_exceeded",
+                f"No quota is set for the department {quoted(department.name)}.",
+                scope="department",
+                subject=department.name,
+                status=403,
+            )
+        return self._refuse(
+            "model_not_allowed",
+            f"The model {quoted(call.model)} is not allowed for the department {quoted(department.name)}.",
+            scope="department",
+            subject=department.name,
         )
 
-    def _meters(self, subject: Subject, unit: Unit, *limits: tuple[Calendar, int | str | None]) -> tuple[Meter, ...]:
+    def _build(self, subjects: tuple[Subject, ...], quotas: Mapping[str, DepartmentQuota]) -> _Departments:
+        departments = [self._department(subject, quotas.get(subject.name)) for subject in subjects]
+        return _Departments(
+            refusing=tuple(each for each in departments if each.may_refuse),
+            money=tuple(meter for each in departments for meter in each.money),
+            tokens=tuple(meter for each in departments for meter in each.tokens),
+        )
+
+    def _department(self, subject: Subject, quota: DepartmentQuota | None) -> _Department:
+        if quota is None:
+            return _Department(subject.name, self.unknown == "allow", None, (), ())
+        day, month = Calendar("day", quota.tz), Calendar("month", quota.tz)
+        cost, tokens = (quota.daily_cost, quota.monthly_cost), (quota.daily_tokens, quota.monthly_tokens)
+        return _Department(
+            subject.name,
+            known=True,
+            models=None if quota.models is None else ModelList(quota.models),
+            money=self._meters(subject, Unit.NANOUSD, zip((day, month), map(_nanousd, cost), strict=True)),
+            tokens=self._meters(subject, Unit.TOKENS, zip((day, month), map(_tokens, tokens), strict=True)),
+        )
+
+    def _meters(self, subject: Subject, unit: Unit, limits: Iterable[tuple[Calendar, int | None]]) -> tuple[Meter, ...]:
         return tuple(
             self._meter(
                 "department",
                 subject,
                 unit=unit,
                 rule=Rule.QUOTA,
-                limit=whole(limit, name=unit.value),
+                limit=limit,
                 window=window,
                 expiry_charge=self.expiry_charge,
             )
@@ -245,6 +254,10 @@ class Quota(ScopedPolicy[tuple[_Department, ...]]):
 
 def _nanousd(cost: Decimal | float | str | None) -> int | None:
     return None if cost is None else to_nano(cost)
+
+
+def _tokens(tokens: int | str | None) -> int | None:
+    return None if tokens is None else whole(tokens, name="tokens")
 
 
 def _read(quotas: Mapping[str, DepartmentQuota | Mapping[str, object]]) -> Mapping[str, DepartmentQuota]:
