@@ -229,6 +229,13 @@ def test_keys_for_other_uses() -> None:
             verifier(RSA.as_dict(private=False) | limits)
 
 
+def test_encryption_key_in_a_set() -> None:
+    """A token that is signed with the set's key for encryption is refused."""
+    keys = {"keys": [RSA.as_dict(private=False) | {"use": "enc"}, OTHER_RSA.as_dict(private=False)]}
+    with pytest.raises(IdentityError):
+        verifier(keys)(bearing(token()))
+
+
 def test_replace_key() -> None:
     """When the issuer changes its keys, the new ones are used; a wrong key changes nothing."""
     resolve = verifier()
