@@ -34,6 +34,8 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
     """Input and output together; `None`: what is held."""
     cost_nanousd: int | None = None
     """`None`: what is held."""
+    price_source: str | None = None
+    billed_model: str | None = None
 
 
 def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:

@@ -21,6 +21,7 @@ __all__ = [
     "Refused",
     "SettledCall",
     "ShadowMisfit",
+    "SlotOverrun",
     "StorageFailed",
     "StorageRecovered",
     "emit",
@@ -70,6 +71,13 @@ class Expired(msgspec.Struct, frozen=True):
     call_ids: tuple[str, ...]
 
 
+class SlotOverrun(msgspec.Struct, frozen=True):
+    """A live call lost its slot because its process missed its heartbeats, and could not take it again."""
+
+    call_id: str
+    policies: tuple[str, ...]
+
+
 class StorageFailed(msgspec.Struct, frozen=True):
     """The storage stopped answering. Sent once per outage, not once per request."""
 
@@ -80,7 +88,7 @@ class StorageRecovered(msgspec.Struct, frozen=True):
     """The storage answers again."""
 
 
-Event = Admission | Refused | ShadowMisfit | SettledCall | Expired | StorageFailed | StorageRecovered
+Event = Admission | Refused | ShadowMisfit | SettledCall | Expired | SlotOverrun | StorageFailed | StorageRecovered
 
 
 class Observer(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 import msgspec
 
@@ -13,7 +14,7 @@ from asgi_llm_guard.policies.base import CacheDirective, Policy
 
 __all__ = ["Asked", "ask"]
 
-_NONE: Set[str] = frozenset()
+_NONE: AbstractSet[str] = frozenset()
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ def ask(
     *,
     requests: bool = True,
     calls: bool = True,
-    taken: Set[str] = _NONE,
+    taken: AbstractSet[str] = _NONE,
 ) -> Asked:
     """Ask the policies that count `requests` and those that count `calls`, in order.
 

@@ -54,7 +54,9 @@ class Route:
         if not isinstance(self.path, str) or not self.path.startswith("/"):
             raise ConfigurationError(f"Route: the path must start with '/', got {self.path!r}")
         if isinstance(self.methods, str):
-            raise ConfigurationError(f"Route {self.path}: methods must be a list such as ['POST'], got {self.methods!r}")
+            raise ConfigurationError(
+                f"Route {self.path}: methods must be a list such as ['POST'], got {self.methods!r}"
+            )
         if self.calls not in {"auto", "hooked", "opaque"}:
             raise ConfigurationError(f"Route {self.path}: calls must be auto, hooked or opaque, got {self.calls!r}")
         tokens = self.assumed_output_tokens

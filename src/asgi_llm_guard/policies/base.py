@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from asgi_llm_guard.claims import Claim
+from asgi_llm_guard.claims import Claim, Meter, Reading
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.decision import Refusal
+from asgi_llm_guard.decision import Denied, Refusal
 
-__all__ = ["CacheDirective", "Policy", "Verdict"]
+__all__ = [
+    "AgentAware",
+    "CacheDirective",
+    "Candidates",
+    "DeploymentFilter",
+    "Eligibility",
+    "Policy",
+    "SessionAware",
+    "Verdict",
+]
 
 
 class CacheDirective(msgspec.Struct, frozen=True):
@@ -35,6 +45,7 @@ class Verdict(msgspec.Struct, frozen=True):
     """What a policy in shadow would have refused by itself; changes nothing."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A rule. Built once, asked for every request or call that it counts."""
 
@@ -56,3 +67,52 @@ class Policy(Protocol):
         Verdicts and claims are values: the same ones may be returned again and again.
         """
         ...
+
+
+@runtime_checkable
+class AgentAware(Protocol):
+    """A policy whose limit may depend on the agent."""
+
+    def with_agents(self, agents: Mapping[str, Mapping[str, object]], /) -> Policy:
+        """This policy with the guard's agent registry."""
+        ...
+
+
+@runtime_checkable
+class SessionAware(Protocol):
+    """A policy whose refusals name where session ids are read from."""
+
+    def with_sources(self, sources: Sequence[str], /) -> Policy:
+        """This policy with the names of the headers and fields."""
+        ...
+
+
+class Candidates(Protocol):
+    """Deployments with their providers."""
+
+    @property
+    def providers(self) -> tuple[str, ...]: ...
+
+
+class Eligibility(Protocol):
+    """Which deployments may be called."""
+
+    @property
+    def deployments(self) -> tuple[object, ...]: ...
+
+    def denied(self, now_ms: int, /) -> Denied | None:
+        """The refusal if none is left."""
+        ...
+
+
+@runtime_checkable
+class DeploymentFilter(Protocol):
+    """A policy that can tell which deployments are under budget."""
+
+    def resolve(self, deployments: object, /) -> Candidates: ...
+
+    def meters(self, providers: Sequence[str], /) -> Mapping[str, Meter]:
+        """The meters to read, in one batch."""
+        ...
+
+    def eligible(self, deployments: object, readings: Mapping[str, Reading], /) -> Eligibility: ...

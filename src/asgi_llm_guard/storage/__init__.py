@@ -1,1 +1,51 @@
 """Storages: where counters live. `base` is the protocol; each storage has a file of its own."""
+
+from __future__ import annotations
+
+from asgi_llm_guard.clock import Clock
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.storage.base import Storage
+
+__all__ = ["open_storage"]
+
+
+def open_storage(url: str, *, clock: Clock) -> Storage:
+    """The storage that a URL names: `memory://`, `sqlite:///file.db` (relative) or `sqlite:////var/lib/file.db`.
+
+    `sqlite:///file.db?synchronous=FULL` also survives a loss of power without losing the last commits.
+
+    Raises:
+        ConfigurationError: not a URL of a known storage, or an option that it does not have.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise ConfigurationError(f"storage: expected a URL such as memory:// or sqlite:///guard.db, got {url!r}")
+    if scheme == "memory":
+        if rest:
+            raise ConfigurationError(f"storage: memory:// takes nothing after it, got {url!r}")
+        from asgi_llm_guard.storage.memory import MemoryStorage
+
+        return MemoryStorage(clock=clock)
+    if scheme == "sqlite":
+        from asgi_llm_guard.storage.sqlite import SqliteStorage
+
+        path, _, query = rest.partition("?")
+        return SqliteStorage(_sqlite_path(path, url), clock=clock, synchronous=_synchronous(query, url))
+    raise ConfigurationError(f"storage: expected memory:// or sqlite:///path, got the scheme {scheme!r}")
+
+
+def _sqlite_path(path: str, url: str) -> str:
+    if not path.startswith("/") or len(path) < 2:
+        raise ConfigurationError(
+            f"storage: expected sqlite:///file.db (relative) or sqlite:////absolute/file.db, got {url!r}"
+        )
+    return path[1:]
+
+
+def _synchronous(query: str, url: str) -> str:
+    if not query:
+        return "NORMAL"
+    name, _, value = query.partition("=")
+    if name != "synchronous" or value.upper() not in {"NORMAL", "FULL"}:
+        raise ConfigurationError(f"storage: the one option is synchronous=NORMAL or synchronous=FULL, got {url!r}")
+    return value.upper()

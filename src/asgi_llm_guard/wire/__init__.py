@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.wire.base import Answer, Dialect
+from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 
-__all__ = ["DIALECTS", "dialect_for", "dialect_named", "meter_object"]
+__all__ = ["DIALECTS", "dialect_for", "dialect_named", "item_meter", "meter_object"]
 
 DIALECTS: Final[tuple[Dialect, ...]] = (OpenAIChat(),)
 """Every dialect there is, in the order in which objects are tried."""
@@ -35,3 +35,23 @@ def dialect_named(name: str) -> Dialect:
 def meter_object(obj: object) -> Answer | None:
     """What a library's response object, a dict or an HTTP response says; `None`: no dialect knows its shape."""
     return next((answer for dialect in DIALECTS if (answer := dialect.read_object(obj)) is not None), None)
+
+
+def item_meter() -> ItemMeter:
+    """A meter for streamed items of any dialect: the first that knows the shape of an item reads the rest."""
+    return _AnyItems()
+
+
+class _AnyItems:
+    def __init__(self) -> None:
+        self._meters = [dialect.item_meter() for dialect in DIALECTS]
+
+    def add(self, item: object) -> None:
+        for meter in self._meters:
+            meter.add(item)
+            if len(self._meters) > 1 and meter.answer() is not None:
+                self._meters = [meter]
+                return
+
+    def answer(self) -> Answer | None:
+        return next((answer for meter in self._meters if (answer := meter.answer()) is not None), None)

@@ -1,0 +1,574 @@
+"""One request or job, and the calls inside it.
+
+Rule 1: scopes nest: admission, `@guarded`, `guard.call`, client hook. The current scope travels in
+a context variable, as one mutable object that threads, tasks and generators share.
+
+Rule 2: a call adopts the nearest enclosing call that is open, not dispatched and not adopted: it
+takes over its hold, changed to its own claims in one step. Exactly one adopts; every further call
+claims its own. So one call inside a request is charged once, and ten are charged ten times.
+
+Rule 3: whoever has the hold settles it, once. An adopted call has none any more, and what is
+recorded on it changes nothing: the child's measured usage stands.
+
+Rule 4: settling is handing over to the storage. It does not wait, and nothing that happens to the
+task afterwards takes it back.
+
+Rule 5: after an admission has ended, calls under it claim their own.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from asgi_llm_guard.charge import Charge, actuals, draft
+from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Denied
+from asgi_llm_guard.engine import Engine, Hold
+from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.plan import ask
+from asgi_llm_guard.policies.base import CacheDirective, Policy
+from asgi_llm_guard.pricing import Cost
+from asgi_llm_guard.storage.base import Completed, Pending
+from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
+from asgi_llm_guard.wire import item_meter, meter_object
+from asgi_llm_guard.wire.base import Answer, ItemMeter
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+__all__ = ["ActiveCall", "Admission", "Scope", "current_admission", "current_scope", "enter", "leave"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+T = TypeVar("T")
+
+
+class _State(Enum):
+    OPEN = "open"
+    ADOPTED = "adopted"
+    ENDED = "ended"
+
+
+class Admission:
+    """One request or job: who asks, what was granted, and the calls made inside it."""
+
+    __slots__ = (
+        "_deferred",
+        "_ended",
+        "_lock",
+        "_pending",
+        "cache",
+        "context",
+        "engine",
+        "hold",
+        "opaque",
+        "policies",
+        "receipts",
+        "release_on_4xx",
+        "root",
+        "seen",
+    )
+
+    def __init__(self, engine: Engine, context: Context, policies: Sequence[Policy], *, opaque: bool = False) -> None:
+        self.engine = engine
+        self.context = context
+        self.policies = tuple(policies)
+        self.opaque = opaque
+        """A call may have been made that nobody saw; the hold is charged for it."""
+        self.release_on_4xx = False
+        self.hold: Hold | None = None
+        """What the request itself holds: rates and slots."""
+        self.root: ActiveCall | None = None
+        """The call that the request stands for, until one inside it adopts it."""
+        self.receipts: tuple[Receipt, ...] = ()
+        """Everything that was granted when it was opened."""
+        self.cache: CacheDirective | None = None
+        self.seen = False
+        """A call was seen inside it."""
+        self._lock = threading.Lock()
+        self._deferred: list[ActiveCall] = []
+        self._ended = False
+        self._pending: Pending[tuple[Settled, ...]] = _NOTHING
+
+    async def open(
+        self, call: Call | None, *, requests: bool = True, calls: bool = True, clamp: bool = False
+    ) -> Denied | None:
+        """Claim what the request costs, and with `calls` one call. A `Denied` has taken nothing."""
+        answer = await self.engine.reserve(
+            self.policies, self.context, call, requests=requests, calls=calls, clamp=clamp
+        )
+        if isinstance(answer, Denied):
+            return answer
+        self.hold = answer.request
+        self.receipts = answer.granted.receipts
+        self.cache = answer.cache
+        if answer.call is not None:
+            self.root = ActiveCall(self, None, self.policies, answer.described)
+            self.root.hold = answer.call
+        return None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was settled."""
+        return self._ended
+
+    @property
+    def scope(self) -> Scope:
+        """Where calls inside this admission start looking for a hold to adopt."""
+        return self.root or self
+
+    def defer(self, call: ActiveCall) -> None:
+        """End `call` with this admission at the latest: its response is still streaming."""
+        with self._lock:
+            self._deferred.append(call)
+
+    def end(
+        self, answer: Answer | None = None, *, status: int | None = None, complete: bool = True
+    ) -> Pending[tuple[Settled, ...]]:
+        """Settle what is open, by what the response body said. Once; later calls give the first one's answer.
+
+        `answer`: what was read from the response body, if its dialect is known. `complete`: the
+        response was sent to its end.
+        """
+        with self._lock:
+            if self._ended:
+                return self._pending
+            self._ended = True
+            deferred, self._deferred = self._deferred, []
+        settlements = []
+        for call in deferred:
+            settlements += call.settlements(None)
+        if self.root is not None:
+            settlement = self.root.close_unseen(answer, status=status, complete=complete)
+            if settlement is not None:
+                settlements.append(settlement)
+        if self.hold is not None:
+            settlements.append(_request_settlement(self.hold))
+        if settlements:
+            self._pending = self.engine.settle(settlements)
+        return self._pending
+
+
+_NOTHING = Completed(())
+
+
+class ActiveCall:
+    """One LLM call while it lasts. Record what came back; leaving its block settles it."""
+
+    __slots__ = (
+        "_answer",
+        "_dispatched",
+        "_first_ms",
+        "_items",
+        "_lock",
+        "_released",
+        "_started_ms",
+        "_state",
+        "admission",
+        "call",
+        "hold",
+        "parent",
+        "policies",
+        "side",
+        "taken",
+    )
+
+    def __init__(
+        self, admission: Admission, parent: ActiveCall | None, policies: Sequence[Policy], call: Call | None
+    ) -> None:
+        self.admission = admission
+        self.parent = parent
+        self.policies = tuple(policies)
+        self.call = call
+        """What is known of the call; `None`: it was not described."""
+        self.hold: Hold | None = None
+        self.side: Hold | None = None
+        """Rates and slots of a `@guarded` function, which last as long as the call."""
+        self.taken: frozenset[str] = frozenset()
+        """The meters of rates and slots that this scope and those around it hold."""
+        self._state = _State.OPEN
+        self._dispatched = False
+        self._released = False
+        self._answer: Answer | None = None
+        self._items: ItemMeter | None = None
+        self._started_ms = admission.engine.clock.now_ms()
+        self._first_ms: int | None = None
+        self._lock = threading.Lock()
+
+    # -------------------------------------------------------------------------------- claim
+
+    async def claim(self, *, requests: bool = False) -> None:
+        """Adopt the nearest enclosing hold, or claim an own one.
+
+        `requests`: also claim the policies that count requests, where no scope around holds them.
+
+        Raises:
+            LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
+        """
+        admission, engine = self.admission, self.admission.engine
+        outer = self.parent.taken if self.parent is not None else frozenset()
+        if admission.hold is not None and not admission.ended:
+            outer |= {claim.meter.key for claim in admission.hold.claims}
+        self.taken = outer
+        admission.seen = True
+        donor = self._donor()
+        try:
+            if donor is not None and await self._adopt(donor, requests=requests):
+                return
+            answer = await engine.reserve(self.policies, admission.context, self.call, requests=requests, taken=outer)
+        except BaseException:
+            self._state = _State.ENDED
+            raise
+        if isinstance(answer, Denied):
+            self._state = _State.ENDED
+            raise LimitExceeded(answer)
+        self.hold = answer.call
+        self._keep_side(answer.request)
+
+    def _keep_side(self, side: Hold | None) -> None:
+        self.side = side
+        if side is not None:
+            self.taken |= {claim.meter.key for claim in side.claims}
+
+    def _donor(self) -> ActiveCall | None:
+        scope = self.parent
+        while scope is not None:
+            if scope.lend():
+                return scope
+            scope = scope.parent
+        return None
+
+    def lend(self) -> bool:
+        """Let a call inside take over the hold, if it is free. True for exactly one of those who ask."""
+        with self._lock:
+            if self._state is not _State.OPEN or self._dispatched or self.hold is None or self.admission.ended:
+                return False
+            self._state = _State.ADOPTED
+            return True
+
+    def _take_back(self) -> None:
+        with self._lock:
+            self._state = _State.OPEN
+
+    async def _adopt(self, donor: ActiveCall, *, requests: bool) -> bool:
+        engine, context = self.admission.engine, self.admission.context
+        hold = donor.hold
+        assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it  # pragma: no branch
+        side: Hold | None = None
+        try:
+            if requests:
+                answer = await engine.reserve(
+                    self.policies, context, self.call, requests=True, calls=False, taken=self.taken
+                )
+                if isinstance(answer, Denied):
+                    donor._take_back()
+                    raise LimitExceeded(answer)  # noqa: TRY301 - and it passes the handler below
+                side = answer.request
+            if self.call is None:
+                self.call = donor.call
+            amended = await engine.amend(hold, self.policies, context, self.call)
+        except LimitExceeded:
+            raise
+        except BaseException:
+            # Cancelled on the way: nothing was sent, so all of it is given back, whichever claims it has.
+            with donor._lock:
+                donor._state = _State.ENDED
+            back = [Settlement(hold.call_id, ())]
+            if side is not None:
+                back.append(Settlement(side.call_id, (), None, side.receipts))
+            engine.settle(back)
+            raise
+        if isinstance(amended, Denied):
+            donor._take_back()
+            if side is not None:
+                engine.settle([Settlement(side.call_id, (), None, side.receipts)])
+            raise LimitExceeded(amended)
+        self._keep_side(side)
+        if amended is None:  # it expired meanwhile and is charged; this call claims its own
+            with donor._lock:
+                donor._state = _State.ENDED
+            return False
+        self.hold = amended
+        return True
+
+    # ------------------------------------------------------------------------------- record
+
+    def dispatched(self) -> None:
+        """The request is on its way to the provider: from here on the hold is this call's alone."""
+        with self._lock:
+            self._dispatched = True
+        self._started_ms = self.admission.engine.clock.now_ms()
+
+    def record(self, response: object) -> None:
+        """Take the usage of `response`: an SDK's object, a dict, an HTTP response, or a `Usage`.
+
+        What it does not recognise is logged by type and leaves the call unmetered, which charges the hold.
+        """
+        self._dispatched = True
+        if isinstance(response, Usage):
+            self._answer = Answer(kind="success", usage=response, model=response.model, finished=True)
+            return
+        answer = meter_object(response)
+        if answer is None:
+            _log.warning("call.record: no usage is known in a %s; the call is charged what it holds", type(response))
+            return
+        self._answer = answer
+
+    @property
+    def recorded(self) -> bool:
+        """Whether something has been recorded."""
+        return self._answer is not None or self._items is not None
+
+    def record_if_known(self, result: object) -> None:
+        """As `record`, for values that need not be a response: one of unknown shape says nothing."""
+        answer = meter_object(result)
+        if answer is not None:
+            self._dispatched = True
+            self._answer = answer
+
+    def record_chunk(self, chunk: object) -> None:
+        """Take what one streamed item says: text so far, and usage on the last one."""
+        self._dispatched = True
+        if self._first_ms is None:
+            self._first_ms = self.admission.engine.clock.now_ms()
+        if self._items is None:
+            self._items = item_meter()
+        self._items.add(chunk)
+
+    async def stream(self, chunks: AsyncIterator[T]) -> AsyncIterator[T]:
+        """Pass the chunks of an SDK's stream on, metering them."""
+        self.dispatched()
+        async for chunk in chunks:
+            self.record_chunk(chunk)
+            yield chunk
+
+    def stream_sync(self, chunks: Iterator[T]) -> Iterator[T]:
+        """As `stream`, for a synchronous SDK."""
+        self.dispatched()
+        for chunk in chunks:
+            self.record_chunk(chunk)
+            yield chunk
+
+    def release(self) -> None:
+        """Nothing was sent: give all of it back when the call ends."""
+        self._released = True
+
+    # ---------------------------------------------------------------------------------- end
+
+    def end(self, error: BaseException | None = None) -> Pending[tuple[Settled, ...]]:
+        """Settle this call. Once; later calls change nothing. An adopted call has nothing to settle."""
+        settlements = self.settlements(error)
+        return self.admission.engine.settle(settlements) if settlements else _NOTHING
+
+    def settlements(self, error: BaseException | None) -> list[Settlement]:
+        """End this call, and give what the caller has to hand over for it."""
+        settlements = []
+        if self._close():
+            settlements.append(self._settlement(self._charge(error)))
+        with self._lock:
+            side, self.side = self.side, None
+        if side is not None:
+            settlements.append(_request_settlement(side))
+        return settlements
+
+    def close_unseen(self, answer: Answer | None, *, status: int | None, complete: bool) -> Settlement | None:
+        """End the call that a request stood for, by what its response body said."""
+        if not self._close():
+            return None
+        if self._answer is None and answer is not None:
+            self._answer = answer
+        if self._answer is not None or self._items is not None or self._released:
+            return self._settlement(self._charge(None, complete=complete))
+        admission = self.admission
+        if not admission.opaque or (admission.release_on_4xx and status is not None and 400 <= status < 500):
+            hold = self.hold
+            assert hold is not None  # noqa: S101 - `_close` saw it
+            return Settlement(hold.call_id, (), None, hold.receipts)
+        return self._settlement(Charge(outcome="unseen"))
+
+    def _close(self) -> bool:
+        with self._lock:
+            if self._state is not _State.OPEN:
+                return False
+            self._state = _State.ENDED
+        return self.hold is not None
+
+    def _charge(self, error: BaseException | None, *, complete: bool = True) -> Charge:
+        answer = self._answer
+        if answer is None and self._items is not None:
+            answer = self._items.answer()
+        usage = answer.usage if answer is not None else None
+        if usage is not None and usage.total_tokens is not None:
+            return self._measured(usage)
+        if self._released:
+            return Charge(outcome="not_dispatched")
+        if answer is not None:
+            if answer.kind == "error" and not answer.text_bytes:
+                return Charge(outcome="provider_error")
+            if answer.text_bytes and (not answer.finished or not complete or error is not None):
+                return self._counted(answer)
+            if answer.finished and complete:
+                return Charge(outcome="unmetered")
+        if error is not None:
+            return Charge(outcome=outcome_of(error))
+        return Charge(outcome="unmetered" if complete and answer is None else "unknown")
+
+    def _measured(self, usage: Usage) -> Charge:
+        cost = self._cost(usage)
+        if cost.nanousd is None and (self.call is None or self.call.cost_nanousd is not None):
+            # Tokens are known and their price is not: tokens as measured, money as held.
+            return Charge(outcome="measured", usage=usage, tokens=usage.total_tokens)
+        return Charge(
+            outcome="measured",
+            usage=usage,
+            tokens=usage.total_tokens,
+            cost_nanousd=cost.nanousd or 0,
+            price_source=cost.source,
+            billed_model=cost.billed_model,
+        )
+
+    def _counted(self, answer: Answer) -> Charge:
+        """A cut stream: the text so far plus the input, by the same bound as the hold (a token is at
+        least one byte); never above it."""
+        call = self.call
+        if call is None:
+            return Charge(outcome="unknown")
+        output = min(answer.text_bytes, call.output_tokens)
+        usage = Usage(input_tokens=call.input_tokens, output_tokens=output, model=answer.model)
+        cost = self._cost(usage).nanousd
+        if cost is not None and call.cost_nanousd is not None:
+            cost = min(cost, call.cost_nanousd)
+        return Charge(outcome="estimated", usage=usage, tokens=call.input_tokens + output, cost_nanousd=cost)
+
+    def _cost(self, usage: Usage) -> Cost:
+        engine, call = self.admission.engine, self.call
+        provider = call.provider if call is not None else None
+        model = call.model if call is not None else (usage.model or "")
+        return engine.describer.prices.cost(provider, model, usage, engine.clock.now_ms(), call=call)
+
+    def _settlement(self, charge: Charge) -> Settlement:
+        hold = self.hold
+        assert hold is not None  # noqa: S101 - `_close` saw it
+        now_ms = self.admission.engine.clock.now_ms()
+        amounts = actuals(hold.claims, charge)
+        debits: tuple[Claim, ...] = ()
+        if self.call is None and charge.usage is not None:
+            debits = self._debits(charge.usage, charge.cost_nanousd)
+        if charge.outcome == "not_dispatched":
+            return Settlement(hold.call_id, amounts, None, hold.receipts)
+        record = self._record(hold, charge, now_ms)
+        return Settlement(hold.call_id, amounts, record, hold.receipts, debits)
+
+    def _debits(self, usage: Usage, cost_nanousd: int | None) -> tuple[Claim, ...]:
+        """What policies would have claimed, had the call been described: charged although it was not held."""
+        assert self.hold is not None  # noqa: S101 - asked for by `_settlement` only
+        engine = self.admission.engine
+        described = engine.describe_used(usage, cost_nanousd)
+        held = {claim.meter.key for claim in self.hold.claims}
+        debits: dict[str, Claim] = {}
+        for policy in self.policies:  # one by one: a policy that would have refused does not hide the others
+            asked = ask((policy,), self.admission.context, described, engine.clock.now_ms(), requests=False)
+            for claim in asked.calls:
+                if claim.meter.key not in held and claim.meter.unit in _MEASURED:
+                    debits[claim.meter.key] = claim
+        return tuple(debits.values())
+
+    def _record(self, hold: Hold, charge: Charge, now_ms: int) -> UsageRecord:
+        base = hold.draft or draft(hold.call_id, self.admission.context, self.call, self._started_ms)
+        call, usage = self.call, charge.usage
+        cost_nanousd, tokens = charge.cost_nanousd, charge.tokens
+        if charge.outcome == "provider_error":
+            cost_nanousd = tokens = 0
+        elif call is not None:
+            cost_nanousd = call.cost_nanousd if cost_nanousd is None else cost_nanousd
+            tokens = call.total_tokens if tokens is None else tokens
+        return msgspec.structs.replace(
+            base,
+            ended_ms=now_ms,
+            model=base.model or (usage.model if usage is not None else None),
+            billed_model=charge.billed_model or base.billed_model,
+            usage=usage,
+            cost_nanousd=cost_nanousd,
+            tokens=tokens,
+            outcome=charge.outcome,
+            price_source=charge.price_source or base.price_source,
+            dispatched_ms=self._started_ms,
+            first_token_ms=None if self._first_ms is None else max(0, self._first_ms - self._started_ms),
+            latency_ms=max(0, now_ms - self._started_ms),
+        )
+
+
+Scope = Admission | ActiveCall
+
+_MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
+
+
+def _request_settlement(hold: Hold) -> Settlement:
+    """Rates stay as they were taken; slots are free again."""
+    amounts = tuple(0 if claim.meter.unit is Unit.SLOTS else None for claim in hold.claims)
+    return Settlement(hold.call_id, amounts, None, hold.receipts)
+
+
+_NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """What an exception says about the call that raised it, by its shape; `unknown` unless it says so.
+
+    A status of 400 or above is the provider's answer. A connection that was never made, and a
+    refusal of ours, mean that nothing was sent.
+    """
+    seen: BaseException | None = error
+    for _ in range(8):  # causes may form a ring
+        if seen is None:
+            break
+        if isinstance(seen, LimitExceeded) or type(seen).__name__ in _NEVER_SENT:
+            return "not_dispatched"
+        status = getattr(seen, "status_code", None)
+        if isinstance(status, int) and status >= 400 and (hasattr(seen, "response") or hasattr(seen, "body")):
+            return "provider_error"
+        seen = seen.__cause__
+    return "unknown"
+
+
+# --------------------------------------------------------------------------------- current scope
+
+_scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("asgi_llm_guard_scope", default=None)
+
+
+def current_scope() -> Scope | None:
+    """The innermost scope that this code runs in."""
+    return _scope.get()
+
+
+def current_admission() -> Admission:
+    """The admission that this code runs in.
+
+    Raises:
+        ContextError: there is none.
+    """
+    scope = _scope.get()
+    if scope is None:
+        raise ContextError(
+            "no admission is open here: add GuardMiddleware to the application, or open one with "
+            "`async with guard.open(Context(...))`"
+        )
+    return scope.admission if isinstance(scope, ActiveCall) else scope
+
+
+def enter(scope: Scope) -> Token[Scope | None]:
+    """Make `scope` the current one."""
+    return _scope.set(scope)
+
+
+def leave(token: Token[Scope | None]) -> None:
+    """Make the scope before it the current one again."""
+    _scope.reset(token)

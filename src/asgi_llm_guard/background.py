@@ -1,0 +1,106 @@
+"""One background event loop per process: heartbeats, and the engine for synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol, TypeVar
+
+from asgi_llm_guard.errors import ContextError
+from asgi_llm_guard.storage.base import LAPSE_MS
+
+__all__ = ["keep_alive", "run"]
+
+_log = logging.getLogger("asgi_llm_guard")
+_BEAT_S: Final = LAPSE_MS / 3000
+
+T = TypeVar("T")
+
+
+class Beating(Protocol):
+    """What is kept alive."""
+
+    async def heartbeat(self) -> None: ...
+
+
+class _Background:
+    """A daemon thread with an event loop. Made when first needed, and made anew in a forked child."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._hearts: weakref.WeakSet[Beating] = weakref.WeakSet()
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            with self._lock:
+                if self._loop is None:
+                    loop = asyncio.new_event_loop()
+                    self._thread = threading.Thread(target=self._run, args=(loop,), name="llm-guard", daemon=True)
+                    self._thread.start()
+                    self._loop = loop
+        return self._loop
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        loop.create_task(self._beat())
+        loop.run_forever()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            for heart in tuple(self._hearts):
+                try:
+                    await heart.heartbeat()
+                except Exception:  # noqa: BLE001 - one guard's failure must not stop the others' heartbeats
+                    _log.exception("a heartbeat failed; the next one is in %s s", _BEAT_S)
+
+    def keep_alive(self, heart: Beating) -> None:
+        if heart not in self._hearts:
+            self._hearts.add(heart)
+            self.loop()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        loop = self.loop()
+        if threading.current_thread() is self._thread or _in_event_loop():
+            work.close()
+            raise ContextError(
+                "the synchronous API was called on an event loop's thread, which it would block; "
+                "use `async with guard.call(...)` there, or call it from a worker thread"
+            )
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+_background = _Background()
+
+
+def keep_alive(heart: Beating) -> None:
+    """Send heartbeats for `heart` every 5 seconds, for as long as it lives."""
+    _background.keep_alive(heart)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` on the background loop and wait for it. For synchronous code.
+
+    Raises:
+        ContextError: called on the thread of an event loop.
+    """
+    return _background.run(work)

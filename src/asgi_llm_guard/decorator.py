@@ -1,0 +1,395 @@
+"""`@guarded`: a function that is an LLM call, or makes them.
+
+Works on handlers (with or without a `request` parameter, `Depends`, class-based), and on any
+function: coroutine functions, plain ones, generators of both kinds, and functions that return a
+streaming response. A plain function stays one: frameworks run it in a worker thread as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar, cast
+
+from asgi_llm_guard import background
+from asgi_llm_guard.admission import ActiveCall, Admission, current_scope, enter, leave
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.errors import ConfigurationError, ContextError
+from asgi_llm_guard.estimate import message_tokens
+from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.marks import mark
+from asgi_llm_guard.policies.base import Policy
+
+__all__ = ["guarded"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_METHODS: Final = ("get", "head", "post", "put", "patch", "delete", "options")
+
+
+def guarded(
+    *policies: Policy,
+    model: str | None = None,
+    provider: str | None = None,
+    max_output_tokens: int | None = None,
+    input: Callable[..., object] | None = None,  # noqa: A002 - the providers' own word
+    input_tokens: int | None = None,
+    choices: int = 1,
+    guard: Guard | None = None,
+    context: Context | Callable[..., Context] | None = None,
+) -> Callable[[F], F]:
+    """Admit each call of the function under the guard's policies and these, and settle what it used.
+
+    Usage is taken from calls made inside it, else from the return value or the streamed items.
+
+    Args:
+        policies: in addition to the guard's.
+        model: describes the call: what is reserved before the function runs. Without it, the call
+            that the request described is meant, else only what one call costs whatever it is.
+        provider: where the model's name does not tell.
+        max_output_tokens: the most it may generate; `None`: the model's maximum is held.
+        input: gives the text or messages that will be sent, from the function's arguments, so that
+            their tokens can be bounded.
+        input_tokens: a bound that is known. With neither, the texts among the arguments are
+            counted, plus the guard's `assumed_input_tokens` for what the function adds.
+        choices: how many answers it asks for.
+        guard: for use outside a guarded application. `None`: the current admission's guard.
+        context: with `guard`, outside any admission: who asks, or what gives it from the arguments.
+            `None`: the shared anonymous caller.
+
+    Raises:
+        ConfigurationError: wrong arguments; when the module is loaded.
+        ContextError: when called: no admission is open, and no `guard` was given.
+        LimitExceeded: when called: refused. In a handler, the middleware answers it.
+    """
+    if len(policies) == 1 and callable(policies[0]) and not isinstance(policies[0], Policy):
+        raise ConfigurationError("@guarded needs parentheses: @guarded() or @guarded(Iterations(5))")
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise ConfigurationError(f"@guarded: expected policies such as Iterations(5), got {policy!r}")
+    described = {"provider": provider, "max_output_tokens": max_output_tokens, "choices": choices}
+    if model is None and (provider, max_output_tokens, input, input_tokens, choices) != (None, None, None, None, 1):
+        raise ConfigurationError("@guarded: provider, max_output_tokens, input and choices need a model")
+    if context is not None and guard is None:
+        raise ConfigurationError("@guarded: context= is for use with guard=; inside a request the caller is known")
+    work = _Work(policies, model, described, input, input_tokens, guard, context)
+
+    def decorate(function: F) -> F:
+        if inspect.isclass(function):
+            return cast("F", _class(function, work))
+        return cast("F", _wrap(function, work))
+
+    return decorate
+
+
+class _Work:
+    """What one `@guarded` was told, and what it does at each call."""
+
+    def __init__(
+        self,
+        policies: tuple[Policy, ...],
+        model: str | None,
+        described: dict[str, Any],
+        given: Callable[..., object] | None,
+        input_tokens: int | None,
+        guard: Guard | None,
+        context: Context | Callable[..., Context] | None,
+    ) -> None:
+        self.policies = policies
+        self.model = model
+        self.described = described
+        self.input = given
+        self.input_tokens = input_tokens
+        self.guard = guard
+        self.context = context
+        self._bound: tuple[object, tuple[Policy, ...]] | None = None
+
+    def prepare(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
+        """The call, which has claimed nothing yet, and the admission that it opens if there is none."""
+        scope = current_scope()
+        admission = scope.admission if isinstance(scope, ActiveCall) else scope
+        own: Admission | None = None
+        guard = self.guard
+        if admission is None or (guard is not None and admission.engine is not guard.engine):
+            if guard is None:
+                raise ContextError(
+                    f"@guarded {function.__qualname__}: no admission is open here. Add GuardMiddleware to the "
+                    "application, wrap the job in `async with guard.open(Context(...))`, or name the guard: "
+                    "@guarded(..., guard=guard)"
+                )
+            own = admission = guard.new_admission(self._context(args, kwargs))
+            scope = own
+        parent = scope if isinstance(scope, ActiveCall) else None
+        inherited = parent.policies if parent is not None else admission.policies
+        described = None if self.model is None else self._describe(admission, args, kwargs)
+        call = ActiveCall(admission, parent, (*inherited, *self._extra(admission)), described)
+        return _Run(call, own)
+
+    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+        if self.context is None:
+            return Context()
+        return self.context if isinstance(self.context, Context) else self.context(*args, **kwargs)
+
+    def _extra(self, admission: Admission) -> tuple[Policy, ...]:
+        if not self.policies:
+            return ()
+        engine = admission.engine
+        if self._bound is None or self._bound[0] is not engine:
+            self._bound = (engine, engine.bind(self.policies))
+        return self._bound[1]
+
+    def _describe(self, admission: Admission, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        assert self.model is not None  # noqa: S101 - asked for with a model only
+        describer = admission.engine.describer
+        if self.input_tokens is not None:
+            return describer.describe(self.model, input_tokens=self.input_tokens, **self.described)
+        if self.input is not None:
+            return describer.describe(self.model, input=self.input(*args, **kwargs), **self.described)
+        tokens = describer.assumed_input_tokens + sum(map(_text_tokens, (*args, *kwargs.values())))
+        return describer.describe(self.model, input_tokens=tokens, **self.described)
+
+
+class _Run:
+    """One call of a guarded function."""
+
+    __slots__ = ("call", "deferred", "own")
+
+    def __init__(self, call: ActiveCall, own: Admission | None) -> None:
+        self.call = call
+        self.own = own
+        self.deferred = False
+
+    async def claim(self) -> None:
+        await self.call.claim(requests=True)
+
+    def returned(self, result: object) -> object:
+        """Take the usage of a return value; a streaming response is metered while it is sent."""
+        body = getattr(result, "body_iterator", None)
+        if body is None:
+            if result is not None and not self.call.recorded:
+                self.call.record_if_known(result)
+            return result
+        self.deferred = True
+        self.call.admission.defer(self.call)
+        streamed = self._stream_sync(body) if isinstance(body, Iterator) else self._stream(body)
+        result.body_iterator = streamed  # type: ignore[attr-defined]
+        return result
+
+    def end(self, error: BaseException | None = None) -> None:
+        if self.deferred and error is None:
+            return
+        self.call.end(error)
+        if self.own is not None:
+            self.own.end()
+
+    async def _stream(self, body: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        error: BaseException | None = None
+        try:
+            while True:
+                # The response pulls from a task of its own; the scope must hold for each step there.
+                token = enter(self.call)
+                try:
+                    chunk = await anext(body)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    leave(token)
+                self.call.record_chunk(chunk)
+                yield chunk
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.deferred = False
+            self.end(error)
+            closing = getattr(body, "aclose", None)
+            if closing is not None:
+                await closing()
+
+    def _stream_sync(self, body: Iterator[Any]) -> Generator[Any, None, None]:
+        error: BaseException | None = None
+        try:
+            while True:
+                token = enter(self.call)
+                try:
+                    chunk = next(body)
+                except StopIteration:
+                    return
+                finally:
+                    leave(token)
+                self.call.record_chunk(chunk)
+                yield chunk
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.deferred = False
+            self.end(error)
+
+
+# ------------------------------------------------------------------------------------ wrappers
+
+
+def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    if not callable(function):
+        raise ConfigurationError(f"@guarded: expected a function, got {function!r}")
+    target = function.func if isinstance(function, functools.partial) else function
+    wrapper: Callable[..., Any]
+    if inspect.isasyncgenfunction(target):
+        wrapper = _async_generator(function, work)
+    elif inspect.isgeneratorfunction(target):
+        wrapper = _generator(function, work)
+    elif inspect.iscoroutinefunction(target):
+        wrapper = _coroutine(function, work)
+    else:
+        wrapper = _plain(function, work)
+    _keep_signature(function, wrapper)
+    mark(function, wrapper)
+    return wrapper
+
+
+def _coroutine(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        run = work.prepare(function, args, kwargs)
+        await run.claim()
+        token = enter(run.call)
+        try:
+            result = run.returned(await function(*args, **kwargs))
+        except BaseException as error:
+            run.end(error)
+            raise
+        finally:
+            leave(token)
+        run.end()
+        return result
+
+    return wrapper
+
+
+def _plain(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        run = work.prepare(function, args, kwargs)
+        background.run(run.claim())
+        token = enter(run.call)
+        try:
+            result = run.returned(function(*args, **kwargs))
+        except BaseException as error:
+            run.end(error)
+            raise
+        finally:
+            leave(token)
+        run.end()
+        return result
+
+    return wrapper
+
+
+def _async_generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        run = work.prepare(function, args, kwargs)
+        await run.claim()
+        items: AsyncGenerator[Any, Any] = function(*args, **kwargs)
+        step, given = items.asend, None
+        error: BaseException | None = None
+        try:
+            while True:
+                # Each step may be pulled from another task: the scope holds for the step, not for the generator.
+                token = enter(run.call)
+                try:
+                    item = await step(given)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    leave(token)
+                run.call.record_chunk(item)
+                try:
+                    step, given = items.asend, (yield item)
+                except GeneratorExit:
+                    raise
+                except BaseException as thrown:  # noqa: BLE001 - handed on to the function's own generator
+                    step, given = cast("Callable[[Any], Any]", items.athrow), thrown
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            run.end(error)
+            await items.aclose()
+
+    return wrapper
+
+
+def _generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        run = work.prepare(function, args, kwargs)
+        background.run(run.claim())
+        items: Generator[Any, Any, Any] = function(*args, **kwargs)
+        step, given = items.send, None
+        error: BaseException | None = None
+        try:
+            while True:
+                token = enter(run.call)
+                try:
+                    item = step(given)
+                except StopIteration as stop:
+                    return stop.value
+                finally:
+                    leave(token)
+                run.call.record_chunk(item)
+                try:
+                    step, given = items.send, (yield item)
+                except GeneratorExit:
+                    raise
+                except BaseException as thrown:  # noqa: BLE001 - handed on to the function's own generator
+                    step, given = cast("Callable[[Any], Any]", items.throw), thrown
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            run.end(error)
+            items.close()
+
+    return wrapper
+
+
+def _class(endpoint: type, work: _Work) -> type:
+    """A class-based endpoint: each of its HTTP methods is guarded."""
+    names = [name for name in _METHODS if name in vars(endpoint)]
+    if not names:
+        raise ConfigurationError(
+            f"@guarded on the class {endpoint.__qualname__}: it has no get, post or other HTTP method of its own; "
+            "decorate the method that makes the call"
+        )
+    for name in names:
+        setattr(endpoint, name, _wrap(vars(endpoint)[name], work))
+    return endpoint
+
+
+def _keep_signature(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
+    """Give the wrapper the function's signature, with postponed annotations evaluated where they were written.
+
+    FastAPI before 0.11x looks names up in the wrapper's module, where they are not known.
+    """
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except (NameError, TypeError, ValueError, SyntaxError, AttributeError):
+        return  # names that exist for type checkers only: newer frameworks unwrap and look for themselves
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    annotations = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if parameter.annotation is not inspect.Parameter.empty
+    }
+    if signature.return_annotation is not inspect.Signature.empty:
+        annotations["return"] = signature.return_annotation
+    wrapper.__annotations__ = annotations
+
+
+def _text_tokens(argument: object) -> int:
+    if isinstance(argument, (str, bytes, Mapping, Sequence)):
+        return message_tokens(argument)
+    return 0

@@ -1,0 +1,551 @@
+"""The engine: asks policies, reserves, waits for the holds of others, settles, and keeps the owner alive.
+
+It knows policies, storages and prices by their protocols only. What it does for one request or
+job is in `admission.py`; how it is configured is in `guard.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final, Literal
+
+import msgspec
+
+from asgi_llm_guard.background import keep_alive
+from asgi_llm_guard.charge import draft
+from asgi_llm_guard.claims import (
+    Bundle,
+    Claim,
+    Ended,
+    Granted,
+    Meter,
+    Receipt,
+    Refused,
+    Rule,
+    Settled,
+    Settlement,
+    Unit,
+    meter_key,
+)
+from asgi_llm_guard.clock import Clock
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Code, Denied, Refusal
+from asgi_llm_guard.denials import deny, refuse
+from asgi_llm_guard.describe import Describer
+from asgi_llm_guard.errors import ConfigurationError, StorageError
+from asgi_llm_guard.events import (
+    Admission,
+    Expired,
+    Observer,
+    SettledCall,
+    ShadowMisfit,
+    SlotOverrun,
+    StorageFailed,
+    StorageRecovered,
+    emit,
+)
+from asgi_llm_guard.events import Refused as RefusedEvent
+from asgi_llm_guard.plan import Asked, ask
+from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Policy, SessionAware
+from asgi_llm_guard.policies.providers import provider_of
+from asgi_llm_guard.storage.base import Completed, Pending, Storage
+from asgi_llm_guard.usage import Usage, UsageRecord
+from asgi_llm_guard.windows import Distinct
+
+__all__ = ["OVERFLOW_SESSION", "Engine", "Hold", "Reserved"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+OVERFLOW_SESSION: Final = "\x00overflow"
+"""The session that new ids share once a caller has too many: no client can send a control character."""
+
+_NONE: AbstractSet[str] = frozenset()
+_METERS_KEPT: Final = 4096
+_FIRST_PAUSE_S: Final = 0.005
+
+_UNAVAILABLE: Final = Refusal(
+    policy="guard",
+    code="guard_unavailable",
+    message="The usage store does not answer, so this call cannot be admitted. Try again in a moment.",
+)
+
+Answer = Granted | Refused | Ended
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """One granted bundle."""
+
+    call_id: str
+    claims: tuple[Claim, ...]
+    receipts: tuple[Receipt, ...]
+    draft: UsageRecord | None = None
+
+
+class Reserved(msgspec.Struct, frozen=True):
+    """What was granted to a request or a call."""
+
+    request: Hold | None
+    call: Hold | None
+    described: Call | None
+    """The call as it was held for, after clamping."""
+    granted: Granted
+    cache: CacheDirective | None = None
+
+
+class Engine:
+    """One guard's engine: everything that is shared by its requests."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        describer: Describer,
+        clock: Clock,
+        observers: Sequence[Observer],
+        hold_wait_s: float,
+        max_waiting: int,
+        disclose: Literal["owned", "all"],
+        statuses: Mapping[Code | Rule, int],
+        session_limit: int,
+        anonymous_session_limit: int,
+        session_overflow: Literal["deny", "share"],
+        session_ttl_ms: int,
+        agents: Mapping[str, Mapping[str, object]],
+        sources: Sequence[str],
+        jitter: Callable[[int], int] | None = None,
+    ) -> None:
+        self.storage = storage
+        self.describer = describer
+        self.clock = clock
+        self.observers = tuple(observers)
+        self.hold_wait_s = hold_wait_s
+        self.max_waiting = max_waiting
+        self.disclose: Literal["owned", "all"] = disclose
+        self.statuses = statuses
+        self.session_overflow = session_overflow
+        self.failed = False
+        self._agents = agents
+        self._sources = sources
+        self._session_limits = (session_limit, anonymous_session_limit)
+        self._session_window = Distinct(session_ttl_ms)
+        self._session_meters: dict[str | None, Meter] = {}
+        self._jitter = jitter or _jitter
+        self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
+        self._waiters_lock = threading.Lock()
+        self._unsettled: list[Settlement] = []
+        self._new_owner()
+        reference = weakref.ref(self)
+
+        def after_fork() -> None:
+            engine = reference()
+            if engine is not None:
+                engine._new_owner()  # noqa: SLF001 - its own method, through a weak reference
+
+        os.register_at_fork(after_in_child=after_fork)
+
+    def _new_owner(self) -> None:
+        # A forked child is another owner, or its call ids would repeat its parent's.
+        self.owner = os.urandom(9).hex()
+        self._numbers = itertools.count(1)
+        self._slots: dict[str, Hold] = {}
+        self._retaken: dict[str, Hold] = {}
+        self._alive = False
+
+    def new_id(self) -> str:
+        """A call id, unique over all processes and restarts."""
+        return f"{self.owner}-{next(self._numbers):x}"
+
+    def bind(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+        """`policies`, told of the agents and of where session ids come from.
+
+        Raises:
+            ConfigurationError: something else is among them.
+        """
+        bound: list[Policy] = []
+        for policy in policies:
+            if not isinstance(policy, Policy):
+                raise ConfigurationError(f"policies: expected policies such as Iterations(25), got {policy!r}")
+            known: Policy = policy
+            if self._agents and isinstance(known, AgentAware):
+                known = known.with_agents(self._agents)
+            if isinstance(known, SessionAware):
+                known = known.with_sources(self._sources)
+            bound.append(known)
+        return tuple(bound)
+
+    # ------------------------------------------------------------------------------ reserve
+
+    async def reserve(
+        self,
+        policies: Sequence[Policy],
+        context: Context,
+        call: Call | None,
+        *,
+        requests: bool = True,
+        calls: bool = True,
+        taken: AbstractSet[str] = _NONE,
+        clamp: bool = False,
+    ) -> Reserved | Denied:
+        """Ask the policies, and take what they claim in one step. A `Denied` has changed nothing.
+
+        `requests`, `calls`: which policies are asked. `taken`: meters that an enclosing scope
+        holds. `clamp`: where only the output bound does not fit, hold for what does.
+        """
+        if not self._alive:
+            self._alive = True
+            keep_alive(self)
+        shared = False
+        clamps = 2 if clamp else 0
+        while True:
+            now_ms = self.clock.now_ms()
+            asked = ask(policies, context, call, now_ms, requests=requests, calls=calls, taken=taken)
+            if asked.shadow_refusals:
+                self._shadow_refused(asked, context, call)
+            if asked.refusal is not None:
+                return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
+            bundles = self._bundles(asked, context, call, now_ms, calls=calls)
+            answer = await self._ask_storage(bundles)
+            if isinstance(answer, Granted):
+                return self._granted(asked, bundles, answer, context, call)
+            if isinstance(answer, Refusal):
+                return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
+            if self.session_overflow == "share" and not shared and _overflows(answer):
+                context = msgspec.structs.replace(context, session=OVERFLOW_SESSION)
+                shared = True
+                continue
+            denied = self._deny(answer, call)
+            if clamps and call is not None and denied.fits_max_tokens:
+                call = self.describer.clamped(call, denied.fits_max_tokens)
+                clamps -= 1
+                continue
+            return self._denied(context, call, denied)
+
+    async def amend(
+        self,
+        hold: Hold,
+        policies: Sequence[Policy],
+        context: Context,
+        call: Call | None,
+        *,
+        taken: AbstractSet[str] = _NONE,
+    ) -> Hold | Denied | None:
+        """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired)."""
+        now_ms = self.clock.now_ms()
+        asked = ask(policies, context, call, now_ms, requests=False, taken=taken)
+        if asked.shadow_refusals:
+            self._shadow_refused(asked, context, call)
+        if asked.refusal is not None:
+            return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
+        ids = tuple(claim for claim in hold.claims if claim.meter.rule is Rule.IDS)
+        claims = ids + asked.calls
+        if claims == hold.claims:
+            return hold
+        bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms))
+        try:
+            answer = await self._waiting(lambda: self.storage.amend(self.owner, bundle))
+        except StorageError as error:
+            self._storage_failed(error)
+            return self._denied(context, call, refuse(_UNAVAILABLE, statuses=self.statuses, now_ms=now_ms))
+        if isinstance(answer, Ended):
+            return None
+        if isinstance(answer, Refused):
+            return self._denied(context, call, self._deny(answer, call))
+        amended = Hold(hold.call_id, claims, answer.receipts, bundle.draft)
+        self._observe(context, call, answer)
+        return amended
+
+    def _bundles(
+        self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool
+    ) -> tuple[Bundle, ...]:
+        request_claims, call_claims = asked.requests, asked.calls
+        if context.session is not None and context.session != OVERFLOW_SESSION:
+            ids = self._session_claim(context, call_claims, request_claims)
+            if ids is not None and calls:
+                call_claims = (ids, *call_claims)
+            elif ids is not None:
+                request_claims = (ids, *request_claims)
+        bundles = []
+        if calls:
+            call_id = self.new_id()
+            bundles.append(Bundle(call_id, call_claims, draft(call_id, context, call, now_ms)))
+        if request_claims:
+            bundles.append(Bundle(self.new_id(), request_claims))
+        return tuple(bundles)
+
+    def _session_claim(
+        self, context: Context, call_claims: tuple[Claim, ...], request_claims: tuple[Claim, ...]
+    ) -> Claim | None:
+        """The claim that bounds the live session ids of a caller, if any policy counts by session."""
+        for claim in call_claims:
+            if claim.meter.scope == "session":
+                break
+        else:
+            if not any(claim.meter.scope == "session" for claim in request_claims):
+                return None
+        meter = self._session_meters.get(context.caller)
+        if meter is None:
+            if len(self._session_meters) >= _METERS_KEPT:
+                self._session_meters.clear()
+            anonymous = context.caller is None
+            subject = ("anonymous",) if context.caller is None else ("caller", context.caller)
+            meter = self._session_meters[context.caller] = Meter(
+                key=meter_key("sessions", Unit.IDS, self._session_window, *subject),
+                policy="sessions",
+                scope="caller",
+                subject=context.caller or "anonymous",
+                unit=Unit.IDS,
+                rule=Rule.IDS,
+                limit=self._session_limits[anonymous],
+                window=self._session_window,
+                owned=not anonymous,
+            )
+        return Claim(meter, 1, context.session)
+
+    async def _ask_storage(self, bundles: tuple[Bundle, ...]) -> Granted | Refused | Refusal:
+        if not bundles:
+            return Granted((), self.clock.now_ms())
+        try:
+            answer = await self._waiting(lambda: self.storage.reserve(self.owner, (bundles,)))
+        except StorageError as error:
+            # The outcome is unknown: if it was granted it is given back, if it comes late it is refused.
+            self._cancel(bundles)
+            self._storage_failed(error)
+            return _UNAVAILABLE
+        except asyncio.CancelledError:
+            self._cancel(bundles)
+            raise
+        if self.failed:
+            self.failed = False
+            emit(self.observers, StorageRecovered())
+        if isinstance(answer, Ended):
+            return _UNAVAILABLE
+        return answer
+
+    async def _waiting(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Ask; where only holds of others stand in the way, wait for them up to `hold_wait_s`."""
+        answer = await attempt()
+        if not isinstance(answer, Refused) or not self.hold_wait_s or not _only_held(answer):
+            return answer
+        if len(self._waiters) >= self.max_waiting:
+            return answer
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + self.hold_wait_s, _FIRST_PAUSE_S
+        while isinstance(answer, Refused) and _only_held(answer) and (left := deadline - loop.time()) > 0:
+            # Settlements of this process wake it; those of others are found by asking again.
+            await self._next_settlement(loop, min(pause, left))
+            pause *= 2
+            answer = await attempt()
+        return answer
+
+    async def _next_settlement(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+        waiter = (loop, loop.create_future())
+        with self._waiters_lock:
+            self._waiters.add(waiter)
+        try:
+            await asyncio.wait((waiter[1],), timeout=timeout_s)
+        finally:
+            with self._waiters_lock:
+                self._waiters.discard(waiter)
+            waiter[1].cancel()
+
+    def _wake(self) -> None:
+        with self._waiters_lock:
+            waiters = tuple(self._waiters)
+        for loop, future in waiters:
+            # A loop that was closed meanwhile has nobody waiting.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_set, future)
+
+    def _granted(
+        self, asked: Asked, bundles: tuple[Bundle, ...], granted: Granted, context: Context, call: Call | None
+    ) -> Reserved:
+        holds = []
+        first = 0
+        for bundle in bundles:
+            last = first + len(bundle.claims)
+            holds.append(Hold(bundle.call_id, bundle.claims, granted.receipts[first:last], bundle.draft))
+            first = last
+        call_hold = holds.pop(0) if bundles and bundles[0].draft is not None else None
+        request_hold = holds[0] if holds else None
+        for hold in (call_hold, request_hold):
+            if hold is not None:
+                for claim in hold.claims:
+                    if claim.meter.unit is Unit.SLOTS:
+                        self._slots[hold.call_id] = hold
+                        break
+        if self.observers:
+            self._observe(context, call, granted)
+        return Reserved(request_hold, call_hold, call, granted, asked.cache)
+
+    def _observe(self, context: Context, call: Call | None, granted: Granted) -> None:
+        emit(self.observers, Admission(context, call, granted))
+        for receipt in granted.receipts:
+            meter = receipt.claim.meter
+            if not meter.enforce and not receipt.fits and meter.limit is not None:
+                misfit = ShadowMisfit(
+                    context, call, meter.policy, receipt.claim.amount, receipt.used, receipt.held, meter.limit
+                )
+                emit(self.observers, misfit)
+
+    # ------------------------------------------------------------------------------- refuse
+
+    def refused(self, context: Context, call: Call | None, refusal: Refusal) -> Denied:
+        """The decision for a refusal that needed no storage, told to the observers."""
+        denied = refuse(refusal, statuses=self.statuses, now_ms=self.clock.now_ms())
+        return self._denied(context, call, denied)
+
+    def _deny(self, answer: Refused, call: Call | None) -> Denied:
+        return deny(answer, call, disclose=self.disclose, jitter=self._jitter, statuses=self.statuses)
+
+    def _denied(self, context: Context, call: Call | None, denied: Denied) -> Denied:
+        if self.observers:
+            emit(self.observers, RefusedEvent(context, call, denied))
+        return denied
+
+    def _shadow_refused(self, asked: Asked, context: Context, call: Call | None) -> None:
+        for refusal in asked.shadow_refusals:
+            emit(self.observers, ShadowMisfit(context, call, refusal.policy, 1, 0, 0, 0))
+
+    def _storage_failed(self, error: Exception) -> None:
+        if not self.failed:
+            self.failed = True
+            _log.error("the usage store failed; requests that it must decide are refused: %s", error)
+            emit(self.observers, StorageFailed(str(error)))
+
+    # ------------------------------------------------------------------------------- settle
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        """Hand settlements over to the storage. Never raises: what the storage does not take is tried again."""
+        if self._slots:
+            settlements = self._without_slots(settlements)
+        try:
+            pending = self.storage.settle(settlements)
+        except StorageError as error:
+            self._try_again(settlements, error)
+            return Completed(())
+        if pending.done():
+            self._settled(settlements, pending)
+        else:
+            pending.add_done_callback(lambda done: self._settled(settlements, done))
+        return pending
+
+    def _without_slots(self, settlements: Sequence[Settlement]) -> Sequence[Settlement]:
+        more = []
+        for settlement in settlements:
+            self._slots.pop(settlement.call_id, None)
+            retaken = self._retaken.pop(settlement.call_id, None)
+            if retaken is not None:
+                more.append(Settlement(retaken.call_id, (), None, retaken.receipts))
+        return (*settlements, *more) if more else settlements
+
+    def _settled(self, settlements: Sequence[Settlement], pending: Pending[tuple[Settled, ...]]) -> None:
+        try:
+            replies = pending.result()
+        except StorageError as error:
+            self._try_again(settlements, error)
+            return
+        if self._waiters:
+            self._wake()
+        if self.observers:
+            for settlement, settled in zip(settlements, replies, strict=True):
+                if settlement.record is not None and settled.status != "duplicate":
+                    emit(self.observers, SettledCall(settlement.record, settled))
+
+    def _try_again(self, settlements: Sequence[Settlement], error: StorageError) -> None:
+        self._storage_failed(error)
+        self._unsettled.extend(settlements)
+
+    # ---------------------------------------------------------------------------- heartbeat
+
+    async def heartbeat(self) -> None:
+        """Keep this process's holds alive, expire those of dead ones, and retry what could not be settled."""
+        retry, self._unsettled = self._unsettled, []
+        if retry:
+            self.settle(retry)
+        try:
+            beat = await self.storage.heartbeat(self.owner)
+        except StorageError as error:
+            self._storage_failed(error)
+            return
+        if beat.expired:
+            emit(self.observers, Expired(beat.expired))
+        if beat.lapsed:
+            _log.warning("this process sent no heartbeat in time and its holds were expired; taking slots again")
+            await self._retake_slots()
+
+    async def _retake_slots(self) -> None:
+        for hold in tuple(self._slots.values()):
+            claims = tuple(claim for claim in hold.claims if claim.meter.unit is Unit.SLOTS)
+            again = Bundle(self.new_id(), claims)
+            try:
+                answer = await self.storage.reserve(self.owner, ((again,),))
+            except StorageError as error:
+                self._storage_failed(error)
+                return
+            if isinstance(answer, Granted) and hold.call_id in self._slots:
+                self._retaken[hold.call_id] = Hold(again.call_id, claims, answer.receipts)
+            elif isinstance(answer, Granted):  # it ended while we asked
+                self.settle([Settlement(again.call_id, (), None, answer.receipts)])
+            else:
+                emit(self.observers, SlotOverrun(hold.call_id, tuple(claim.meter.policy for claim in claims)))
+
+    async def close(self) -> None:
+        """Settle what could not be settled, give back what this process holds, let go of the storage."""
+        retry, self._unsettled = self._unsettled, []
+        if retry:
+            await self.settle(retry)
+        with contextlib.suppress(StorageError):
+            await self.storage.retire(self.owner)
+        await self.storage.aclose()
+
+    def describe_used(self, usage: Usage, cost_nanousd: int | None) -> Call:
+        """A call as it turned out to be, for policies that are asked after it."""
+        provider, model = provider_of(usage.model)
+        return Call(
+            provider=provider,
+            model=model or "unknown",
+            input_tokens=usage.input_tokens or 0,
+            output_tokens=usage.output_tokens or 0,
+            cost_nanousd=cost_nanousd,
+        )
+
+    @property
+    def unsettled(self) -> int:
+        """How many settlements wait for the storage to answer again."""
+        return len(self._unsettled)
+
+    def _cancel(self, bundles: Sequence[Bundle]) -> None:
+        self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _only_held(answer: Refused) -> bool:
+    """Whether nothing but holds of others stands in the way (slots aside: they last as long as calls do)."""
+    for receipt in answer.states[0]:
+        meter = receipt.claim.meter
+        if receipt.fits or not meter.enforce or meter.limit is None:
+            continue
+        if meter.unit is Unit.SLOTS or not receipt.held or receipt.used + receipt.claim.amount > meter.limit:
+            return False
+    return True
+
+
+def _overflows(answer: Refused) -> bool:
+    return any(receipt.claim.meter.rule is Rule.IDS and not receipt.fits for receipt in answer.states[0])
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _jitter(wait_s: int) -> int:
+    return random.randint(0, wait_s // 10)  # noqa: S311 - spreads retries; nothing secret

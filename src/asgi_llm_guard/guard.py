@@ -1,0 +1,461 @@
+"""START HERE: the guard, and the flow of one call.
+
+    extract   who asks: identity, session, agent                    middleware.py, identity/
+    describe  what is asked: model, bounds of tokens and cost       describe.py, estimate.py, pricing
+    ask       every policy for its claims, or its refusal           plan.py, policies/
+    reserve   all claims or none, in one atomic step                engine.py, storage/
+    decide    `Denied`, or an open `Admission` with its calls       denials.py, admission.py
+    handle    the application runs                                  middleware.py, decorator.py
+    record    what the provider says was used                       wire/
+    price     what it cost                                          pricing
+    settle    the held amounts become the real ones, once           charge.py, storage/
+    emit      observers are told                                    events.py
+
+Rule 1: a refusal has taken nothing, from any policy.
+Rule 2: whatever is taken is settled exactly once, on every way out; if the process dies, by its
+owner's lapse.
+Rule 3: unknown is not zero: no usage, no price and no store each end in a decision that shows.
+Rule 4: nothing that a client sends widens a limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from contextvars import Token
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from asgi_llm_guard import background
+from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
+from asgi_llm_guard.clock import Clock, SystemClock
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.describe import Describer
+from asgi_llm_guard.engine import Engine
+from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
+from asgi_llm_guard.estimate import Counter
+from asgi_llm_guard.events import Observer
+from asgi_llm_guard.identity.base import Resolver
+from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
+from asgi_llm_guard.money import MAX_AMOUNT
+from asgi_llm_guard.policies.base import DeploymentFilter, Policy
+from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.storage import open_storage
+from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.windows import duration_ms
+
+__all__ = ["Guard"]
+
+_ASSUMED_INPUT_TOKENS: Final = 2_000
+_DRAIN_S: Final = 5.0
+
+
+class Guard:
+    """Policies over a storage: what decides before a call is made, and settles after it.
+
+    Args:
+        policies: asked in this order; the first that refuses is named in the refusal.
+        storage: `memory://`, `sqlite:///path/to/file.db`, or a `Storage`.
+        identity: who is verified (`ApiKeys`, `ScopeUser`, …). `None`: everybody is the shared
+            anonymous caller, and start-up warns of it.
+        agents: limits by agent: `{"researcher": {"max_iterations": 25}}`.
+        session: where the session id is read from; header and body fields by default.
+        prices: what a call costs; the shipped snapshot by default, unknown models refused where a
+            money policy applies.
+        clock: the time; for tests.
+        observers: are told every event.
+        hold_wait_s: how long a call waits, in seconds, where only the holds of others stand in its way.
+        max_waiting: how many calls may wait at the same time; more are refused at once.
+        disclose: `owned`: refusals show limits and counts of scopes that the caller owns; `all`: of all.
+        statuses: HTTP statuses by code (`budget_exhausted`) or rule (`budget`), in place of the table.
+        session_limit, anonymous_session_limit: live session ids for each caller, and for all
+            anonymous ones together.
+        session_overflow: what happens to new ids beyond that: `deny` (429), or `share` one counter.
+        session_ttl: how long an id counts as live after it was last admitted; at least as long as
+            the longest session window.
+        assumed_input_tokens: the input of a call that is described without its text.
+        assumed_output_tokens: the output of a call without a limit of its own; `None`: the model's maximum.
+        counter: an exact token counter in place of the bound by bytes.
+        max_body_bytes: the longest request body that is read where a dialect is declared; longer ones get a 413.
+
+    Raises:
+        ConfigurationError: an argument is wrong; here, never at request time.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy] = (),
+        *,
+        storage: Storage | str = "memory://",
+        identity: Resolver | None = None,
+        agents: Mapping[str, Mapping[str, object]] | None = None,
+        session: Extractor = DEFAULT_SESSION,
+        prices: PriceBook | None = None,
+        clock: Clock | None = None,
+        observers: Sequence[Observer] = (),
+        hold_wait_s: float = 0.25,
+        max_waiting: int = 1000,
+        disclose: Literal["owned", "all"] = "owned",
+        statuses: Mapping[str, int] | None = None,
+        session_limit: int = 10_000,
+        anonymous_session_limit: int = 100_000,
+        session_overflow: Literal["deny", "share"] = "deny",
+        session_ttl: str = "1d",
+        assumed_input_tokens: int = _ASSUMED_INPUT_TOKENS,
+        assumed_output_tokens: int | None = None,
+        counter: Counter | None = None,
+        max_body_bytes: int = 8 * 1024 * 1024,
+    ) -> None:
+        _one_of("disclose", disclose, "owned", "all")
+        _one_of("session_overflow", session_overflow, "deny", "share")
+        for name, value in (
+            ("session_limit", session_limit),
+            ("anonymous_session_limit", anonymous_session_limit),
+            ("max_waiting", max_waiting),
+            ("assumed_input_tokens", assumed_input_tokens),
+            ("max_body_bytes", max_body_bytes),
+        ):
+            _whole(name, value)
+        if assumed_output_tokens is not None:
+            _whole("assumed_output_tokens", assumed_output_tokens)
+        if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
+            raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
+        self.clock = clock or SystemClock()
+        self.identity = identity
+        self.session = session
+        self.session_declared = session is not DEFAULT_SESSION
+        self.max_body_bytes = max_body_bytes
+        self.hooked = False
+        """A client hook is installed: every call is seen."""
+        self._open_admissions: set[Admission] = set()
+        self._emptied: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._draining = False
+        self._engine = Engine(
+            storage=open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage,
+            clock=self.clock,
+            observers=observers,
+            hold_wait_s=hold_wait_s,
+            max_waiting=max_waiting,
+            disclose=disclose,
+            statuses=check_statuses(statuses or {}),
+            session_limit=session_limit,
+            anonymous_session_limit=anonymous_session_limit,
+            session_overflow=session_overflow,
+            session_ttl_ms=duration_ms(session_ttl, name="session_ttl"),
+            agents=_agents(agents),
+            sources=session.names,
+            describer=Describer(
+                prices=prices or PriceBook.snapshot(),
+                clock=self.clock,
+                counter=counter,
+                assumed_input_tokens=assumed_input_tokens,
+                assumed_output_tokens=assumed_output_tokens,
+            ),
+        )
+        self.policies = self._engine.bind(policies)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """A guard as a TOML file, the environment and secret files describe it; see `docs/settings.md`.
+
+        Raises:
+            ConfigurationError: names the file, the key, the value and what is allowed.
+        """
+        from asgi_llm_guard.settings import build_guard_arguments, load_settings
+
+        return cls(**build_guard_arguments(load_settings(path)))
+
+    @property
+    def storage(self) -> Storage:
+        """Where the counters live."""
+        return self._engine.storage
+
+    @property
+    def prices(self) -> PriceBook:
+        """What calls cost. May be replaced at any time; calls that are open keep their bound."""
+        return self._engine.describer.prices
+
+    @prices.setter
+    def prices(self, prices: PriceBook) -> None:
+        self._engine.describer.prices = prices
+
+    @property
+    def engine(self) -> Engine:
+        """What the skins (middleware, decorator, hooks) drive."""
+        return self._engine
+
+    def describe(self, model: str, **described: Any) -> Call:
+        """A call with its upper bounds of tokens and cost; see `Describer.describe` for the arguments."""
+        return self._engine.describer.describe(model, **described)
+
+    # --------------------------------------------------------------------------------- open
+
+    def open(self, context: Context | None = None, *, extra: Sequence[Policy] = ()) -> OpenAdmission:
+        """`async with guard.open(Context(caller="job:nightly"))`: an admission outside HTTP.
+
+        Claims what a request costs (rates, slots); every call inside claims its own.
+
+        Raises:
+            LimitExceeded: on entering; nothing was taken.
+        """
+        return OpenAdmission(self, context or Context(), self._engine.bind(extra))
+
+    def open_sync(self, context: Context | None = None, *, extra: Sequence[Policy] = ()) -> OpenAdmissionSync:
+        """`with guard.open_sync(...)`: as `open`, for synchronous code."""
+        return OpenAdmissionSync(self, context or Context(), self._engine.bind(extra))
+
+    def call(self, *, extra: Sequence[Policy] = (), **described: Any) -> OpenCall:
+        """`async with guard.call(model="anthropic/claude-…", max_output_tokens=800) as call`.
+
+        Takes the arguments of `describe`. Without a `model` it stands for the call that the
+        request described. Leaving the block settles it: by what was recorded, else by the hold.
+
+        Raises:
+            ConfigurationError: wrong arguments; before anything is claimed.
+            ContextError: on entering, outside any admission.
+            LimitExceeded: on entering; nothing was taken.
+        """
+        return OpenCall(self._engine, self._described(described), self._engine.bind(extra))
+
+    def call_sync(self, *, extra: Sequence[Policy] = (), **described: Any) -> OpenCallSync:
+        """`with guard.call_sync(...)`: as `call`, for synchronous code."""
+        return OpenCallSync(self._engine, self._described(described), self._engine.bind(extra))
+
+    def _described(self, arguments: dict[str, Any]) -> Call | None:
+        if not arguments:
+            return None
+        if "model" not in arguments:
+            raise ConfigurationError(f"guard.call: {', '.join(sorted(arguments))} given without a model")
+        return self._engine.describer.describe(arguments.pop("model"), **arguments)
+
+    def new_admission(self, context: Context, *, extra: Sequence[Policy] = (), opaque: bool = False) -> Admission:
+        """An admission that has claimed nothing yet. `extra` must be bound (see `bind`)."""
+        policies = (*self.policies, *extra) if extra else self.policies
+        return Admission(self._engine, context, policies, opaque=opaque)
+
+    # ------------------------------------------------------------------------------- filter
+
+    async def filter(self, deployments: object) -> list[Any]:
+        """Those of `deployments` (a list, or a single one) whose provider and deployment are under budget.
+
+        Works before any routing strategy. A deployment without a budget, or whose provider is not
+        known, stays. An empty list stays empty.
+
+        Raises:
+            LimitExceeded: none is left; names each provider's spend and limit, and the soonest reset.
+        """
+        kept: object = deployments
+        for policy in self.policies:
+            if isinstance(policy, DeploymentFilter):
+                candidates = policy.resolve(kept)
+                meters = policy.meters(candidates.providers)
+                readings = await self._engine.storage.read(list(meters.values()))
+                outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)))
+                denied = outcome.denied(self.clock.now_ms())
+                if denied is not None:
+                    raise LimitExceeded(denied)
+                kept = outcome.deployments
+        return list(kept) if isinstance(kept, (list, tuple)) else [kept]
+
+    # ------------------------------------------------------------------------------ lifetime
+
+    async def heartbeat(self) -> None:
+        """Keep this process's holds alive now. Done every 5 seconds in the background; for tests."""
+        await self._engine.heartbeat()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the service is going down."""
+        return self._draining
+
+    def track(self, admission: Admission) -> None:
+        """Count `admission` as open until `untrack`."""
+        self._open_admissions.add(admission)
+
+    def untrack(self, admission: Admission) -> None:
+        """The admission has ended."""
+        self._open_admissions.discard(admission)
+        if self._emptied is not None and not self._open_admissions:
+            loop, event = self._emptied
+            loop.call_soon_threadsafe(event.set)
+
+    async def drain(self, timeout_s: float = _DRAIN_S) -> int:
+        """Refuse new requests, wait up to `timeout_s` seconds for open ones, settle the rest.
+
+        Gives the number of admissions that had to be settled while they were still running.
+        """
+        self._draining = True
+        if self._open_admissions and timeout_s > 0:
+            self._emptied = (asyncio.get_running_loop(), asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._emptied[1].wait(), timeout_s)
+            self._emptied = None
+        rest = list(self._open_admissions)
+        pending = [admission.end(complete=False) for admission in rest]
+        for done in pending:
+            await done
+        return len(rest)
+
+    async def aclose(self) -> None:
+        """Drain, give back what this process still holds, and let go of the storage."""
+        await self.drain(0)
+        await self._engine.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+# ---------------------------------------------------------------------------------- blocks
+
+
+class OpenAdmission:
+    """What `guard.open` gives: enter it."""
+
+    __slots__ = ("_admission", "_guard", "_token")
+
+    def __init__(self, guard: Guard, context: Context, extra: tuple[Policy, ...]) -> None:
+        self._guard = guard
+        self._admission = guard.new_admission(context, extra=extra)
+        self._token: Token[Scope | None] | None = None
+
+    async def __aenter__(self) -> Admission:
+        denied = await self._admission.open(None, calls=False)
+        if denied is not None:
+            raise LimitExceeded(denied)
+        self._guard.track(self._admission)
+        self._token = enter(self._admission)
+        return self._admission
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        _leave(self._token)
+        self._guard.untrack(self._admission)
+        await self._admission.end()
+
+
+class OpenAdmissionSync:
+    """What `guard.open_sync` gives: enter it."""
+
+    __slots__ = ("_admission", "_guard", "_token")
+
+    def __init__(self, guard: Guard, context: Context, extra: tuple[Policy, ...]) -> None:
+        self._guard = guard
+        self._admission = guard.new_admission(context, extra=extra)
+        self._token: Token[Scope | None] | None = None
+
+    def __enter__(self) -> Admission:
+        denied = background.run(self._admission.open(None, calls=False))
+        if denied is not None:
+            raise LimitExceeded(denied)
+        self._guard.track(self._admission)
+        self._token = enter(self._admission)
+        return self._admission
+
+    def __exit__(self, *exc_info: object) -> None:
+        _leave(self._token)
+        self._guard.untrack(self._admission)
+        self._admission.end().result()
+
+
+class OpenCall:
+    """What `guard.call` gives: enter it."""
+
+    __slots__ = ("_call", "_described", "_engine", "_extra", "_token")
+
+    def __init__(self, engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> None:
+        self._engine = engine
+        self._described = described
+        self._extra = extra
+        self._call: ActiveCall | None = None
+        self._token: Token[Scope | None] | None = None
+
+    async def __aenter__(self) -> ActiveCall:
+        call = new_call(self._engine, self._described, self._extra)
+        await call.claim()
+        self._call = call
+        self._token = enter(call)
+        return call
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _leave(self._token)
+        if self._call is not None:
+            self._call.end(error)
+
+
+class OpenCallSync:
+    """What `guard.call_sync` gives: enter it."""
+
+    __slots__ = ("_call", "_described", "_engine", "_extra", "_token")
+
+    def __init__(self, engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> None:
+        self._engine = engine
+        self._described = described
+        self._extra = extra
+        self._call: ActiveCall | None = None
+        self._token: Token[Scope | None] | None = None
+
+    def __enter__(self) -> ActiveCall:
+        call = new_call(self._engine, self._described, self._extra)
+        background.run(call.claim())
+        self._call = call
+        self._token = enter(call)
+        return call
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _leave(self._token)
+        if self._call is not None:
+            self._call.end(error)
+
+
+def new_call(engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> ActiveCall:
+    """A call in the current scope that has claimed nothing yet.
+
+    Raises:
+        ContextError: no admission of `guard` is open here.
+    """
+    scope = current_scope()
+    admission = scope.admission if isinstance(scope, ActiveCall) else scope
+    if admission is None or admission.engine is not engine:
+        raise ContextError(
+            "guard.call: no admission of this guard is open here: add GuardMiddleware to the application, "
+            "or wrap the job in `async with guard.open(Context(caller=...))`"
+        )
+    parent = scope if isinstance(scope, ActiveCall) else None
+    inherited = parent.policies if parent is not None else admission.policies
+    return ActiveCall(admission, parent, (*inherited, *extra), described)
+
+
+def _leave(token: Token[Scope | None] | None) -> None:
+    if token is not None:
+        leave(token)
+
+
+# ------------------------------------------------------------------------------- arguments
+
+
+def _one_of(name: str, value: object, *allowed: str) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AMOUNT:
+        raise ConfigurationError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
+def _agents(agents: Mapping[str, Mapping[str, object]] | None) -> Mapping[str, Mapping[str, object]]:
+    for agent, limits in (agents or {}).items():
+        if not isinstance(limits, Mapping):
+            raise ConfigurationError(
+                f"agents.{agent}: expected limits such as {{'max_iterations': 25}}, got {limits!r}"
+            )
+    return dict(agents or {})

@@ -1,0 +1,652 @@
+"""`GuardMiddleware`: opens an admission for every request and WebSocket, and settles it when the response has ended.
+
+Pure ASGI. The response is never buffered: every message is sent on as it comes. A request body is
+read only where a dialect or a body extractor is declared, and replayed byte for byte (unless the
+route asks for `clamp` or `inject_usage`, which change it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
+from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.identity.base import IdentityError
+from asgi_llm_guard.marks import unwrapped
+from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
+from asgi_llm_guard.wire import dialect_for, dialect_named
+from asgi_llm_guard.wire.base import Answer, Dialect, StreamMeter
+from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.refusals import render, websocket_close
+
+__all__ = ["GuardMiddleware"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+STATE_KEY: Final = "asgi_llm_guard"
+"""Where the admission stands in the ASGI scope, for code that has lost the context variable."""
+
+_ID_LENGTH: Final = 200
+_KEPT_BODY: Final = 8 * 1024 * 1024
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """What a route means for its requests, worked out once."""
+
+    route: Route
+    extra: tuple[Policy, ...]
+    session_declared: bool
+
+
+class GuardMiddleware:
+    """Guards the requests of an ASGI application.
+
+    Args:
+        app: the application.
+        guard: the guard.
+        routes: the guarded routes; `None`: every request except GET, HEAD and OPTIONS, and every
+            WebSocket handshake.
+        exempt: paths that are never guarded, exactly as they are requested.
+        unlisted: with `routes`: what happens to other requests that are not GET, HEAD or OPTIONS.
+        rate_limit_headers: send `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-11).
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        guard: Guard,
+        *,
+        routes: Sequence[Route] | None = None,
+        exempt: Sequence[str] = (),
+        unlisted: Literal["deny", "pass"] = "pass",
+        rate_limit_headers: bool = True,
+    ) -> None:
+        if not isinstance(guard, Guard):
+            raise ConfigurationError(f"GuardMiddleware: guard must be a Guard, got {guard!r}")
+        self.app = app
+        self.guard = guard
+        self._table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
+        self._fields = rate_limit_headers
+        self._plans: dict[str, _Plan] = {}
+        self._dialects: dict[str, Dialect | None] = {}
+        self._checked = False
+        for route in self._table.routes or ():
+            self._plan(route)
+            if route.dialect not in {None, "auto"}:
+                dialect_named(str(route.dialect))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "http":
+            await self._http(scope, receive, send)
+        elif kind == "websocket":
+            await self._websocket(scope, receive, send)
+        elif kind == "lifespan":
+            await self.app(scope, self._lifespan_receive(receive), self._lifespan_send(scope, send))
+        else:
+            await self.app(scope, receive, send)
+
+    # --------------------------------------------------------------------------------- http
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._checked:
+            self._check_late(scope)
+        found = self._table.find(path := route_path(scope), scope["method"])
+        if found == "deny":
+            await _refuse(self._not_listed(scope), scope, send, dialect=None)
+            return
+        if found == "pass":
+            await self._unguarded(scope, receive, send)
+            return
+        plan = self._plan(found)
+        dialect = self._dialect(found, path)
+        exchange = _Exchange(self, scope, receive, send, plan, dialect)
+        try:
+            denied = await exchange.admit()
+        except _ClientLeft:
+            return
+        if denied is not None:
+            await exchange.refuse(denied)
+            return
+        await exchange.handle()
+
+    async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that claims nothing; calls inside it claim their own."""
+        try:
+            context = self.context(scope, None, self.guard.session, None)
+        except IdentityError:
+            context = Context()
+        admission = self.guard.new_admission(context)
+        scope[STATE_KEY] = admission
+        token = enter(admission)
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except LimitExceeded as error:
+            if started or scope["type"] != "http":
+                raise
+            await _refuse(error.denied, scope, send, dialect=None)
+        finally:
+            leave(token)
+            await _finished(admission)
+
+    def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
+        """Who asks.
+
+        Raises:
+            IdentityError: an id is malformed, or was sent twice.
+        """
+        guard = self.guard
+        identity = guard.identity(scope) if guard.identity is not None else None
+        session_id = session.extract(scope["headers"], view)
+        template = route.path if route is not None else None
+        if identity is None:
+            return Context(session=session_id, route=template)
+        return Context(
+            caller=identity.caller,
+            user=identity.user,
+            departments=identity.departments,
+            agent=identity.agent,
+            session=session_id,
+            tags=identity.tags,
+            params=identity.params,
+            route=template,
+        )
+
+    def _plan(self, route: Route) -> _Plan:
+        plan = self._plans.get(route.path)
+        if plan is None or plan.route is not route:
+            plan = _Plan(
+                route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared
+            )
+            self._plans[route.path] = plan
+        return plan
+
+    def _dialect(self, route: Route, path: str) -> Dialect | None:
+        if route.dialect is None:
+            return None
+        if route.dialect != "auto":
+            return dialect_named(route.dialect)
+        if path in self._dialects:
+            return self._dialects[path]
+        dialect = dialect_for(normalise(path))
+        if len(self._dialects) < _ID_LENGTH:  # paths may be random; what is not kept is worked out again
+            self._dialects[path] = dialect
+        return dialect
+
+    def _not_listed(self, scope: Scope) -> Denied:
+        refusal = Refusal(
+            policy="routes",
+            code="route_not_listed",
+            message=f"{scope.get('method', 'WebSocket')} on this path is not among the guarded routes of this service.",
+        )
+        return self.guard.engine.refused(Context(), None, refusal)
+
+    # ---------------------------------------------------------------------------- websocket
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._checked:
+            self._check_late(scope)
+        found = self._table.find(route_path(scope), None)
+        if found == "deny":
+            await _refuse_websocket(self._not_listed(scope), scope, receive, send)
+            return
+        if found == "pass":
+            await self._unguarded(scope, receive, send)
+            return
+        plan = self._plan(found)
+        denied, admission = await self._admit_websocket(scope, plan)
+        if denied is not None:
+            await _refuse_websocket(denied, scope, receive, send)
+            return
+        scope[STATE_KEY] = admission
+        token = enter(admission.scope)
+        self.guard.track(admission)
+
+        async def watch_receive() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                admission.end()
+            return message
+
+        async def watch_send(message: Message) -> None:
+            if message["type"] == "websocket.close":
+                admission.end()
+            await send(message)
+
+        try:
+            await self.app(scope, watch_receive, watch_send)
+        except LimitExceeded as error:
+            code, reason = websocket_close(error.denied)
+            await send({"type": "websocket.close", "code": code, "reason": reason})
+        finally:
+            leave(token)
+            self.guard.untrack(admission)
+            await _finished(admission)
+
+    async def _admit_websocket(self, scope: Scope, plan: _Plan) -> tuple[Denied | None, Admission]:
+        guard, route = self.guard, plan.route
+        try:
+            context = self.context(scope, None, route.session or guard.session, route)
+        except IdentityError as error:
+            nobody = guard.new_admission(Context(route=route.path))
+            return guard.engine.refused(Context(route=route.path), None, _malformed(error)), nobody
+        admission = guard.new_admission(context, extra=plan.extra, opaque=_opaque(guard, route))
+        if guard.draining:
+            return guard.engine.refused(context, None, _DRAINING), admission
+        return await admission.open(None), admission
+
+    # ----------------------------------------------------------------------------- lifespan
+
+    def _lifespan_receive(self, receive: Receive) -> Receive:
+        async def drained() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self.guard.drain()
+            return message
+
+        return drained
+
+    def _lifespan_send(self, scope: Scope, send: Send) -> Send:
+        async def checked(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    self._check(scope)
+                except ConfigurationError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+            await send(message)
+
+        return checked
+
+    def _check_late(self, scope: Scope) -> None:
+        # No lifespan event reached us (a mounted application): too late to refuse the start, so say it.
+        try:
+            self._check(scope)
+        except ConfigurationError as error:
+            _log.critical("%s", error)
+
+    def _check(self, scope: Scope) -> None:
+        """Once: what is wrong with the application around us, while somebody reads the start-up log.
+
+        Raises:
+            ConfigurationError: an endpoint was marked by `@guarded` and registered without it.
+        """
+        self._checked = True
+        if self.guard.identity is None:
+            _log.warning(
+                "no identity is configured: every request is the same anonymous caller, and limits per user or "
+                "caller are shared by all; give Guard(identity=...) an ApiKeys, ScopeUser, JwtIdentity or TrustedHeaders"
+            )
+        names = unwrapped(scope.get("app"))
+        if names:
+            raise ConfigurationError(
+                f"@guarded has no effect on {', '.join(names)}: it stands above the route decorator, which registered "
+                "the function without it. Put @guarded directly above the function, below @app.get/@app.post."
+            )
+
+
+class _ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
+    pass
+
+
+class _Exchange:
+    """One guarded HTTP request and its response."""
+
+    __slots__ = (
+        "accept",
+        "admission",
+        "body",
+        "call",
+        "context",
+        "denied",
+        "dialect",
+        "done",
+        "guard",
+        "kept",
+        "meter",
+        "middleware",
+        "plan",
+        "receive",
+        "replayed",
+        "scope",
+        "send",
+        "started",
+        "status",
+        "streaming",
+        "strip",
+        "view",
+    )
+
+    def __init__(
+        self,
+        middleware: GuardMiddleware,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        plan: _Plan,
+        dialect: Dialect | None,
+    ) -> None:
+        self.middleware = middleware
+        self.guard = middleware.guard
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.plan = plan
+        self.dialect = dialect
+        self.body: bytes | None = None
+        self.view: BodyView | None = None
+        self.call: Call | None = None
+        self.context: Context | None = None
+        self.admission: Admission | None = None
+        self.replayed = False
+        self.started = False
+        self.done = False
+        self.status = 0
+        self.strip = False
+        self.meter: StreamMeter | None = None
+        self.kept: bytearray | None = None
+        self.streaming = False
+
+    # -------------------------------------------------------------------------------- admit
+
+    async def admit(self) -> Denied | None:
+        """Read what is needed, find out who asks, and claim. A `Denied` has taken nothing.
+
+        Raises:
+            _ClientLeft: before its body was complete.
+        """
+        guard, route, dialect = self.guard, self.plan.route, self.dialect
+        session = route.session or guard.session
+        try:
+            if dialect is not None or (self.plan.session_declared and session.needs_body):
+                check_encoding(self.scope["headers"])
+                self.body = await self._read_body()
+                self.view = read_body(self.body)
+            context = self.middleware.context(self.scope, self.view, session, route)
+            ask = None
+            if dialect is not None and self.view is not None:
+                ask = dialect.read_request(self.view, self.scope["path"])
+                self.call = guard.engine.describer.describe_body(
+                    ask,
+                    self.view,
+                    provider=dialect.provider,
+                    dialect=dialect.name,
+                    assumed_output_tokens=route.assumed_output_tokens,
+                )
+        except BodyError as error:
+            return self._refused(Refusal(policy="request", code=error.code, message=str(error), status=error.status))
+        except IdentityError as error:
+            return self._refused(_malformed(error))
+        self.context = context
+        if guard.draining:
+            return self._refused(_DRAINING)
+        admission = guard.new_admission(context, extra=self.plan.extra, opaque=_opaque(guard, route))
+        admission.release_on_4xx = route.release_on_4xx
+        denied = await admission.open(self.call, clamp=route.clamp)
+        if denied is not None:
+            return denied
+        self.admission = admission
+        if ask is not None and (route.clamp or route.inject_usage):
+            self._rewrite(wants_usage=ask.wants_usage, stream=ask.stream)
+        return None
+
+    def _refused(self, refusal: Refusal) -> Denied:
+        context = self.context or Context(route=self.plan.route.path)
+        return self.guard.engine.refused(context, self.call, refusal)
+
+    async def _read_body(self) -> bytes:
+        limit = self.guard.max_body_bytes
+        for name, value in self.scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > limit:
+                raise body_too_large(limit)
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeft
+        chunk: bytes = message.get("body", b"")
+        if len(chunk) > limit:
+            raise body_too_large(limit)
+        if not message.get("more_body", False):
+            return chunk
+        chunks, length = [chunk], len(chunk)
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientLeft
+            chunk = message.get("body", b"")
+            length += len(chunk)
+            if length > limit:
+                raise body_too_large(limit)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    def _rewrite(self, *, wants_usage: bool, stream: bool) -> None:
+        """Put what the route asks for into the body: usage on streams, and the output limit that was held for."""
+        assert self.admission is not None and self.view is not None and self.dialect is not None  # noqa: PT018, S101
+        root, route = self.admission.root, self.plan.route
+        held = root.call if root is not None else None
+        limit = None
+        if route.clamp and held is not None and self.call is not None:
+            if held.max_output_tokens != self.call.max_output_tokens:
+                limit = held.max_output_tokens
+            elif held.max_output_tokens is None and held.output_tokens:
+                limit = held.output_tokens // held.choices
+        include = route.inject_usage and stream
+        self.strip = include and not wants_usage
+        body = self.dialect.rewrite(self.view, include_usage=include, max_output_tokens=limit)
+        if body is not self.body:
+            self.body = body
+            headers = [(name, value) for name, value in self.scope["headers"] if name != b"content-length"]
+            self.scope["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
+
+    # ------------------------------------------------------------------------------- handle
+
+    async def handle(self) -> None:
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        self.scope[STATE_KEY] = admission
+        token = enter(admission.scope)
+        self.guard.track(admission)
+        receive = self.receive if self.body is None else self._replay
+        try:
+            await self.middleware.app(self.scope, receive, self._send)
+        except LimitExceeded as error:
+            if self.started:
+                raise
+            await self.refuse(error.denied)
+        except Exception as error:
+            refusal = _refusal_behind(error)
+            if refusal is None or self.started:
+                raise
+            await self.refuse(refusal)
+        finally:
+            leave(token)
+            self.guard.untrack(admission)
+            if not self.done:
+                admission.end(self._answer(), status=self.status or None, complete=False)
+            await _finished(admission)
+
+    async def _replay(self) -> Message:
+        if self.replayed:
+            return await self.receive()
+        self.replayed = True
+        return {"type": "http.request", "body": self.body, "more_body": False}
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "http.response.body":
+            if self.meter is not None or self.kept is not None:
+                message = self._metered(message)
+            if not message.get("more_body", False) and not self.done:
+                # Handed over before the client can see the end: its next request finds this one settled.
+                self._end()
+        elif kind == "http.response.start":
+            self._start(message)
+        elif kind == "http.response.pathsend" and not self.done:
+            self._end()
+        await self.send(message)
+
+    def _start(self, message: Message) -> None:
+        self.started = True
+        self.status = message["status"]
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        headers = list(message.get("headers", ()))
+        if self.dialect is not None and not admission.seen:
+            self._start_meter(headers)
+        if self.middleware._fields and admission.receipts:
+            headers += rate_limit_headers(
+                admission.receipts, self.guard.clock.now_ms(), disclose=self.guard.engine.disclose
+            )
+            message["headers"] = headers
+
+    def _start_meter(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Read the body as it passes, if it is in a form that can be read."""
+        assert self.dialect is not None  # noqa: S101 - asked for by `_start` only
+        content_type = b""
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered == b"content-type":
+                content_type = value.lower()
+            elif lowered == b"content-encoding" and value.lower() != b"identity":
+                return
+        if content_type.startswith(b"text/event-stream"):
+            self.meter = self.dialect.stream(self.strip)
+            self.streaming = True
+        elif b"json" in content_type:
+            self.kept = bytearray()
+
+    def _metered(self, message: Message) -> Message:
+        body: bytes = message.get("body", b"")
+        if self.meter is not None:
+            forward = self.meter.feed(body)
+            if not message.get("more_body", False):
+                forward += self.meter.finish()
+            if forward is not body:
+                return {**message, "body": forward}
+        elif self.kept is not None:
+            if len(self.kept) + len(body) > _KEPT_BODY:
+                self.kept = None
+            else:
+                self.kept += body
+        return message
+
+    def _answer(self) -> Answer | None:
+        if self.meter is not None:
+            return self.meter.answer()
+        if self.kept and self.dialect is not None:
+            return self.dialect.read_response(self.status, bytes(self.kept))
+        return None
+
+    def _end(self) -> None:
+        self.done = True
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        admission.end(self._answer(), status=self.status)
+
+    # ------------------------------------------------------------------------------- refuse
+
+    async def refuse(self, denied: Denied) -> None:
+        dialect = self.dialect.name if self.dialect is not None else None
+        fields: Sequence[tuple[bytes, bytes]] = ()
+        if self.middleware._fields:
+            fields = rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
+        await _refuse(denied, self.scope, self.send, dialect=dialect, fields=fields)
+
+
+# --------------------------------------------------------------------------------- helpers
+
+_DRAINING: Final = Refusal(
+    policy="guard",
+    code="guard_draining",
+    message="This instance is shutting down and takes no new calls. Try again in a moment.",
+)
+
+
+def _malformed(error: IdentityError) -> Refusal:
+    return Refusal(policy="identity", code="invalid_request", message=str(error), status=error.status)
+
+
+def _opaque(guard: Guard, route: Route) -> bool:
+    return not guard.hooked if route.calls == "auto" else route.calls == "opaque"
+
+
+def _refusal_behind(error: BaseException) -> Denied | None:
+    """The refusal of ours that an exception was raised from, or that is alone in a group."""
+    for _ in range(8):  # causes may form a ring
+        if isinstance(error, LimitExceeded):
+            return error.denied
+        if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            return None
+    return None
+
+
+async def _refuse(
+    denied: Denied, scope: Scope, send: Send, *, dialect: str | None, fields: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    accept = next(_headers(scope, b"accept"), None)
+    response = render(denied, dialect=dialect, accept=accept, fields=fields)
+    await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
+    body = b"" if scope.get("method") == "HEAD" else response.body
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse_websocket(denied: Denied, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer the handshake: with a whole response where the server can, else by closing."""
+    await receive()  # websocket.connect
+    if "websocket.http.response" in scope.get("extensions", {}):
+        response = render(denied, accept=next(_headers(scope, b"accept"), None))
+        await send({"type": "websocket.http.response.start", "status": response.status, "headers": response.headers})
+        await send({"type": "websocket.http.response.body", "body": response.body})
+        return
+    code, reason = websocket_close(denied)
+    await send({"type": "websocket.close", "code": code, "reason": reason})
+
+
+def _headers(scope: Scope, name: bytes) -> Iterator[bytes]:
+    return (value for key, value in scope["headers"] if key == name)
+
+
+async def _finished(admission: Admission) -> None:
+    """Wait until what was handed over is written: the response has ended, so nobody waits for us.
+
+    It keeps the task alive until then, which servers wait for when they shut down; so nothing is lost
+    where no lifespan event reaches us (mounted applications).
+    """
+    pending = admission.end(complete=False)
+    if not pending.done():
+        await asyncio.shield(_result(pending))
+
+
+async def _result(pending: Awaitable[object]) -> None:
+    await pending
