@@ -1,7 +1,7 @@
 """Policies: pure rules from a context and a call to claims, refusals and cache directives."""
 
 from asgi_llm_guard.policies.base import CacheDirective, Policy, Verdict
-from asgi_llm_guard.policies.budget import Budget, Candidates, Eligibility, ProviderBudget, ProviderSpend
+from asgi_llm_guard.policies.budget import Budget, Candidates, Eligibility, ProviderBudget
 from asgi_llm_guard.policies.cache import CacheScope
 from asgi_llm_guard.policies.concurrency import Concurrency
 from asgi_llm_guard.policies.grammar import Limit
@@ -25,7 +25,6 @@ __all__ = [
     "ModelList",
     "Policy",
     "ProviderBudget",
-    "ProviderSpend",
     "Quota",
     "QuotaBook",
     "RateLimit",

@@ -15,6 +15,7 @@ from typing import Final, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 from asgi_llm_guard.claims import Claim, Meter, Rule, Unit, meter_key
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Refusal
+from asgi_llm_guard.denials import check_status
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.providers import canonical_provider, provider_of, qualified
@@ -46,7 +47,6 @@ MEMO_SIZE: Final = 4096
 
 _PART_LENGTH: Final = 200
 _DIGEST: Final = "sha256~"
-_NEVER_STATUS: Final = frozenset({401, 408, 409})  # client libraries retry 408 and 409, and ask for credentials at 401
 _OWNED: Final = frozenset({"session", "user", "caller"})
 
 V = TypeVar("V")
@@ -150,15 +150,8 @@ class NamedPolicy:
             raise ConfigurationError(f"name: expected a non-empty text, got {name!r}")
         if counts not in get_args(Counts):
             raise ConfigurationError(f"{name}: counts must be 'calls' or 'requests', got {counts!r}")
-        if status is not None and (
-            isinstance(status, bool)
-            or not isinstance(status, int)
-            or not 400 <= status <= 599
-            or status in _NEVER_STATUS
-        ):
-            raise ConfigurationError(
-                f"{name}: status must be from 400 to 599 and not 401, 408 or 409 (clients retry them), got {status!r}"
-            )
+        if status is not None:
+            check_status(status, name=f"{name}.status")
         self.name = name
         self.counts: Counts = counts
         self.status = status

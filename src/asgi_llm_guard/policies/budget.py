@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from asgi_llm_guard.claims import Meter, Reading, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
+from asgi_llm_guard.denials import provider_lines, utc
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.money import format_usd
 from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, Per, ScopedPolicy, Subject, amounts
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import LIMIT_GRAMMAR, Limit, parse_limits, ttl_ms
 from asgi_llm_guard.policies.providers import canonical_model, canonical_provider, provider_of
 from asgi_llm_guard.windows import Lifetime
 
-__all__ = ["Budget", "Candidates", "Eligibility", "ProviderBudget", "ProviderSpend"]
+__all__ = ["Budget", "Candidates", "Eligibility", "ProviderBudget"]
 
 _SESSION_TTL: Final = "1d"
 _LIFELONG: Final = "36500d"
@@ -181,28 +180,6 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProviderSpend:
-    """A provider that is over its budget."""
-
-    provider: str
-    unit: Unit
-    used: int
-    held: int
-    limit: int
-    resets_at_ms: int | None
-    """`None`: unknown, as nothing was spent under a limit of 0."""
-
-    def __str__(self) -> str:
-        shown = (
-            (format_usd(self.used + self.held), format_usd(self.limit))
-            if self.unit is Unit.NANOUSD
-            else (f"{self.used + self.held} tokens", f"{self.limit} tokens")
-        )
-        reset = "" if self.resets_at_ms is None else f", resets at {_instant(self.resets_at_ms)}"
-        return f"provider {self.provider}: {shown[0]} of {shown[1]}{reset}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Eligibility:
     """Which deployments may be called."""
 
@@ -213,13 +190,13 @@ class Eligibility:
     """Those whose provider is under its budget, has none, or cannot be told; in the given order."""
     unparsable: tuple[object, ...]
     """Those whose provider cannot be told. They are among `deployments`."""
-    spent: tuple[ProviderSpend, ...]
-    """The providers that are over their budgets."""
+    spent: tuple[tuple[Meter, Reading], ...]
+    """The budgets in which nothing is left, and their state."""
 
     @property
     def resets_at_ms(self) -> int | None:
-        """When the first of the spent providers comes back; `None` if none does by itself."""
-        return min((each.resets_at_ms for each in self.spent if each.resets_at_ms is not None), default=None)
+        """When the first of the spent budgets starts anew; `None` if none does by itself."""
+        return min((each.resets_at_ms for _, each in self.spent if each.resets_at_ms is not None), default=None)
 
     def denied(self, now_ms: int) -> Denied | None:
         """The refusal if no deployment is left; `None` if one is, or if there was none to begin with.
@@ -230,9 +207,9 @@ class Eligibility:
         if self.deployments or not self.spent:
             return None
         resets_at_ms = self.resets_at_ms
-        money = any(each.unit is Unit.NANOUSD for each in self.spent)
-        names = ", ".join(each.provider for each in self.spent)
-        reset = "" if resets_at_ms is None else f" The soonest reset is at {_instant(resets_at_ms)}."
+        money = any(meter.unit is Unit.NANOUSD for meter, _ in self.spent)
+        names = ", ".join(meter.subject for meter, _ in self.spent)
+        reset = "" if resets_at_ms is None else f" The soonest reset is at {utc(resets_at_ms)}."
         return Denied(
             policy=self.policy,
             code="budget_exhausted" if money else "quota_exceeded",
@@ -242,10 +219,10 @@ class Eligibility:
             retry_after_s=None if resets_at_ms is None else max(0, -((now_ms - resets_at_ms) // 1000)),
             scope="provider",
             subject=names,
-            unit=self.spent[0].unit,
+            unit=self.spent[0][0].unit,
             resets_at_ms=resets_at_ms,
             violated=(self.policy,),
-            details=tuple(map(str, self.spent)),
+            details=provider_lines(self.spent, disclose="all"),
             now_ms=now_ms,
         )
 
@@ -328,14 +305,7 @@ class ProviderBudget(Budget):
         """
         candidates = deployments if isinstance(deployments, Candidates) else self.resolve(deployments)
         spent = {
-            provider: ProviderSpend(
-                provider=provider,
-                unit=meter.unit,
-                used=reading.used,
-                held=reading.held,
-                limit=meter.limit,
-                resets_at_ms=reading.resets_at_ms,
-            )
+            provider: (meter, reading)
             for provider, meter in self.meters(candidates.providers).items()
             for reading in (readings.get(provider, _UNUSED),)
             if meter.limit is not None and reading.used + reading.held >= meter.limit
@@ -372,7 +342,3 @@ _UNUSED: Final = Reading(0, 0, None)
 
 def _field(source: object, name: str) -> object:
     return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
-
-
-def _instant(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
