@@ -12,13 +12,14 @@ The rules are those of `storage/base.py`. What a cell's fields mean depends on i
 | `Slots` | 0, slots held | 0 | 0 |
 | `Distinct` | has no cell: its ids are `Members` | | |
 
-A cell is never written before every claim of the plan was judged, so a refusal has nothing to undo.
+No function raises or refuses with half of its work done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 
@@ -75,8 +76,11 @@ OWNER_MEMORY_MS: Final = 86_400_000
 # ------------------------------------------------------------------------------------ state
 
 
-class Cell(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class Cell:
     """The state of one meter. Mutable; only the functions of this module change one."""
+
+    # Not a msgspec.Struct: those are slower to write to than to make, and cells are written to.
 
     kind: int
     used: int
@@ -85,8 +89,8 @@ class Cell(msgspec.Struct, gc=False):
     end: int
     parts: dict[int, list[int]] | None = None
     """`Sliding`: sub-bucket number to used and held, oldest first."""
-    turn: int = 0
-    """The last plan that was judged against this cell. Not state: never stored."""
+    turn: int = field(default=0, compare=False, repr=False)
+    """The last plan that took from this cell. Not state: never stored."""
 
     def dump(self) -> tuple[int, int, int, int, int, bytes | None]:
         """Kind, used, held, start, end and the sub-buckets: the columns of a row. All integers fit into 64 bits."""
@@ -258,10 +262,13 @@ def reserve(state: State, owner: str, plans: Sequence[Plan], now_ms: int) -> Gra
     if not plans:
         raise ValueError("reserve: expected at least one plan, got none")
     holds, ended, ledger = state.holds, state.ended, state.ledger
-    for bundle in plans[0]:
+    first = plans[0]
+    if len(first) > 1 and len({bundle.call_id for bundle in first}) < len(first):
+        raise ValueError("reserve: two bundles of one plan have the same call id")
+    for bundle in first:
         call_id = bundle.call_id
         if call_id in holds or call_id in ended or call_id in ledger:
-            seen = _seen(state, plans[0], now_ms)
+            seen = _seen(state, first, now_ms)
             if seen is not None:
                 return seen
             break
@@ -272,22 +279,20 @@ def reserve(state: State, owner: str, plans: Sequence[Plan], now_ms: int) -> Gra
     while True:
         states: list[tuple[Receipt, ...]] = []
         for number, plan in enumerate(plans):
-            receipts, takes, fresh, refused = _judge(state, plan, now_ms)
-            if refused:
-                states.append(_not_taken(receipts))
+            granted, receipts = _take(state, plan, now_ms)
+            if not granted:
+                states.append(receipts)
                 continue
-            _take(state, receipts, takes, fresh, now_ms)
             if len(plan) == 1:
                 bundle = plan[0]
-                granted = tuple(receipts)
-                holds[bundle.call_id] = Hold(bundle.call_id, owner, granted, bundle.draft, now_ms, number)
+                holds[bundle.call_id] = Hold(bundle.call_id, owner, receipts, bundle.draft, now_ms, number)
             else:
-                granted = _hold_each(state, owner, plan, receipts, now_ms, number)
+                _hold_each(state, owner, plan, receipts, now_ms, number)
             if mine is None:
                 state.owners[owner] = Owner(now_ms + state.lapse_ms)
             elif mine.lapse_at_ms <= now_ms:
                 mine.lapse_at_ms = now_ms + state.lapse_ms
-            return Granted(granted, now_ms, number)
+            return Granted(receipts, now_ms, number)
         if not any_lapsed(state, now_ms):
             return Refused(tuple(states), now_ms)
         sweep(state, now_ms)
@@ -324,150 +329,167 @@ def _ended(state: State, call_id: str, now_ms: int) -> Ended | None:
     return None
 
 
-_Judged = tuple[list[Receipt], list["Cell | None"], list[tuple[str, Cell]], bool]
+def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, ...]]:
+    """Take every claim of the plan and give (True, receipts), or change nothing and give (False, states).
 
-
-def _judge(state: State, plan: Plan, now_ms: int) -> _Judged:
-    """Receipts as if granted, the cells to take from, those of them that are new, and whether a claim refuses.
-
-    Changes nothing: what it returns is for `_take` to write. In the hot path, hence one loop.
+    In the hot path, hence one loop without helpers for the usual cases. What is easily undone is taken
+    as soon as it fits, and given back if another claim refuses; the rest waits in `fresh` and `later`.
     """
-    get = state.cells.get
+    cells = state.cells
+    get = cells.get
     turn = state.turn = state.turn + 1
     receipts: list[Receipt] = []
-    takes: list[Cell | None] = []
+    add = receipts.append
     fresh: list[tuple[str, Cell]] = []
+    later: list[tuple[Cell | None, Receipt]] = []
     refused = False
-    resets: int | None
+    window: Any
     for bundle in plan:
         for claim in bundle.claims:
             meter = claim.meter
             amount = claim.amount
             limit = meter.limit
             kind = meter.kind
-            if kind == DISTINCT:
-                if any(other.claim.meter.key == meter.key for other in receipts):
-                    raise _claimed_twice(meter)
-                receipt = _judge_distinct(state, claim, now_ms)
-                receipts.append(receipt)
-                takes.append(None)
-                if not receipt.fits and meter.enforce:
-                    refused = True
-                continue
             cell = get(meter.key)
+            if cell is not None and cell.turn == turn:
+                _give_back(cells, receipts, turn)
+                raise _claimed_twice(meter.key)
             if kind <= CALENDAR:
                 if cell is None or now_ms >= cell.end:
                     cell = _instance(meter, now_ms)
                     fresh.append((meter.key, cell))
-                elif cell.turn == turn:
-                    raise _claimed_twice(meter)
                 used = cell.used
                 held = cell.held
-                pin = cell.start
-                resets = cell.end
-                fits = limit is None or used + held + amount <= limit
-                if not fits and amount > limit:  # type: ignore[operator]
-                    resets = None
-            else:
+                end = cell.end
+                if limit is None or used + held + amount <= limit:
+                    cell.held = held + amount
+                    cell.turn = turn
+                    if kind == LIFETIME:
+                        window = meter.window
+                        if window.renew and end < now_ms + window.ttl_ms:
+                            end = now_ms + window.ttl_ms
+                            later.append((cell, Receipt(claim, True, True, used, held, cell.start, end)))
+                    add(Receipt(claim, True, True, used, held, cell.start, end))
+                    continue
+                add(Receipt(claim, False, False, used, held, cell.start, end if amount <= limit else None))
+            elif kind == SLIDING:
                 if cell is None:
-                    cell = Cell(kind, 0, 0, 0, 0, {} if kind == SLIDING else None)
+                    cell = Cell(SLIDING, 0, 0, 0, 0, {})
                     fresh.append((meter.key, cell))
-                elif cell.turn == turn:
-                    raise _claimed_twice(meter)
-                if kind == SLIDING:
-                    window: Any = meter.window
-                    pin = now_ms // (window.period_ms // window.buckets)
-                    if pin < cell.start:  # noqa: PLR1730 - hot path: a call of `max` costs four times as much
-                        pin = cell.start
+                window = meter.window
+                pin = now_ms // (window.period_ms // window.buckets)
+                if pin < cell.start:  # noqa: PLR1730 - a call of `max` costs four times as much
+                    pin = cell.start
+                if now_ms < cell.end:
                     used = cell.used
                     held = cell.held
-                    if now_ms >= cell.end:
-                        used, held = _live(cell, pin - window.buckets)
-                    fits = limit is None or used + held + amount <= limit
-                    resets = now_ms if fits else _sliding_fits_at(cell, meter, amount, used + held, pin)
-                elif kind == SLOTS:
-                    used = pin = 0
-                    held = cell.held
-                    resets = None
-                    fits = limit is None or held + amount <= limit
                 else:
-                    pin, backlog = _drained(cell, meter, now_ms)
-                    used, held = _in_units(cell, meter, backlog)
-                    excess = _bucket_excess(meter, backlog, amount)
-                    fits = excess <= 0
-                    resets = now_ms if fits else _bucket_fits_at(meter, amount, excess, pin)
-            cell.turn = turn
-            receipts.append(Receipt(claim, fits, fits, used, held, pin, resets))
-            if fits:
-                takes.append(cell)
+                    used, held = _live(cell, pin - window.buckets)
+                if limit is None or used + held + amount <= limit:
+                    cell.turn = turn
+                    receipt = Receipt(claim, True, True, used, held, pin, now_ms)
+                    later.append((cell, receipt))
+                    add(receipt)
+                    continue
+                fits_at = _sliding_fits_at(cell, meter, amount, used + held, pin)
+                add(Receipt(claim, False, False, used, held, pin, fits_at))
+            elif kind == SLOTS:
+                if cell is None:
+                    cell = Cell(SLOTS, 0, 0, 0, 0)
+                    fresh.append((meter.key, cell))
+                held = cell.held
+                if limit is None or held + amount <= limit:
+                    cell.held = held + amount
+                    cell.turn = turn
+                    add(Receipt(claim, True, True, 0, held, 0, None))
+                    continue
+                add(Receipt(claim, False, False, 0, held, 0, None))
             else:
-                takes.append(None)
-                if fresh and fresh[-1][1] is cell:
-                    fresh.pop()
-                if meter.enforce:
-                    refused = True
+                if kind == BUCKET:
+                    if cell is None:
+                        cell = Cell(BUCKET, 0, 0, now_ms, now_ms)
+                        fresh.append((meter.key, cell))
+                    receipt = _judge_bucket(cell, claim, now_ms)
+                else:
+                    if claim.member is None or any(other.claim.meter.key == meter.key for other in receipts):
+                        _give_back(cells, receipts, turn)
+                        raise _no_member(meter) if claim.member is None else _claimed_twice(meter.key)
+                    receipt = _judge_distinct(state.members, claim, claim.member, now_ms)
+                add(receipt)
+                if receipt.taken:
+                    if cell is not None:
+                        cell.turn = turn
+                    later.append((cell, receipt))
+                    continue
+            if fresh and fresh[-1][1] is cell:
+                fresh.pop()
+            if meter.enforce:
+                refused = True
     if len(fresh) > 1 and len({key for key, _ in fresh}) < len(fresh):
-        raise _claimed_twice(plan[0].claims[0].meter)
-    return receipts, takes, fresh, refused
-
-
-def _take(
-    state: State, receipts: list[Receipt], takes: list[Cell | None], fresh: list[tuple[str, Cell]], now_ms: int
-) -> None:
-    """Write what `_judge` found to fit."""
+        _give_back(cells, receipts, turn)
+        raise _claimed_twice(fresh[-1][0])
+    if refused:
+        _give_back(cells, receipts, turn)
+        return False, _not_taken(receipts)
     for key, new in fresh:
-        state.cells[key] = new
-    for position, take in enumerate(takes):
-        receipt = receipts[position]
-        claim = receipt.claim
-        if take is None:
-            if receipt.taken and claim.member is not None:
-                state.members.touch(claim.meter.key, claim.member, receipt.resets_at_ms or now_ms)
-            continue
-        cell = take
-        amount = claim.amount
-        cell.held += amount
-        kind = cell.kind
-        if kind == SLIDING:
-            parts: Any = cell.parts
-            part = parts.get(receipt.pin)
-            if part is not None:
-                part[1] += amount
-            else:
-                parts[receipt.pin] = [0, amount]
-                window: Any = claim.meter.window
-                _forget_parts(cell, receipt.pin, window)
-        elif kind == BUCKET:
-            window = claim.meter.window
-            _, backlog = _drained(cell, claim.meter, receipt.pin)
-            _fill(cell, claim.meter, receipt.pin, backlog + amount * window.period_ms)
-        elif kind == LIFETIME:
-            window = claim.meter.window
-            if window.renew and cell.end < now_ms + window.ttl_ms:
-                cell.end = now_ms + window.ttl_ms
-                receipts[position] = msgspec.structs.replace(receipt, resets_at_ms=cell.end)
+        cells[key] = new
+    for cell, receipt in later:
+        _take_later(state.members, cell, receipt)
+    return True, tuple(receipts)
 
 
-def _hold_each(
-    state: State, owner: str, plan: Plan, receipts: list[Receipt], now_ms: int, number: int
-) -> tuple[Receipt, ...]:
+def _give_back(cells: dict[str, Cell], receipts: Iterable[Receipt], turn: int) -> None:
+    """Undo what `_take` has taken at once. New cells were not put among the others, so they are not found."""
+    for receipt in receipts:
+        meter = receipt.claim.meter
+        if receipt.taken and (meter.kind <= CALENDAR or meter.kind == SLOTS):
+            cell = cells.get(meter.key)
+            if cell is not None and cell.turn == turn:
+                cell.held -= receipt.claim.amount
+
+
+def _take_later(members: Members, cell: Cell | None, receipt: Receipt) -> None:
+    """Do what `_take` has put off until every claim was judged."""
+    claim = receipt.claim
+    window: Any = claim.meter.window
+    if cell is None:
+        members.touch(claim.meter.key, cast("str", claim.member), cast("int", receipt.resets_at_ms))
+    elif cell.kind == SLIDING:
+        cell.held += claim.amount
+        parts: Any = cell.parts
+        part = parts.get(receipt.pin)
+        if part is not None:
+            part[1] += claim.amount
+        else:
+            parts[receipt.pin] = [0, claim.amount]
+            _forget_parts(cell, receipt.pin, window)
+    elif cell.kind == BUCKET:
+        cell.held += claim.amount
+        _, backlog = _drained(cell, claim.meter, receipt.pin)
+        _fill(cell, claim.meter, receipt.pin, backlog + claim.amount * window.period_ms)
+    else:  # a Lifetime that its use renews
+        cell.end = cast("int", receipt.resets_at_ms)
+
+
+def _not_taken(receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
+    return tuple([Receipt(r.claim, False, r.fits, r.used, r.held, r.pin, r.resets_at_ms) for r in receipts])
+
+
+def _hold_each(state: State, owner: str, plan: Plan, receipts: tuple[Receipt, ...], now_ms: int, number: int) -> None:
     """One hold for each bundle of a plan that has several."""
     at = 0
     for bundle in plan:
         upto = at + len(bundle.claims)
-        state.holds[bundle.call_id] = Hold(
-            bundle.call_id, owner, tuple(receipts[at:upto]), bundle.draft, now_ms, number
-        )
+        state.holds[bundle.call_id] = Hold(bundle.call_id, owner, receipts[at:upto], bundle.draft, now_ms, number)
         at = upto
-    return tuple(receipts)
 
 
-def _not_taken(receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
-    return tuple(Receipt(r.claim, False, r.fits, r.used, r.held, r.pin, r.resets_at_ms) for r in receipts)
+def _claimed_twice(key: str) -> ValueError:
+    return ValueError(f"two claims of one plan are on the meter {key!r}; merge them into one")
 
 
-def _claimed_twice(meter: Meter) -> ValueError:
-    return ValueError(f"two claims of one plan are on the same meter; merge them (found at {meter.key!r})")
+def _no_member(meter: Meter) -> ValueError:
+    return ValueError(f"{meter.policy}: a claim on distinct ids names its id, got None (meter {meter.key!r})")
 
 
 # ---------------------------------------------------------------------------------- windows
@@ -541,18 +563,18 @@ def _in_units(cell: Cell, meter: Meter, backlog: int) -> tuple[int, int]:
     return units - held, held
 
 
-def _bucket_excess(meter: Meter, backlog: int, amount: int) -> int:
-    """By how many unit-ms `amount` is too much; a limit of 0 leaves no room at all."""
+def _judge_bucket(cell: Cell, claim: Claim, now_ms: int) -> Receipt:
+    meter = claim.meter
     window: Any = meter.window
-    room = window.burst * window.period_ms if meter.limit else 0
-    return int(backlog + amount * window.period_ms - room)
-
-
-def _bucket_fits_at(meter: Meter, amount: int, excess: int, at_ms: int) -> int | None:
-    window: Any = meter.window
-    if not meter.limit or amount > window.burst:
-        return None
-    return at_ms - (-excess // meter.limit)
+    limit = meter.limit or 0
+    at_ms, backlog = _drained(cell, meter, now_ms)
+    used, held = _in_units(cell, meter, backlog)
+    room = window.burst * window.period_ms if limit else 0  # a limit of 0 blocks everything, whatever the burst
+    excess = backlog + claim.amount * window.period_ms - room
+    if excess <= 0:
+        return Receipt(claim, True, True, used, held, at_ms, now_ms)
+    fits_at = at_ms - (-excess // limit) if limit and claim.amount <= window.burst else None
+    return Receipt(claim, False, False, used, held, at_ms, fits_at)
 
 
 def _fill(cell: Cell, meter: Meter, at_ms: int, backlog: int) -> None:
@@ -563,25 +585,20 @@ def _fill(cell: Cell, meter: Meter, at_ms: int, backlog: int) -> None:
     cell.end = at_ms - (-backlog // (meter.limit or 1))
 
 
-def _judge_distinct(state: State, claim: Claim, now_ms: int) -> Receipt:
+def _judge_distinct(members: Members, claim: Claim, member: str, now_ms: int) -> Receipt:
     meter = claim.meter
-    if claim.member is None:
-        raise ValueError(f"{meter.policy}: a claim on distinct ids names its member, got None (meter {meter.key!r})")
     limit = meter.limit
     window: Any = meter.window
-    others, known = state.members.look(meter.key, claim.member, now_ms)
-    ends = state.members.ends(meter.key)
+    others, known = members.look(meter.key, member, now_ms)
+    ends = members.ends(meter.key)
     if known:
         others -= 1
-    fits = known or limit is None or others + claim.amount <= limit
-    resets: int | None = None
-    if fits:
-        resets = now_ms + window.ttl_ms
-        if ends is not None and ends[1] > resets:
-            resets = ends[1]
-    elif ends is not None and limit is not None and claim.amount <= limit:
-        resets = ends[0]
-    return Receipt(claim, fits, fits, others, 0, 0, resets)
+    if known or limit is None or others + claim.amount <= limit:
+        until_ms = now_ms + window.ttl_ms
+        if ends is not None and ends[1] > until_ms:
+            until_ms = ends[1]
+        return Receipt(claim, True, True, others, 0, 0, until_ms)
+    return Receipt(claim, False, False, others, 0, 0, ends[0] if ends is not None and claim.amount <= limit else None)
 
 
 # ------------------------------------------------------------------------- settle and expire
@@ -592,19 +609,20 @@ def settle(state: State, settlements: Sequence[Settlement], now_ms: int) -> tupl
 
     Missing actuals count as `None` (what is held), surplus ones are ignored: settling never fails.
     """
-    return tuple([_settle(state, settlement, now_ms) for settlement in settlements])
-
-
-def _settle(state: State, settlement: Settlement, now_ms: int) -> Settled:
-    call_id = settlement.call_id
-    hold = state.holds.pop(call_id, None)
-    if hold is None:
-        return _settle_unheld(state, settlement, now_ms)
-    overages = _release(state.cells, hold.receipts, settlement.actuals, now_ms)
-    state.ended[call_id] = Tombstone("settled", now_ms + state.tombstone_ms)
-    if settlement.record is not None:
-        state.ledger.append(settlement.record)
-    return Settled(call_id, "settled", overages)
+    holds = state.holds
+    settled: list[Settled] = []
+    for settlement in settlements:
+        call_id = settlement.call_id
+        hold = holds.pop(call_id, None)
+        if hold is None:
+            settled.append(_settle_unheld(state, settlement, now_ms))
+            continue
+        overages = _release(state.cells, hold.receipts, settlement.actuals, now_ms)
+        state.ended[call_id] = Tombstone("settled", now_ms + state.tombstone_ms)
+        if settlement.record is not None:
+            state.ledger.append(settlement.record)
+        settled.append(Settled(call_id, "settled", overages))
+    return tuple(settled)
 
 
 def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled:
@@ -646,51 +664,54 @@ def _release(
     """Put actual amounts in the place of the held ones, each in its pinned window; gives the overages."""
     if len(actuals) != len(receipts):
         actuals = _paired(receipts, actuals)
-    overages: list[int] | None = None
-    for position, receipt in enumerate(receipts):
+    over = False
+    for receipt, given in zip(receipts, actuals):  # noqa: B905 - made equal above, and `strict` costs time
         if not receipt.taken:
             continue
         claim = receipt.claim
         held = claim.amount
-        actual = actuals[position]
-        if actual is None:
-            actual = held
+        actual = held if given is None else given
         meter = claim.meter
         kind = meter.kind
+        if kind == DISTINCT:
+            continue
+        cell = cells.get(meter.key)
         if kind <= CALENDAR:
-            cell = cells.get(meter.key)
             if cell is not None and cell.start == receipt.pin:
                 cell.held -= held
                 used = cell.used + actual
-                cell.used = used if used <= MAX_AMOUNT else MAX_AMOUNT  # noqa: FURB136 - as in `_judge`
+                cell.used = used if used <= MAX_AMOUNT else MAX_AMOUNT  # noqa: FURB136 - as in `_take`
+        elif cell is None:
+            pass
         elif kind == SLIDING:
-            cell = cells.get(meter.key)
-            if cell is not None:
-                parts: Any = cell.parts
-                part = parts.get(receipt.pin)
-                if part is not None:
-                    part[1] -= held
-                    cell.held -= held
-                    part[0] += actual
-                    cell.used += actual
-        elif kind == SLOTS:
-            cell = cells.get(meter.key)
-            if cell is not None:
+            parts: Any = cell.parts
+            part = parts.get(receipt.pin)
+            if part is not None:
+                part[1] -= held
                 cell.held -= held
-            continue
-        elif kind == BUCKET:
-            cell = cells.get(meter.key)
-            if cell is not None:
-                cell.held -= held
-                if actual != held:
-                    _correct(cell, meter, receipt.pin, held, actual, now_ms)
+                part[0] += actual
+                cell.used += actual
         else:
-            continue
+            cell.held -= held
+            if kind == SLOTS:
+                continue
+            if actual != held:
+                _correct(cell, meter, receipt.pin, held, actual, now_ms)
         if actual > held:
-            if overages is None:
-                overages = [0] * len(receipts)
-            overages[position] = actual - held
-    return (0,) * len(receipts) if overages is None else tuple(overages)
+            over = True
+    return _overages(receipts, actuals) if over else (0,) * len(receipts)
+
+
+def _overages(receipts: Sequence[Receipt], actuals: Sequence[int | None]) -> tuple[int, ...]:
+    """For each claim by how much the actual amount is above the held one."""
+    return tuple(
+        [
+            max(0, actual - receipt.claim.amount)
+            if actual is not None and receipt.taken and receipt.claim.meter.kind not in (SLOTS, DISTINCT)
+            else 0
+            for receipt, actual in zip(receipts, actuals, strict=True)
+        ]
+    )
 
 
 def _correct(cell: Cell, meter: Meter, pin: int, held: int, actual: int, now_ms: int) -> None:
@@ -720,19 +741,19 @@ def _charge(
     `late`: what is above the amount that expiry has charged, in the pinned window if it is still
     there. Else (the store lost the hold): the whole, also in a window that has to be made again.
     """
-    overages = [0] * len(receipts)
-    for position, (receipt, actual) in enumerate(zip(receipts, _paired(receipts, actuals), strict=True)):
+    paired = _paired(receipts, actuals)
+    overages = _overages(receipts, paired)
+    for receipt, actual, overage in zip(receipts, paired, overages, strict=True):
         meter = receipt.claim.meter
-        held = receipt.claim.amount
         if not receipt.taken or meter.kind in (SLOTS, DISTINCT):
             continue
-        amount = held if actual is None else actual
-        overages[position] = max(0, amount - held)
         if late and meter.expiry_charge == "hold":
-            amount = overages[position]
+            amount = overage
+        else:
+            amount = receipt.claim.amount if actual is None else actual
         if amount > 0:
             _debit(cells, receipt, amount, now_ms, make=not late)
-    return tuple(overages)
+    return overages
 
 
 def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *, make: bool) -> None:
@@ -840,7 +861,7 @@ def amend(state: State, owner: str, bundle: Bundle, now_ms: int) -> Granted | Re
 def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | Refused:
     before = {receipt.claim.meter.key: receipt for receipt in hold.receipts if receipt.taken}
     if len({claim.meter.key for claim in bundle.claims}) < len(bundle.claims):
-        raise _claimed_twice(bundle.claims[0].meter)
+        raise _claimed_twice(bundle.claims[0].meter.key)
     kept: dict[str, Receipt] = {}
     for claim in bundle.claims:
         old = before.get(claim.meter.key)
@@ -850,20 +871,17 @@ def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | R
     asked = Bundle(bundle.call_id, tuple(claim for claim in bundle.claims if claim.meter.key not in kept))
     saved = {key: copy(cell) for key in before if (cell := state.cells.get(key)) is not None}
     _release(state.cells, given_back, (0,) * len(given_back), now_ms)
+    granted = False
     try:
-        receipts, takes, fresh, refused = _judge(state, (asked,), now_ms)
-    except ValueError:
-        state.cells.update(saved)
-        raise
-    if refused:
-        state.cells.update(saved)
-        receipts = list(_not_taken(receipts))
-        kept = {key: msgspec.structs.replace(receipt, taken=False) for key, receipt in kept.items()}
-    else:
-        _take(state, receipts, takes, fresh, now_ms)
+        granted, receipts = _take(state, (asked,), now_ms)
+    finally:
+        if not granted:
+            state.cells.update(saved)
+    if not granted:
+        kept = {key: _not_taken((receipt,))[0] for key, receipt in kept.items()}
     judged = iter(receipts)
     states = tuple([kept.get(claim.meter.key) or next(judged) for claim in bundle.claims])
-    return Refused((states,), now_ms) if refused else Granted(states, now_ms)
+    return Granted(states, now_ms) if granted else Refused((states,), now_ms)
 
 
 # ------------------------------------------------------------------------------------ owners

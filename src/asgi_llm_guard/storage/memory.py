@@ -116,32 +116,24 @@ def _drop_expired(ids: OrderedDict[str, int], now_ms: int) -> None:
         del ids[first]
 
 
-class MemoryLedger:
+class MemoryLedger(OrderedDict[str, UsageRecord]):
     """Usage records by call id, at most `most` of them."""
 
-    __slots__ = ("_most", "_records")
-
     def __init__(self, most: int = MAX_RECORDS) -> None:
+        super().__init__()
         self._most = most
-        self._records: OrderedDict[str, UsageRecord] = OrderedDict()
-
-    def __contains__(self, call_id: object) -> bool:
-        return call_id in self._records
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def append(self, record: UsageRecord) -> None:
         self.replace(record.call_id, record)
 
     def replace(self, call_id: str, record: UsageRecord) -> None:
-        self._records[call_id] = record
-        if len(self._records) > self._most:
-            self._records.popitem(last=False)
+        self[call_id] = record
+        if len(self) > self._most:
+            self.popitem(last=False)
 
     def since(self, since_ms: int, limit: int | None) -> list[UsageRecord]:
         """Records admitted at or after `since_ms`, by instant and call id, at most `limit`."""
-        found = [record for record in self._records.values() if record.at_ms >= since_ms]
+        found = [record for record in self.values() if record.at_ms >= since_ms]
         found.sort(key=lambda record: (record.at_ms, record.call_id))
         return found if limit is None else found[:limit]
 
