@@ -1,0 +1,108 @@
+-- The tables of a SQLite storage. PRAGMA user_version holds the schema's version, PRAGMA
+-- application_id says that the file is ours.
+--
+--   cells        one row per meter: its counters and the window instance they belong to
+--   crowds       one row per `Distinct` meter: how many ids are live
+--   members      one row per live id of a `Distinct` meter
+--   holds        one row per open call: all its receipts in one value, with the draft record
+--   tombstones   one row per call id that has ended without a row in the ledger, or that expired;
+--                for ten minutes
+--   owners       one row per process: until when its last heartbeat keeps its holds
+--   templates    what meters have in common: policy, limit, window; as many as were ever configured
+--   ledger       one row per finished call: what reports read
+--
+-- All but the last two is bounded by what is alive: rows whose time is over are removed a few at
+-- a time. `data` is MessagePack (sqlite_codec.py). Instants are milliseconds since the Unix epoch.
+
+CREATE TABLE cells (
+    key TEXT NOT NULL PRIMARY KEY,
+    kind INTEGER NOT NULL,
+    used INTEGER NOT NULL,
+    held INTEGER NOT NULL,
+    starts INTEGER NOT NULL,
+    ends_ms INTEGER NOT NULL,
+    parts BLOB
+) WITHOUT ROWID;
+
+CREATE TABLE crowds (
+    key TEXT NOT NULL PRIMARY KEY,
+    live INTEGER NOT NULL,
+    first_ms INTEGER NOT NULL,
+    last_ms INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE members (
+    key TEXT NOT NULL,
+    member TEXT NOT NULL,
+    until_ms INTEGER NOT NULL,
+    PRIMARY KEY (key, member)
+) WITHOUT ROWID;
+
+CREATE INDEX members_by_end ON members (key, until_ms);
+
+CREATE TABLE holds (
+    call_id TEXT NOT NULL PRIMARY KEY,
+    owner TEXT NOT NULL,
+    data BLOB NOT NULL
+);
+
+CREATE TABLE tombstones (
+    row INTEGER PRIMARY KEY,
+    call_id TEXT NOT NULL UNIQUE,
+    reason TEXT NOT NULL,
+    until_ms INTEGER NOT NULL,
+    data BLOB
+);
+
+CREATE TABLE owners (
+    owner TEXT NOT NULL PRIMARY KEY,
+    lapse_at_ms INTEGER NOT NULL,
+    lapsed_ms INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE templates (
+    id INTEGER PRIMARY KEY,
+    data BLOB NOT NULL UNIQUE
+);
+
+-- Departments and tags are JSON lists: json_each(departments) charges a row to each of them in
+-- full, a sum without it counts the row once.
+CREATE TABLE ledger (
+    row INTEGER PRIMARY KEY,
+    call_id TEXT NOT NULL UNIQUE,
+    at_ms INTEGER NOT NULL,
+    ended_ms INTEGER,
+    request_id TEXT,
+    caller TEXT,
+    user TEXT,
+    departments TEXT NOT NULL,
+    agent TEXT,
+    session TEXT,
+    tags TEXT NOT NULL,
+    route TEXT,
+    provider TEXT,
+    model TEXT,
+    billed_model TEXT,
+    cost_nanousd INTEGER,
+    estimate_nanousd INTEGER,
+    tokens INTEGER,
+    outcome TEXT NOT NULL,
+    late INTEGER NOT NULL,
+    price_source TEXT,
+    dispatched_ms INTEGER,
+    first_token_ms INTEGER,
+    latency_ms INTEGER,
+    has_usage INTEGER NOT NULL,
+    input_tokens INTEGER,
+    output_tokens INTEGER,
+    cache_read_tokens INTEGER,
+    cache_write_tokens INTEGER,
+    cache_write_1h_tokens INTEGER,
+    reasoning_tokens INTEGER,
+    input_audio_tokens INTEGER,
+    output_audio_tokens INTEGER,
+    service_tier TEXT,
+    usage_model TEXT
+);
+
+CREATE INDEX ledger_by_time ON ledger (at_ms, row);

@@ -1,0 +1,451 @@
+"""Rows in, decisions, rows out: what one transaction of the SQLite storage does.
+
+What the operations of a turn need is read in a few statements, the functions of `cells.py` decide
+on it in the order of the operations, and what differs afterwards is written: one row per changed
+meter and turn, however many operations changed it.
+
+What was read or written stays in memory for the next turn, for as long as no other connection
+has changed the file (`PRAGMA data_version`). A rollback forgets all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import msgspec
+
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
+from asgi_llm_guard.clock import Clock
+from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.storage import cells
+from asgi_llm_guard.storage.cells import Hold, Needs, Owner, State, Tombstone
+from asgi_llm_guard.storage.sqlite_codec import HoldCodec, row_of_record
+from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
+from asgi_llm_guard.storage.sqlite_members import SqliteMembers
+from asgi_llm_guard.storage.sqlite_tables import (
+    CELL_COLUMNS,
+    UPSERT_CELL,
+    UPSERT_HOLD,
+    UPSERT_OWNER,
+    UPSERT_RECORD,
+    UPSERT_TOMBSTONE,
+    TableOperation,
+    cell_of_row,
+    hold_row,
+    tombstone_of_row,
+    tombstone_row,
+)
+from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
+from asgi_llm_guard.usage import UsageRecord
+
+__all__ = [
+    "Amend",
+    "Beat",
+    "Operation",
+    "Read",
+    "Reserve",
+    "Reset",
+    "Retire",
+    "Settle",
+    "SqliteDatabase",
+]
+
+_TIDY_EVERY: Final = 256
+"""Old rows are looked for each time that many operations were decided."""
+
+_TIDY_ROWS: Final = 1024
+"""How many rows of each table that is: more than as many operations can make."""
+
+_MAX_CACHED: Final = 50_000
+"""How many cells, or written holds, are kept in memory at most."""
+
+T_co = TypeVar("T_co", covariant=True)
+
+# ------------------------------------------------------------------------------- operations
+
+
+class Operation(Protocol[T_co]):
+    """A verb of `cells.py` with its arguments."""
+
+    def ask(self, needs: Needs) -> None:
+        """Say which call ids and meters it names."""
+        ...
+
+    def decide(self, state: State, now_ms: int) -> T_co: ...
+
+
+class Reserve(msgspec.Struct, frozen=True, gc=False):
+    owner: str
+    plans: Sequence[Plan]
+
+    def ask(self, needs: Needs) -> None:
+        needs.of_plans(self.plans)
+
+    def decide(self, state: State, now_ms: int) -> Granted | Refused | Ended:
+        return cells.reserve(state, self.owner, self.plans, now_ms)
+
+
+class Amend(msgspec.Struct, frozen=True, gc=False):
+    owner: str
+    bundle: Bundle
+
+    def ask(self, needs: Needs) -> None:
+        needs.of_bundle(self.bundle)
+
+    def decide(self, state: State, now_ms: int) -> Granted | Refused | Ended:
+        return cells.amend(state, self.owner, self.bundle, now_ms)
+
+
+class Settle(msgspec.Struct, frozen=True, gc=False):
+    settlements: Sequence[Settlement]
+
+    def ask(self, needs: Needs) -> None:
+        needs.of_settlements(self.settlements)
+
+    def decide(self, state: State, now_ms: int) -> tuple[Settled, ...]:
+        return cells.settle(state, self.settlements, now_ms)
+
+
+class Beat(msgspec.Struct, frozen=True):
+    owner: str
+
+    def ask(self, needs: Needs) -> None: ...
+
+    def decide(self, state: State, now_ms: int) -> Heartbeat:
+        return cells.heartbeat(state, self.owner, now_ms)
+
+
+class Retire(msgspec.Struct, frozen=True):
+    owner: str
+
+    def ask(self, needs: Needs) -> None: ...
+
+    def decide(self, state: State, now_ms: int) -> None:
+        cells.retire(state, self.owner, now_ms)
+
+
+class Read(msgspec.Struct, frozen=True):
+    meters: Sequence[Meter]
+
+    def ask(self, needs: Needs) -> None:
+        needs.of_meters(self.meters)
+
+    def decide(self, state: State, now_ms: int) -> tuple[Reading, ...]:
+        return cells.read(state, self.meters, now_ms)
+
+
+class Reset(msgspec.Struct, frozen=True):
+    meters: Sequence[Meter]
+
+    def ask(self, needs: Needs) -> None:
+        needs.of_meters(self.meters)
+
+    def decide(self, state: State, now_ms: int) -> None:
+        cells.reset(state, self.meters, now_ms)
+
+
+# -------------------------------------------------------------------------------- the turns
+
+
+class _Ledger:
+    """What a turn knows of the ledger, and adds to it."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self.added: dict[str, UsageRecord] = {}
+
+    def __contains__(self, call_id: object) -> bool:
+        return call_id in self.known
+
+    def append(self, record: UsageRecord) -> None:
+        self.replace(record.call_id, record)
+
+    def replace(self, call_id: str, record: UsageRecord) -> None:
+        self.known.add(call_id)
+        self.added[call_id] = record
+
+    def clear(self) -> None:
+        self.known.clear()
+        self.added.clear()
+
+
+class SqliteDatabase:
+    """One connection, and what is known of the file. Made and used by the writer."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Clock,
+        synchronous: Synchronous,
+        lapse_ms: int,
+        tombstone_ms: int,
+        timeout_s: float,
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._connection = connect(path, synchronous=synchronous, timeout_s=timeout_s)
+        self._identity = _identity(path)
+        self._queue = QueueLock(path.with_name(path.name + ".lock"))
+        self._codec = HoldCodec(self._connection)
+        self._members = SqliteMembers(self._connection)
+        self._ledger = _Ledger()
+        self._state = State(members=self._members, ledger=self._ledger, lapse_ms=lapse_ms, tombstone_ms=tombstone_ms)
+        self._version = -1
+        self._cell_rows: dict[str, tuple[object, ...]] = {}
+        self._owner_rows: dict[str, tuple[int, int]] = {}
+        # Holds that this process wrote, and as what: found unchanged, they need no decoding.
+        self._written: dict[str, tuple[bytes, Hold]] = {}
+        self._untidied = 0
+        self._tidied_to = ""
+
+    def apply(self, operations: Sequence[object]) -> Sequence[object]:
+        replies: list[object] = []
+        with self._transaction() as now_ms:
+            group: list[Operation[object]] = []
+            for operation in operations:
+                if not hasattr(operation, "run"):
+                    group.append(cast("Operation[object]", operation))
+                    continue
+                replies += self._decide(group, now_ms)
+                group = []
+                self._forget()
+                replies.append(cast("TableOperation[object]", operation).run(self._connection, self._codec))
+            replies += self._decide(group, now_ms)
+        self._untidied += len(operations)
+        return replies
+
+    def tidy(self) -> None:
+        if self._untidied < _TIDY_EVERY:
+            return
+        self._untidied = 0
+        with self._transaction() as now_ms:
+            self._connection.execute(
+                "DELETE FROM tombstones WHERE row IN (SELECT row FROM"
+                " (SELECT row, until_ms FROM tombstones ORDER BY row LIMIT ?) WHERE until_ms <= ?)",
+                (_TIDY_ROWS, now_ms),
+            )
+            self._tidy_cells(now_ms)
+            self._members.tidy(now_ms, rows=_TIDY_ROWS)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._queue.close()
+
+    # ---------------------------------------------------------------------------- transaction
+
+    @contextmanager
+    def _transaction(self) -> Generator[int]:
+        """A write transaction, in this process's turn; gives the instant at which all in it happens."""
+        if not self._queue.acquire(self._timeout_s):
+            raise LockTimeoutError(self._locked())
+        try:
+            self._check_file()
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise LockTimeoutError(self._locked()) from error
+                raise
+            try:
+                version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+                if version != self._version or len(self._cell_rows) > _MAX_CACHED or len(self._written) > _MAX_CACHED:
+                    self._forget()
+                    self._version = version
+                yield self._clock.now_ms()
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._forget()
+                self._written.clear()
+                self._codec = HoldCodec(self._connection)
+                if self._connection.in_transaction:  # some errors have rolled it back already
+                    self._connection.execute("ROLLBACK")
+                raise
+        finally:
+            self._queue.release()
+
+    def _check_file(self) -> None:
+        # A file that was removed goes on working for those who have it open, and only for them.
+        if _identity(self._path) != self._identity:
+            raise StorageError(
+                f"{self._path}: was removed or replaced while in use; put it back and restart every process that uses it"
+            )
+
+    def _locked(self) -> str:
+        return f"{self._path}: other processes kept it locked for more than {self._timeout_s} s; the operation had no effect"
+
+    def _forget(self) -> None:
+        self._state.cells.clear()
+        self._state.holds.clear()
+        self._state.ended.clear()
+        self._state.owners.clear()
+        self._cell_rows.clear()
+        self._owner_rows.clear()
+        self._members.forget()
+        self._ledger.clear()
+        self._version = -1
+
+    # ------------------------------------------------------------------------------- deciding
+
+    def _decide(self, operations: Sequence[Operation[object]], now_ms: int) -> list[object]:
+        if not operations:
+            return []
+        state = self._state
+        needs = self._read(operations, now_ms)
+        holds = {call_id: state.holds.get(call_id) for call_id in needs.calls}
+        ended = dict(state.ended)
+        replies = [operation.decide(state, now_ms) for operation in operations]
+        amended = {operation.bundle.call_id for operation in operations if type(operation) is Amend}
+        self._write_cells(needs.keys)
+        self._write_holds(holds, amended)
+        self._write_ended(ended)
+        self._write_owners()
+        self._write_records()
+        self._members.write()
+        state.ended.clear()
+        self._ledger.clear()
+        return replies
+
+    def _read(self, operations: Sequence[Operation[object]], now_ms: int) -> Needs:
+        """Bring into the state what the operations need."""
+        needs, state = Needs(), self._state
+        for operation in operations:
+            operation.ask(needs)
+        if not self._owner_rows:
+            for name, *times in self._connection.execute("SELECT owner, lapse_at_ms, lapsed_ms FROM owners"):
+                self._owner_rows[name] = (times[0], times[1])
+                state.owners[name] = Owner(*times)
+        self._read_calls(needs.calls.difference(state.holds))
+        sweeping = {operation.owner for operation in operations if type(operation) is Retire}
+        if cells.any_lapsed(state, now_ms):
+            sweeping |= {name for name, owner in state.owners.items() if 0 < owner.lapse_at_ms <= now_ms}
+        for name in sweeping:
+            for call_id, data in self._connection.execute("SELECT call_id, data FROM holds WHERE owner = ?", (name,)):
+                self._known_hold(call_id, data)
+                needs.calls.add(call_id)
+        for call_id in needs.calls.intersection(state.holds):
+            needs.of_hold(state.holds[call_id])
+        for tombstone in state.ended.values():
+            needs.of_hold(tombstone.hold)
+        self._read_cells(needs.keys.difference(state.cells))
+        return needs
+
+    def _read_calls(self, call_ids: set[str]) -> None:
+        for call_id, data in self._select("SELECT call_id, data FROM holds WHERE call_id", call_ids):
+            self._known_hold(call_id, data)
+            call_ids.discard(call_id)
+        for row in self._select("SELECT call_id, reason, until_ms, data FROM tombstones WHERE call_id", call_ids):
+            call_id, tombstone = tombstone_of_row(row, self._codec)
+            self._state.ended[call_id] = tombstone
+        self._ledger.known.update(row[0] for row in self._select("SELECT call_id FROM ledger WHERE call_id", call_ids))
+
+    def _known_hold(self, call_id: str, data: bytes) -> None:
+        if call_id not in self._state.holds:
+            written = self._written.get(call_id)
+            known = written is not None and written[0] == data
+            self._state.holds[call_id] = written[1] if known and written is not None else self._codec.decode(data)
+
+    def _read_cells(self, keys: set[str]) -> None:
+        for row in self._select(f"SELECT {CELL_COLUMNS} FROM cells WHERE key", keys):  # noqa: S608
+            key, self._state.cells[key] = cell_of_row(row)
+            self._cell_rows[key] = row
+
+    def _select(self, query: str, values: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The rows whose column, the last word of `query`, is one of `values`."""
+        values = list(values)
+        if not values:
+            return []
+        # Few different lengths, so that few statements are prepared: a value may be listed twice.
+        length = 1 << (len(values) - 1).bit_length()
+        values += values[:1] * (length - len(values))
+        return self._connection.execute(f"{query} IN ({','.join('?' * length)})", values).fetchall()
+
+    def _write_cells(self, keys: Iterable[str]) -> None:
+        rows = []
+        known, found = self._cell_rows, self._state.cells
+        for key in keys:
+            cell = found.get(key)
+            if cell is not None:
+                row = (key, *cell.dump())
+                if known.get(key) != row:
+                    known[key] = row
+                    rows.append(row)
+        self._many(UPSERT_CELL, rows)
+
+    def _write_holds(self, before: dict[str, Hold | None], amended: set[str]) -> None:
+        rows, gone = [], []
+        for call_id, old in before.items():
+            hold = self._state.holds.get(call_id)
+            if hold is None:
+                if old is not None:
+                    gone.append((call_id,))
+                    self._written.pop(call_id, None)
+            elif hold is not old or call_id in amended:
+                row = hold_row(hold, self._codec)
+                self._written[call_id] = (row[2], hold)
+                rows.append(row)
+        self._many(UPSERT_HOLD, rows)
+        self._many("DELETE FROM holds WHERE call_id = ?", gone)
+
+    def _write_ended(self, before: dict[str, Tombstone]) -> None:
+        rows, gone = [], [(call_id,) for call_id in before.keys() - self._state.ended.keys()]
+        for call_id, tombstone in self._state.ended.items():
+            if tombstone is before.get(call_id):
+                continue
+            if tombstone.reason == "settled" and tombstone.hold is None and call_id in self._ledger:
+                # The ledger says as much. Without this row a call costs two writes less.
+                if call_id in before:
+                    gone.append((call_id,))
+                continue
+            rows.append(tombstone_row(call_id, tombstone, self._codec))
+        self._many(UPSERT_TOMBSTONE, rows)
+        self._many("DELETE FROM tombstones WHERE call_id = ?", gone)
+
+    def _write_owners(self) -> None:
+        rows, owners = [], self._state.owners
+        for name, owner in owners.items():
+            row = (owner.lapse_at_ms, owner.lapsed_ms)
+            if self._owner_rows.get(name) != row:
+                self._owner_rows[name] = row
+                rows.append((name, *row))
+        gone = [name for name in self._owner_rows if name not in owners]
+        for name in gone:
+            del self._owner_rows[name]
+        self._many(UPSERT_OWNER, rows)
+        self._many("DELETE FROM owners WHERE owner = ?", [(name,) for name in gone])
+
+    def _write_records(self) -> None:
+        self._many(UPSERT_RECORD, [row_of_record(record) for record in self._ledger.added.values()])
+
+    def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+        if rows:
+            self._connection.executemany(statement, rows)
+
+    # -------------------------------------------------------------------------------- tidying
+
+    def _tidy_cells(self, now_ms: int) -> None:
+        """Look at the next some cells, in the order of their keys, and forget those that say nothing."""
+        rows = self._connection.execute(
+            f"SELECT {CELL_COLUMNS} FROM cells WHERE key > ? ORDER BY key LIMIT ?",  # noqa: S608
+            (self._tidied_to, _TIDY_ROWS),
+        ).fetchall()
+        gone = [(key,) for key, cell in map(cell_of_row, rows) if cells.disposable(cell, now_ms)]
+        self._tidied_to = rows[-1][0] if len(rows) == _TIDY_ROWS else ""
+        self._many("DELETE FROM cells WHERE key = ?", gone)
+        for (key,) in gone:
+            self._state.cells.pop(key, None)
+            self._cell_rows.pop(key, None)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - per turn: without the detour over Path
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

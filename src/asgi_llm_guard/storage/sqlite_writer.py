@@ -1,0 +1,277 @@
+"""The thread that writes: a queue of jobs, taken many at a time, each turn in one transaction.
+
+Rule 1: jobs are decided in the order in which they were handed over. A job that was handed over
+is decided even if nobody waits for it any more.
+
+Rule 2: a turn takes what has gathered while the last one was written (group commit), so its cost
+is shared by all who wait, and nobody waits for more than the turn before.
+
+Rule 3: answers are given after the commit, never before. Each event loop is woken once per turn.
+
+Rule 4: a turn that fails as a whole is rolled back and repeated job by job, so only the jobs that
+cannot be done fail. Jobs are safe to repeat: call ids make them idempotent.
+
+Rule 5: a process never uses the thread or the connection of the process it was forked from, and no
+connection is open while a process forks (`park`): SQLite keeps its file locks per process, and a
+copy of an open connection would make the child believe that it holds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Final, Generic, Protocol, TypeVar, cast
+
+from asgi_llm_guard.errors import StorageError
+
+__all__ = ["MAX_TURN", "Database", "Job", "LockTimeoutError", "Writer"]
+
+logger = logging.getLogger("asgi_llm_guard.storage")
+
+MAX_TURN: Final = 256
+"""At most this many jobs share a transaction: bounds how long other processes wait for it."""
+
+T = TypeVar("T")
+
+Future = asyncio.Future  # by its short name: it is named often below
+
+
+class LockTimeoutError(StorageError):
+    """Other processes kept the file locked for longer than the timeout. Repeating job by job is no use."""
+
+
+class Job(Generic[T]):
+    """One operation on its way through the writer, and its answer. A `Pending`, from any thread."""
+
+    __slots__ = ("_decided", "_error", "_reply", "callbacks", "operation", "sleepers")
+
+    def __init__(self, operation: object) -> None:
+        self.operation = operation
+        self._reply: object = None
+        self._error: Exception | None = None
+        self._decided = False
+        self.sleepers: list[tuple[asyncio.AbstractEventLoop, Future[None]]] = []
+        self.callbacks: list[Callable[[Job[T]], object]] = []
+
+    def done(self) -> bool:
+        return self._decided
+
+    def result(self, timeout: float | None = None) -> T:
+        if not self._decided:
+            decided = threading.Event()
+            self.add_done_callback(lambda _: decided.set())
+            if not decided.wait(timeout):
+                raise StorageError(
+                    f"sqlite: no answer within {timeout} s; the operation is queued, its outcome unknown"
+                )
+        return self._outcome()
+
+    def add_done_callback(self, callback: Callable[[Job[T]], object], /) -> None:
+        with _deciding:
+            if not self._decided:
+                self.callbacks.append(callback)
+                return
+        callback(self)
+
+    def __await__(self) -> Generator[object, None, T]:
+        loop = asyncio.get_running_loop()
+        with _deciding:
+            sleeper: Future[None] | None = None if self._decided else loop.create_future()
+            if sleeper is not None:
+                self.sleepers.append((loop, sleeper))
+        if sleeper is not None:
+            yield from sleeper
+        return self._outcome()
+
+    def decide(self, reply: object, error: Exception | None) -> None:
+        self._reply, self._error = reply, error
+        self._decided = True
+
+    def _outcome(self) -> T:
+        if self._error is not None:
+            # A new exception for each asker: one that is raised twice collects two tracebacks.
+            raise type(self._error)(*self._error.args) from self._error.__cause__
+        return cast("T", self._reply)
+
+
+# Between "is it decided?" and "then tell me" no decision may fall. One lock serves all jobs, for it
+# is held for a few instructions only. A fork renews it: another thread may have held it.
+_deciding = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _deciding  # noqa: PLW0603 - a lock that nobody will release cannot be repaired in place
+    _deciding = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Database(Protocol):
+    """What a writer writes to. Never used by two threads at once."""
+
+    def apply(self, operations: Sequence[object]) -> Sequence[object]:
+        """Decide the operations in order, in one transaction, and give their replies.
+
+        Raises:
+            Exception: nothing was changed.
+        """
+        ...
+
+    def tidy(self) -> None:
+        """Remove a bounded number of rows whose time is over, if it is time to."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Writer:
+    """A daemon thread, started by the first job, and the queue in front of it."""
+
+    def __init__(self, open_database: Callable[[], Database], *, name: str) -> None:
+        self.pid = os.getpid()
+        self._open_database = open_database
+        self._name = name
+        self._database: Database | None = None
+        self._jobs: SimpleQueue[Job[object] | None] = SimpleQueue()
+        self._gate = threading.Lock()
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, job: Job[T]) -> Job[T]:
+        """Hand over a job.
+
+        Raises:
+            StorageError: the writer was stopped; the job has no effect.
+        """
+        with self._gate:
+            if self._closed:
+                raise StorageError(f"{self._name}: this storage is closed; open a new one to go on")
+            self._jobs.put(cast("Job[object]", job))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="asgi-llm-guard-sqlite", daemon=True)
+                self._thread.start()
+        return job
+
+    def stop(self, timeout_s: float | None) -> bool:
+        """Finish what was handed over, close the file and end the thread; whether all that was in time."""
+        if self.pid != os.getpid():
+            return True  # the parent's, and the parent's to stop
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+            thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return thread is None
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    def park(self) -> None:
+        """Let the turn under way end, close the file, and begin no other turn until `resume`."""
+        self._turn.acquire()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def resume(self) -> None:
+        self._turn.release()
+
+    # ------------------------------------------------------------------ on the writer's thread
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            jobs, stopping = self._gather()
+            with self._turn:
+                self._decide(jobs)
+            _tell(jobs)
+            with self._turn:
+                self._tidy()
+        with self._turn:
+            if self._database is not None:
+                self._database.close()
+
+    def _gather(self) -> tuple[list[Job[object]], bool]:
+        """Wait for a job, then take all that are there; and whether to stop after them."""
+        jobs: list[Job[object]] = []
+        job = self._jobs.get()
+        with contextlib.suppress(Empty):
+            while job is not None:
+                jobs.append(job)
+                if len(jobs) == MAX_TURN:
+                    break
+                job = self._jobs.get_nowait()
+        return jobs, job is None
+
+    def _decide(self, jobs: list[Job[object]]) -> None:
+        try:
+            replies = self._apply(jobs)
+        except LockTimeoutError as error:
+            for job in jobs:
+                job.decide(None, error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the thread or fail the neighbours
+            if len(jobs) == 1:
+                jobs[0].decide(None, self._failure(error))
+                return
+            logger.warning("%s: %d operations failed together (%s); repeating one by one", self._name, len(jobs), error)
+            for job in jobs:
+                self._decide([job])
+        else:
+            for job, reply in zip(jobs, replies, strict=True):
+                job.decide(reply, None)
+
+    def _apply(self, jobs: list[Job[object]]) -> Sequence[object]:
+        if not jobs:
+            return ()
+        if self._database is None:
+            self._database = self._open_database()
+        return self._database.apply([job.operation for job in jobs])
+
+    def _tidy(self) -> None:
+        try:
+            if self._database is not None:
+                self._database.tidy()
+        except Exception:  # nobody asked for it: the next turn tries again
+            logger.warning("%s: could not remove old rows", self._name, exc_info=True)
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, StorageError | ValueError):  # said by a verb to who called it
+            return error
+        logger.error("%s: an operation failed", self._name, exc_info=error)
+        failure = StorageError(f"{self._name}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+
+def _tell(jobs: list[Job[object]]) -> None:
+    """Wake all who wait for these jobs: each event loop once."""
+    loops: dict[asyncio.AbstractEventLoop, list[Future[None]]] = {}
+    calls: list[tuple[Callable[[Job[object]], object], Job[object]]] = []
+    with _deciding:
+        for job in jobs:
+            for loop, sleeper in job.sleepers:
+                loops.setdefault(loop, []).append(sleeper)
+            if job.callbacks:
+                calls += [(callback, job) for callback in job.callbacks]
+    for loop, sleepers in loops.items():
+        with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile: nobody is left to tell
+            loop.call_soon_threadsafe(_wake, sleepers)
+    for callback, job in calls:
+        try:
+            callback(job)
+        except Exception:  # a callback's failure is its own
+            logger.exception("a callback of %r failed", job.operation)
+
+
+def _wake(sleepers: list[Future[None]]) -> None:
+    for sleeper in sleepers:
+        if not sleeper.done():  # cancelled meanwhile
+            sleeper.set_result(None)
