@@ -129,16 +129,14 @@ def refusing(receipts: Sequence[Receipt]) -> list[Receipt]:
 
 
 def capacity(meter: Meter) -> int:
-    """What `used + held + amount` is compared with: the burst of a bucket, else the limit.
+    """What `used + held + amount` is compared with: the burst of a bucket, else the limit; 0 if that blocks everything.
 
     Raises:
         ValueError: the meter has no limit.
     """
-    if isinstance(meter.window, Bucket):
-        return meter.window.burst
     if meter.limit is None:
         raise ValueError(f"{meter.policy}: a meter without a limit has no capacity")
-    return meter.limit
+    return meter.window.burst if meter.limit and isinstance(meter.window, Bucket) else meter.limit
 
 
 def held_by_others(receipts: Sequence[Receipt]) -> bool:
@@ -225,7 +223,7 @@ def deny(
 ) -> Denied:
     """Why the storage refused, for the plan number `plan`.
 
-    `jitter(most)` gives a whole number of seconds from 0 to `most`, a tenth of the wait; `None`: no jitter.
+    `jitter(wait_s)` gives the whole seconds to add, of which a tenth of the wait is taken at most; `None`: none.
     A status set on the meter wins over `statuses` (code before rule), which win over the table.
 
     Raises:
@@ -243,7 +241,7 @@ def deny(
     wait_s = None if None in waits else -(-max(wait for wait in waits if wait is not None) // 1000)
     retry = wait_s is not None and wait_s <= RETRYABLE_S and all(map(_may_retry, stuck))
     if wait_s is not None and jitter is not None:
-        longer_s = wait_s + min(max(jitter(wait_s // 10), 0), wait_s // 10)
+        longer_s = wait_s + min(max(jitter(wait_s), 0), wait_s // 10)
         # Above the bound old clients ignore the header and come back at once.
         wait_s = min(longer_s, RETRYABLE_S) if retry else longer_s
 
@@ -373,7 +371,7 @@ def _facts(receipt: Receipt, *, shown: bool) -> str:
 
 
 def _limit(meter: Meter) -> str:
-    if isinstance(meter.window, Bucket) and meter.limit is not None:
+    if isinstance(meter.window, Bucket) and meter.limit:
         return f"{_quantity(meter.limit, meter.unit)} per {period(meter.window)} in bursts of {meter.window.burst}"
     most = _quantity(capacity(meter), meter.unit)
     return f"{most} per {period(meter.window)}" if meter.rule is Rule.RATE else most

@@ -110,6 +110,13 @@ ROWS: dict[str, tuple[Receipt, int, Code, bool, int | None]] = {
         False,
         None,
     ),
+    "a bucket that nothing drains from": (
+        stuck(meter(Rule.RATE, 0, window=Bucket(60_000, 5)), used=0),
+        429,
+        "request_exceeds_budget",
+        False,
+        None,
+    ),
     "a slot limit of 0": (stuck(meter(Rule.SLOTS, 0), used=0), 429, "request_exceeds_budget", False, None),
     "too many sessions": (stuck(meter(Rule.IDS), wait_ms=5_000), 429, "session_overflow", False, 5),
 }
@@ -254,16 +261,16 @@ def test_jitter_only_adds(wait_ms: int, draw: int) -> None:
     assert not denied.retry or denied.retry_after_s <= RETRYABLE_S
 
 
-def test_jitter_is_asked_for_a_tenth_of_the_wait() -> None:
-    """Jitter is injected, and told the most it may add in seconds."""
+def test_jitter_is_told_the_wait() -> None:
+    """Jitter is injected, and told the wait in seconds."""
     asked: list[int] = []
 
-    def jitter(most: int) -> int:
-        asked.append(most)
+    def jitter(wait_s: int) -> int:
+        asked.append(wait_s)
         return 3
 
     denied = deny(refused(stuck(meter(Rule.RATE), wait_ms=45_000)), None, jitter=jitter)
-    assert asked == [4]
+    assert asked == [45]
     assert denied.retry_after_s == 48
 
 
