@@ -20,7 +20,7 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "protocols": "storage.base policies.base identity.base",
-    "rules": "charge denials estimate plan pricing routes storage.cells policies.providers wire identity.extract",
+    "rules": "charge denials describe estimate marks plan pricing routes storage.cells policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "cache identity ledger storage telemetry",
     "engine": "admission background engine guard",
@@ -65,7 +65,7 @@ LIBRARIES = {
     "pydantic_settings": "settings",
     "redis": "storage.redis",
     "starlette": "admin decorator gateway identity integrations middleware testing",
-    "tiktoken": "estimate.tiktoken",
+    "tiktoken": "estimate",
     "uvicorn": "testing",
     "watchfiles": "settings",
     "yaml": "settings",

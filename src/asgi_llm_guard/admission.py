@@ -255,8 +255,13 @@ class ActiveCall:
             return True
 
     def _take_back(self) -> None:
+        """The adopter was refused: this call has its hold again, and settles it if its admission is over."""
         with self._lock:
             self._state = _State.OPEN
+        if self.admission.ended:
+            settlement = self.close_unseen(None, status=None, complete=False)
+            if settlement is not None:
+                self.admission.engine.settle([settlement])
 
     async def _adopt(self, donor: ActiveCall, *, requests: bool) -> bool:
         engine, context = self.admission.engine, self.admission.context
@@ -383,12 +388,14 @@ class ActiveCall:
         """End the call that a request stood for, by what its response body said."""
         if not self._close():
             return None
-        if self._answer is None and answer is not None:
+        if self._answer is None and answer is not None and not _says_nothing(answer):
             self._answer = answer
         if self._answer is not None or self._items is not None or self._released:
             return self._settlement(self._charge(None, complete=complete))
         admission = self.admission
-        if not admission.opaque or (admission.release_on_4xx and status is not None and 400 <= status < 500):
+        released = admission.release_on_4xx and status is not None and 400 <= status < 500
+        if released or admission.seen or not admission.opaque:
+            # Calls are seen here, and none took this hold over: it was not needed.
             hold = self.hold
             assert hold is not None  # noqa: S101 - `_close` saw it
             return Settlement(hold.call_id, (), None, hold.receipts)
@@ -509,6 +516,11 @@ class ActiveCall:
 Scope = Admission | ActiveCall
 
 _MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
+
+
+def _says_nothing(answer: Answer) -> bool:
+    """An error in a response body is the application's word: a call may have been made and billed before it."""
+    return answer.kind == "error" and answer.usage is None and not answer.text_bytes
 
 
 def _request_settlement(hold: Hold) -> Settlement:

@@ -121,9 +121,10 @@ class Storage(Protocol):
     async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended:
         """Replace the claims (and the draft) of the open hold `bundle.call_id`, or change nothing.
 
-        A claim on the same meter with the same amount keeps its receipt and its pinned window.
-        A claim on the same meter with another amount is changed in the pinned window if that is
-        still the current one, else taken whole from the current one. Meters that are no longer
+        A claim on the same meter with the same amount, under no lower limit, keeps its receipt and
+        its pinned window.
+        A claim on the same meter with another amount or a lower limit is judged and changed in the
+        pinned window if that is still the current one, else taken whole from the current one. Meters that are no longer
         claimed are given back. Fitting is judged as if the old hold were not there.
 
         Raises:
