@@ -150,8 +150,10 @@ class _Tally:
             self._error = _classify(None, value)
         elif not isinstance(choices, (list, tuple)):
             return False
-        self._model = _name(_pick(value, "model")) or self._model
-        self._tier = _name(_pick(value, "service_tier")) or self._tier
+        if (model := _pick(value, "model")) != self._model:
+            self._model = _name(model) or self._model
+        if (tier := _pick(value, "service_tier")) != self._tier:
+            self._tier = _name(tier) or self._tier
         # Groq reports in its own place as well, and there even when nobody asked.
         usage = _usage(_pick(value, "usage")) or _usage(_pick(_pick(value, "x_groq"), "usage"))
         if usage is not None and (usage.total_tokens is not None or self._usage is None):
@@ -334,13 +336,18 @@ def _text_bytes(message: object) -> int:
     reasoning = _pick(message, "reasoning_content") or _pick(message, "reasoning")
     size = _length(_pick(message, "content")) + _length(_pick(message, "refusal")) + _length(reasoning)
     size += _length(_pick(_pick(message, "audio"), "transcript"))
-    functions = [_pick(call, "function") for call in _items(_pick(message, "tool_calls"))]
-    for function in (*functions, _pick(message, "function_call")):
-        size += _length(_pick(function, "name")) + _length(_pick(function, "arguments"))
-    return size
+    for call in _items(_pick(message, "tool_calls")):
+        size += _function_bytes(_pick(call, "function"))
+    return size + _function_bytes(_pick(message, "function_call"))
+
+
+def _function_bytes(function: object) -> int:
+    return 0 if function is None else _length(_pick(function, "name")) + _length(_pick(function, "arguments"))
 
 
 def _length(text: object) -> int:
+    if text is None:
+        return 0
     if isinstance(text, str):
         return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
     # Mistral's content may be a list of parts, with thinking as parts inside a part.
@@ -361,6 +368,8 @@ def _usage(report: object) -> Usage | None:
 
     Parts that are larger than what they are part of are taken for unknown.
     """
+    if report is None:
+        return None
     entered, written = _count(_pick(report, "prompt_tokens")), _count(_pick(report, "completion_tokens"))
     if entered is None and written is None:
         return None
@@ -446,10 +455,9 @@ def _error_of(value: object) -> object:
     """The error in an answer, under `error` or without an envelope, alone in a list or not; `None`: there is none."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    error = _pick(value, "error")
-    if error is None and _pick(value, "object") == "error":
-        return value
-    return error
+    if _pick(value, "object") == "error":
+        return _pick(value, "error") or value
+    return _pick(value, "error") or None
 
 
 def _classify(status: int | None, value: object) -> ErrorKind:

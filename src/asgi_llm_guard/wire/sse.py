@@ -13,8 +13,9 @@ __all__ = ["MAX_EVENT_BYTES", "Block", "Blocks"]
 MAX_EVENT_BYTES: Final = 1 << 20
 """A block longer than this is passed over unread."""
 
-# A CR is a whole line end only once the next byte is known not to be LF.
-_BLOCK_END: Final = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
+# Two line ends, one after the other; of a first CR LF only the LF is matched. A CR is a whole line end only
+# once the next byte is known not to be LF.
+_BLOCK_END: Final = re.compile(rb"(?:\n|\r(?=\r))(?:\r\n|\n|\r(?=[^\n]))")
 _BOM: Final = b"\xef\xbb\xbf"
 
 
