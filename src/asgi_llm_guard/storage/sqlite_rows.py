@@ -198,7 +198,9 @@ class SqliteDatabase:
         self._ledger = _Ledger()
         self._state = State(members=self._members, ledger=self._ledger, lapse_ms=lapse_ms, tombstone_ms=tombstone_ms)
         self._version = -1
+        # Cells as they are in the file, and the keys of those that no other process can have changed.
         self._cell_rows: dict[str, tuple[object, ...]] = {}
+        self._trusted: set[str] = set()
         self._owner_rows: dict[str, tuple[int, int]] = {}
         # Holds that this process wrote, and as what: found unchanged, they need no decoding.
         self._written: dict[str, tuple[bytes, Hold]] = {}
@@ -255,14 +257,15 @@ class SqliteDatabase:
                 raise
             try:
                 version = self._connection.execute("PRAGMA data_version").fetchone()[0]
-                if version != self._version or len(self._cell_rows) > _MAX_CACHED or len(self._written) > _MAX_CACHED:
+                if len(self._cell_rows) > _MAX_CACHED or len(self._written) > _MAX_CACHED:
                     self._forget()
-                    self._version = version
+                elif version != self._version:
+                    self._distrust()
+                self._version = version
                 yield self._clock.now_ms()
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._forget()
-                self._written.clear()
                 self._codec = HoldCodec(self._connection)
                 if self._connection.in_transaction:  # some errors have rolled it back already
                     self._connection.execute("ROLLBACK")
@@ -280,16 +283,21 @@ class SqliteDatabase:
     def _locked(self) -> str:
         return f"{self._path}: other processes kept it locked for more than {self._timeout_s} s; the operation had no effect"
 
-    def _forget(self) -> None:
-        self._state.cells.clear()
+    def _distrust(self) -> None:
+        """Another process has written: what is known has to be looked up again."""
+        self._trusted.clear()
         self._state.holds.clear()
-        self._state.ended.clear()
         self._state.owners.clear()
-        self._cell_rows.clear()
         self._owner_rows.clear()
         self._members.forget()
+
+    def _forget(self) -> None:
+        self._distrust()
+        self._state.cells.clear()
+        self._state.ended.clear()
+        self._cell_rows.clear()
+        self._written.clear()
         self._ledger.clear()
-        self._version = -1
 
     # ------------------------------------------------------------------------------- deciding
 
@@ -333,7 +341,7 @@ class SqliteDatabase:
             needs.of_hold(state.holds[call_id])
         for tombstone in state.ended.values():
             needs.of_hold(tombstone.hold)
-        self._read_cells(needs.keys.difference(state.cells))
+        self._read_cells(needs.keys - self._trusted)
         return needs
 
     def _read_calls(self, call_ids: set[str]) -> None:
@@ -352,9 +360,17 @@ class SqliteDatabase:
             self._state.holds[call_id] = written[1] if known and written is not None else self._codec.decode(data)
 
     def _read_cells(self, keys: set[str]) -> None:
+        rows, found = self._cell_rows, self._state.cells
+        gone = keys.intersection(rows)
         for row in self._select(f"SELECT {CELL_COLUMNS} FROM cells WHERE key", keys):  # noqa: S608
-            key, self._state.cells[key] = cell_of_row(row)
-            self._cell_rows[key] = row
+            key = row[0]
+            gone.discard(key)
+            if rows.get(key) != row:  # else the cell that was made of it is still the right one
+                rows[key] = row
+                _, found[key] = cell_of_row(row)
+        for key in gone:
+            del rows[key], found[key]
+        self._trusted |= keys
 
     def _select(self, query: str, values: Iterable[str]) -> list[tuple[Any, ...]]:
         """The rows whose column, the last word of `query`, is one of `values`."""
@@ -441,6 +457,7 @@ class SqliteDatabase:
         for (key,) in gone:
             self._state.cells.pop(key, None)
             self._cell_rows.pop(key, None)
+            self._trusted.discard(key)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
