@@ -42,13 +42,16 @@ def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
     """The amount that each claim is settled with; `None` = what is held."""
     if charge.outcome == "not_dispatched":
         return (0,) * len(claims)
+    cost_nanousd, tokens = charge.cost_nanousd, charge.tokens
+    if charge.outcome == "provider_error":
+        cost_nanousd = tokens = 0
     amounts: list[int | None] = []
     for claim in claims:
         unit = claim.meter.unit
         if unit is Unit.NANOUSD:
-            amounts.append(charge.cost_nanousd)
+            amounts.append(cost_nanousd)
         elif unit is Unit.TOKENS:
-            amounts.append(charge.tokens)
+            amounts.append(tokens)
         elif unit is Unit.SLOTS:
             amounts.append(0)
         else:

@@ -1,0 +1,292 @@
+"""What a call is charged when it ends: every row of the table in `charge.py`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage
+from asgi_llm_guard.admission import ActiveCall, enter, leave
+from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.wire.base import Answer
+from tests.engine.conftest import NewGuard
+
+pytestmark = pytest.mark.anyio
+
+MODEL = "openai/test-model"
+CONTEXT = Context(caller="acme", session="s")
+HELD = 100 * 1_000 + 50 * 2_000
+"""What 100 tokens in and 50 out cost, in nano-USD: what every call of this file holds."""
+
+
+class Timeout(Exception):
+    """As a client library raises it: nothing is known of the request."""
+
+
+class ConnectError(Exception):
+    """By name and meaning httpx's: there was no connection."""
+
+
+class APIStatusError(Exception):
+    """By shape that of the OpenAI and Anthropic libraries."""
+
+    def __init__(self, status_code: int) -> None:
+        super().__init__(f"Error code: {status_code}")
+        self.status_code = status_code
+        self.response = object()
+
+
+def chunk(text: str) -> dict[str, Any]:
+    return {
+        "object": "chat.completion.chunk",
+        "model": "test-model",
+        "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}],
+    }
+
+
+async def charged(guard: Guard) -> tuple[int, int]:
+    """Iterations and nano-USD that are charged; nothing is held any more."""
+    policies = guard.policies
+    call = guard.describe(MODEL, input_tokens=1, max_output_tokens=1)
+    meters = [c.meter for p in policies for c in p.plan(CONTEXT, call, guard.clock.now_ms()).claims]
+    readings = await guard.storage.read(meters)
+    assert [reading.held for reading in readings] == [0] * len(readings)
+    assert await guard.storage.open_holds() == 0
+    return readings[0].used, readings[1].used
+
+
+async def record_of(guard: Guard) -> UsageRecord:
+    (record,) = await guard.storage.records()
+    return record
+
+
+def guarded(new_guard: NewGuard, **options: Any) -> Guard:
+    return new_guard(Iterations(9), Budget("$1/1d"), **options)
+
+
+def call_of(guard: Guard) -> Any:
+    return guard.call(model=MODEL, input_tokens=100, max_output_tokens=50)
+
+
+async def test_measured_is_charged_as_measured(new_guard: NewGuard) -> None:
+    """A call whose usage is recorded is charged what it used, and its record says so."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=10, output_tokens=5))
+    assert await charged(guard) == (1, 20_000)
+    record = await record_of(guard)
+    assert (record.outcome, record.cost_nanousd, record.estimate_nanousd, record.tokens) == (
+        "measured",
+        20_000,
+        HELD,
+        15,
+    )
+
+
+async def test_measured_above_the_hold_is_debited_in_full(new_guard: NewGuard) -> None:
+    """Usage above the bound is charged in full, past the hold."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=1_000, output_tokens=500))
+    assert await charged(guard) == (1, 2_000_000)
+
+
+async def test_released_call_costs_nothing(new_guard: NewGuard) -> None:
+    """A call that is known not to have been sent costs no money and no iteration, and leaves no record."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.release()
+    assert await charged(guard) == (0, 0)
+    assert await guard.storage.records() == []
+
+
+async def test_connection_that_was_never_made_costs_nothing(new_guard: NewGuard) -> None:
+    """A connect error means that nothing was sent: nothing is charged."""
+    guard = guarded(new_guard)
+    with pytest.raises(ConnectError):
+        async with guard.open(CONTEXT), call_of(guard):
+            raise ConnectError
+    assert await charged(guard) == (0, 0)
+
+
+async def test_refusal_inside_a_call_costs_nothing(new_guard: NewGuard) -> None:
+    """A call whose inner call was refused was never sent."""
+    guard = guarded(new_guard)
+    with pytest.raises(LimitExceeded):
+        async with guard.open(CONTEXT), call_of(guard), guard.call(model=MODEL, input_tokens=10**7):
+            raise AssertionError
+    assert await charged(guard) == (0, 0)
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 503, 529])
+async def test_error_of_the_provider_costs_an_iteration(new_guard: NewGuard, status: int) -> None:
+    """An error answer without usage costs no money, and one iteration."""
+    guard = guarded(new_guard)
+    with pytest.raises(APIStatusError):
+        async with guard.open(CONTEXT), call_of(guard):
+            raise APIStatusError(status)
+    assert await charged(guard) == (1, 0)
+    record = await record_of(guard)
+    assert (record.outcome, record.cost_nanousd) == ("provider_error", 0)
+
+
+async def test_recorded_error_body_costs_an_iteration(new_guard: NewGuard) -> None:
+    """The same holds for an error body that is recorded."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record({"error": {"message": "overloaded", "type": "server_error", "param": None, "code": None}})
+    assert await charged(guard) == (1, 0)
+
+
+@pytest.mark.parametrize("error", [Timeout, asyncio.CancelledError, KeyError])
+async def test_unknown_outcome_keeps_the_hold(new_guard: NewGuard, error: type[BaseException]) -> None:
+    """A call that was sent and whose outcome is unknown is charged what it holds."""
+    guard = guarded(new_guard)
+    with pytest.raises(error):
+        async with guard.open(CONTEXT), call_of(guard):
+            raise error
+    assert await charged(guard) == (1, HELD)
+    assert (await record_of(guard)).outcome == "unknown"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        None,
+        {"object": "chat.completion", "model": "test-model", "choices": [], "usage": None},
+        object(),
+    ],
+    ids=["nothing recorded", "no usage", "unknown object"],
+)
+async def test_success_without_usage_keeps_the_hold(new_guard: NewGuard, response: object) -> None:
+    """A success that does not tell its usage is charged what it holds, and counted as unmetered."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        if response is not None:
+            call.record(response)
+    assert await charged(guard) == (1, HELD)
+    record = await record_of(guard)
+    assert (record.outcome, record.usage, record.cost_nanousd) == ("unmetered", None, HELD)
+
+
+async def test_cut_stream_is_charged_for_the_text_so_far(new_guard: NewGuard) -> None:
+    """A stream that is cut costs its input and the text so far: never nothing, never more than the hold."""
+    guard = guarded(new_guard)
+
+    async def broken() -> AsyncIterator[dict[str, Any]]:
+        yield chunk("four")
+        raise Timeout
+
+    with pytest.raises(Timeout):
+        async with guard.open(CONTEXT), call_of(guard) as call:
+            async for _ in call.stream(broken()):
+                pass
+    assert await charged(guard) == (1, 100 * 1_000 + 4 * 2_000)
+    assert (await record_of(guard)).outcome == "estimated"
+
+
+async def test_cut_stream_never_costs_more_than_the_hold(new_guard: NewGuard) -> None:
+    """However much text was seen, a cut stream is charged at most what was held."""
+    guard = guarded(new_guard)
+
+    async def broken() -> AsyncIterator[dict[str, Any]]:
+        yield chunk("x" * 1_000)
+        raise Timeout
+
+    with pytest.raises(Timeout):
+        async with guard.open(CONTEXT), call_of(guard) as call:
+            async for _ in call.stream(broken()):
+                pass
+    assert await charged(guard) == (1, HELD)
+
+
+@pytest.mark.parametrize(
+    ("opaque", "release_on_4xx", "status", "expected"),
+    [
+        (True, False, 200, (1, HELD)),
+        (True, False, 500, (1, HELD)),
+        (True, False, 404, (1, HELD)),
+        (True, True, 404, (0, 0)),
+        (True, True, 500, (1, HELD)),
+        (False, False, 200, (0, 0)),
+        (False, False, 500, (0, 0)),
+    ],
+)
+async def test_request_in_which_no_call_was_seen(
+    new_guard: NewGuard, *, opaque: bool, release_on_4xx: bool, status: int, expected: tuple[int, int]
+) -> None:
+    """Conformance 65: hooked routes release what no call has taken over; opaque ones charge it, whatever the status."""
+    guard = guarded(new_guard)
+    admission = guard.new_admission(CONTEXT, opaque=opaque)
+    admission.release_on_4xx = release_on_4xx
+    await admission.open(guard.describe(MODEL, input_tokens=100, max_output_tokens=50))
+    await admission.end(None, status=status)
+    assert await charged(guard) == expected
+
+
+async def test_error_body_of_an_opaque_route_is_the_applications_word(new_guard: NewGuard) -> None:
+    """An error body does not prove that no call was billed before it: an opaque route is charged what it holds."""
+    guard = guarded(new_guard)
+    admission = guard.new_admission(CONTEXT, opaque=True)
+    await admission.open(guard.describe(MODEL, input_tokens=100, max_output_tokens=50))
+    await admission.end(Answer(kind="error", error="other", finished=True), status=500)
+    assert await charged(guard) == (1, HELD)
+
+
+async def test_usage_of_a_call_that_was_not_described_is_charged(new_guard: NewGuard) -> None:
+    """Usage that turns up on a call nobody had described is debited to the budgets that it belongs to, past limits too."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), guard.call() as call:
+        call.record(Usage(input_tokens=1_000_000, output_tokens=1_000_000, model="openai/test-model"))
+    assert await charged(guard) == (1, 3_000_000_000)
+    with pytest.raises(LimitExceeded, match="budget"):
+        async with guard.open(CONTEXT), call_of(guard):
+            raise AssertionError
+
+
+async def test_every_end_after_the_first_changes_nothing(new_guard: NewGuard) -> None:
+    """Ending a call twice, or ending its admission again, settles once."""
+    guard = guarded(new_guard)
+    admission = guard.new_admission(CONTEXT)
+    await admission.open(None, calls=False)
+    token = enter(admission)
+    block = call_of(guard)
+    call: ActiveCall = await block.__aenter__()
+    call.record(Usage(input_tokens=10, output_tokens=5))
+    await call.end()
+    call.record(Usage(input_tokens=99, output_tokens=99))
+    await call.end(Timeout())
+    await block.__aexit__(None, None, None)
+    await admission.end()
+    await admission.end()
+    leave(token)
+    assert await charged(guard) == (1, 20_000)
+    assert len(await guard.storage.records()) == 1
+
+
+async def test_unpriced_model_is_refused_where_money_counts(new_guard: NewGuard) -> None:
+    """Conformance 67: a model without a price is refused under a money policy, not counted as free."""
+    guard = guarded(new_guard)
+    with pytest.raises(LimitExceeded) as caught:
+        async with guard.open(CONTEXT), guard.call(model="openai/nobody-knows-me", max_output_tokens=1):
+            raise AssertionError
+    assert (caught.value.denied.code, caught.value.denied.status) == ("model_unpriced", 403)
+
+
+async def test_price_edit_takes_effect_at_once(new_guard: NewGuard) -> None:
+    """Conformance 63, 67: a new price counts from the next call on, from free to paid too."""
+    guard = guarded(new_guard, prices=PriceBook.snapshot(overrides={MODEL: {"input": 0, "output": 0}}))
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        assert call.call is not None
+        assert call.call.cost_nanousd == 0
+        call.record(Usage(input_tokens=10, output_tokens=5))
+    guard.prices = PriceBook.snapshot(overrides={MODEL: {"input": 1000, "output": 2000}})
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        assert call.call is not None
+        assert call.call.cost_nanousd == HELD * 1_000
+        call.record(Usage(input_tokens=10, output_tokens=5))
+    assert await charged(guard) == (2, 20_000_000)
