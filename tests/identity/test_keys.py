@@ -154,6 +154,13 @@ def test_secret_rotation() -> None:
         ApiKeys([RECORD], secret="the new pepper, long too")(scope(("x-api-key", CANARY)))
 
 
+def test_params_of_code() -> None:
+    """A3: in code, a key may also say that it has no limit, and carry parameters of the service's own policies."""
+    record = dataclasses.replace(RECORD, params={"max_iterations": None, "x_tier": ["gold"]})
+    assert record.params == {"max_iterations": None, "x_tier": ["gold"]}
+    assert dataclasses.replace(RECORD, params={"max_iterations": " 1_000 "}).params == {"max_iterations": 1000}
+
+
 def test_generated_keys_are_their_own() -> None:
     """Generated keys differ, name their record, and carry 256 random bits."""
     (one, first), (two, second) = (ApiKeys.generate("team-a", secret=SECRET) for _ in range(2))

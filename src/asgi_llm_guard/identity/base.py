@@ -191,36 +191,38 @@ def sent(name: bytes, found: Mapping[bytes, tuple[bytes, bytes]], table: Mapping
 # ----------------------------------------------------------------------------------- params
 
 
-def check_params(params: object, *, where: str) -> dict[str, object]:
+def check_params(params: object, *, prefix: str = "params.") -> dict[str, object]:
     """Limits that belong to a key or an agent, checked: `max_iterations` as a whole number.
 
-    A number given as text is taken as a number. Names that start with `x_` belong to the service's
-    own policies and are passed on as they are.
+    A number given as text is taken as a number, and `None` means without limit. Names that start
+    with `x_` belong to the service's own policies and are passed on as they are.
 
     Raises:
         ConfigurationError: another name, or a value that is not a whole number from 0 to 2^53 - 1;
-            names `where`, the name and the value.
+            names `prefix` and the name, and the value.
     """
     if not isinstance(params, Mapping):
-        raise ConfigurationError(f"{where}: expected a table such as {{ max_iterations = 25 }}, got {params!r}")
+        raise ConfigurationError(
+            f"{prefix.rstrip('.')}: expected a table such as {{ max_iterations = 25 }}, got {params!r}"
+        )
     checked: dict[str, object] = {}
     for name, value in params.items():
         if isinstance(name, str) and name.startswith("x_"):
             checked[name] = value
         elif name == "max_iterations":
-            checked[name] = _whole_number(value, where=f"{where}.{name}")
+            checked[name] = None if value is None else _whole_number(value, name=f"{prefix}{name}")
         else:
             raise ConfigurationError(
-                f"{where}.{name}: unknown parameter; known are max_iterations, and names that start with x_ "
+                f"{prefix}{name}: unknown parameter; known are max_iterations, and names that start with x_ "
                 "for policies of your own"
             )
     return checked
 
 
-def _whole_number(value: object, *, where: str) -> int:
+def _whole_number(value: object, *, name: str) -> int:
     number = value
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,16}\s*", value, re.ASCII):
-        number = int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9][0-9_]{0,20}\s*", value, re.ASCII):
+        number = int(value.replace("_", ""))
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MAX_AMOUNT:
-        raise ConfigurationError(f"{where}: expected a whole number from 0 to {MAX_AMOUNT}, got {value!r}")
+        raise ConfigurationError(f"{name}: expected a whole number from 0 to {MAX_AMOUNT}, got {value!r}")
     return number

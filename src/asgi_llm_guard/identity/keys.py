@@ -86,7 +86,7 @@ class ApiKey:
                 _check_text(where, name, getattr(self, name))
         for name in ("departments", "tags"):
             object.__setattr__(self, name, _check_texts(where, name, getattr(self, name)))
-        object.__setattr__(self, "params", MappingProxyType(check_params(self.params, where=f"{where}: params")))
+        object.__setattr__(self, "params", MappingProxyType(check_params(self.params, prefix=f"{where}: params.")))
         ends = self.expires_at
         if ends is not None and (not isinstance(ends, datetime) or ends.utcoffset() is None):
             raise ConfigurationError(
