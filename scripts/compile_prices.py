@@ -76,6 +76,12 @@ LITELLM_RATES: Final = {
     "output_cost_per_image_token": "media_output",
 }
 COMPARED: Final = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
+FILLED: Final = {
+    "cache_write": "input",
+    "cache_write_1h": "cache_write",
+    "audio_input": "input",
+    "audio_output": "output",
+}
 TIERS: Final = {"batches": "batch", "flex": "flex", "priority": "priority"}
 
 #: LiteLLM's provider names as ours. Others are left out: resellers nobody has asked for yet.
@@ -126,6 +132,8 @@ PROVIDERS: Final = {
 }
 #: Where two of LiteLLM's providers are one of ours, the first one here is the one that is compared.
 PREFERRED: Final = ("gemini", "azure", "bedrock_converse", "openai", "cohere_chat", "fireworks_ai")
+#: Pico-USD for one token: $1,000 per million, five times the dearest list price.
+IMPLAUSIBLE: Final = 10**9
 MODES: Final = ("chat", "completion", "responses", "embedding")
 
 
@@ -259,8 +267,11 @@ def litellm_price(raw: Json, tier: str = "") -> Json:
 
 
 def litellm_entry(raw: Json) -> Json | None:
-    """One entry of the cost map; `None` where it gives no price per token, or says that a paid mode is free."""
+    """One entry of the cost map; `None` where it gives no price per token, says that a paid mode is free, or has
+    mistaken a price by the thousand for one by the million."""
     rates = litellm_price(raw)
+    if max(rates.get("input", 0), rates.get("output", 0)) > IMPLAUSIBLE:
+        return None
     if not rates.get("input") or (raw["mode"] != "embedding" and not rates.get("output")):
         return None
     entry = rates | {"source": "litellm"} | limits(raw)
@@ -349,8 +360,11 @@ def compile_snapshot(raw_map: Mapping[str, Json], sources: Json, date: str) -> t
             ours["alt"] = without(theirs, "source", "context", "max_output", "tiers")
             pairs = ", ".join(f"{key} {now[key] / 1e6:g} / {theirs[key] / 1e6:g}" for key in differing)
             report.append(f"differ        {provider_id}/{name}: {pairs}  ($ per million, genai / litellm)")
-        elif name != target:
-            names[name] = target
+        else:
+            if name != target:
+                names[name] = target
+            if theirs is not None:
+                fill(ours, theirs)
         for key, value in limits(raw).items():
             # A name of its own that says more than the model's id does, never less: it bounds what a call may take.
             if key == "max_output" or key not in ours:
@@ -375,6 +389,18 @@ def compile_snapshot(raw_map: Mapping[str, Json], sources: Json, date: str) -> t
     return snapshot, report
 
 
+def fill(ours: Json, theirs: Json) -> None:
+    """Add to a price what only LiteLLM knows to cost more than the bucket that it is a part of."""
+    for key, whole in FILLED.items():
+        for price in (ours, *ours.get("dated", ())):
+            if key not in price and theirs.get(key, 0) > price.get(whole, price.get("input", 0)):
+                price[key] = theirs[key]
+                if key not in ours.setdefault("filled", []):
+                    ours["filled"].append(key)
+    if not ours.get("filled"):
+        ours.pop("filled", None)
+
+
 def find(
     by_id: Mapping[str, Provider], models: Mapping[str, Mapping[str, Json]], provider_id: str, name: str
 ) -> tuple[str | None, str | None]:
@@ -394,7 +420,8 @@ def find(
 def current(entry: Json, date: str) -> Json:
     """The rates of an entry on the day of the snapshot, at noon."""
     noon = int(datetime.fromisoformat(date).replace(tzinfo=UTC, hour=12).timestamp()) * 1000
-    for price in reversed(entry.get("dated", ())):
+    dated: Sequence[Json] = entry.get("dated", ())
+    for price in reversed(dated):
         hours = price.get("hours")
         if price.get("since", 0) <= noon and (hours is None or hours[0] <= 720 < hours[1]):
             return price

@@ -195,12 +195,16 @@ def input_tokens(
 def message_tokens(
     messages: object, *, model: str | None = None, window: int | None = None, counter: Counter | None = None
 ) -> int:
-    """The most input tokens of a text, or of messages as Python values: lists, dicts, dataclasses, pydantic models."""
+    """The most input tokens of a text, of messages as Python values (lists, dicts, dataclasses, pydantic models), or
+    of the keyword arguments of a call."""
     if isinstance(messages, str):
         text = messages.encode("utf-8", "surrogatepass")
         return FRAMING_TOKENS + (len(text) if counter is None else counter.count(text))
+    request = (
+        messages if isinstance(messages, dict) and not messages.keys().isdisjoint(_REQUEST) else {"messages": messages}
+    )
     try:
-        body = msgspec.json.encode({"messages": messages}, enc_hook=_plain)
+        body = msgspec.json.encode(request, enc_hook=_plain)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError, UnicodeEncodeError):
         body = repr(messages).encode("utf-8", "surrogatepass")
     return input_tokens(body, model=model, window=window, counter=counter)
@@ -284,6 +288,7 @@ _TOOL_CALLS: Final = frozenset({"custom_tool_call", "function_call", "mcp_call",
 _BY_KEY: Final = {
     "image_url": "image",
     "image": "image",
+    "image_file": "image",
     "input_audio": "audio",
     "audio_url": "audio",
     "audio": "audio",

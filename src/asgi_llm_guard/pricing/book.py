@@ -233,6 +233,8 @@ class PriceBook:
             source = known.source(entry.source)
             if self._on_conflict == "max" and entry.alt is not None:
                 source = f"dearer of {source} and {known.source('litellm')}"
+            elif entry.filled:
+                source = f"{source} with {known.source('litellm')}"
             source = f"{source}, {known.date}"
         return RateCard(
             provider=owner,

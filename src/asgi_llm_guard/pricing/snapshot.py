@@ -102,6 +102,8 @@ class Entry(Price, frozen=True, kw_only=True):
     source: str
     context: int | None = None
     max_output: int | None = None
+    filled: tuple[str, ...] = ()
+    """The rates that only the second source has."""
     also: tuple[str, ...] = ()
     """What the provider bills in other units than tokens, by the name of the unit."""
     dated: tuple[Price, ...] = ()
