@@ -212,7 +212,8 @@ class Behaviour:
     content: bool = True
     """`False`: an answer without a body, or a stream without an event."""
     valid: bool = True
-    """`False`: an answer whose body breaks off inside the JSON, though the response is complete."""
+    """`False`: a JSON body that breaks off though the response is complete; a stream whose first event does,
+    and that never says what it used."""
     cut_after: int | None = None
     """Drop the connection after so many chunks of the stream, or in the middle of a JSON body."""
     fail_after: int | None = None
@@ -642,9 +643,9 @@ class FakeProvider:
             await gate.step()
         for choice in range(sale.choices):
             await _send_event(send, _chunk(sale, choice, {}, finish=sale.finish))
-        if sale.usage_wanted and behaviour.usage:
+        if sale.usage_wanted and behaviour.usage and behaviour.valid:
             await _send_event(send, {**_chunk(sale, 0, {}), "choices": [], "usage": _usage_body(sale)})
-            sale.reported = behaviour.valid
+            sale.reported = True
         await _send_event(send, b"[DONE]")
 
 

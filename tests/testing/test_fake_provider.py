@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -220,8 +221,8 @@ async def test_rules_by_model_and_by_header() -> None:
     assert statuses == [418, 500, 402, 200]
 
 
-async def test_cut_mid_stream_is_billed_for_what_was_produced() -> None:
-    """The SDK sees a broken connection after two chunks; the bill has two tokens, unreported."""
+async def test_cut_mid_stream_is_billed_for_what_was_produced(caplog: pytest.LogCaptureFixture) -> None:
+    """The SDK sees a broken connection after two chunks; the bill has two tokens, unreported; the log is quiet."""
     provider = FakeProvider()
     provider.script(Behaviour.cut(after_chunks=2))
     chunks = []
@@ -232,6 +233,7 @@ async def test_cut_mid_stream_is_billed_for_what_was_produced() -> None:
 
     assert text(chunks) == "Echo: say "
     assert [(line.input_tokens, line.output_tokens, line.reported) for line in provider.bill] == [(13, 2, False)]
+    assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
 
 
 async def test_cut_at_the_end_of_a_stream() -> None:
@@ -321,11 +323,13 @@ async def test_malformed() -> None:
     provider = FakeProvider(default=Behaviour.malformed())
     async with asgi_client(provider) as client:
         answer = await client.post("/v1/chat/completions", json=BODY)
-        streamed = await client.post("/v1/chat/completions", json={**BODY, "stream": True})
+        asking = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
+        streamed = await client.post("/v1/chat/completions", json=asking)
 
     with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         answer.json()
     assert streamed.text.startswith('data: {"id":\n\n')
+    assert "prompt_tokens" not in streamed.text
     assert [(line.output_tokens, line.reported) for line in provider.bill] == [(6, False), (6, False)]
 
 
@@ -476,6 +480,30 @@ async def test_body_that_never_arrives() -> None:
     await provider(scope, messages.__anext__, send)
 
     assert (sent, provider.calls) == ([], 0)
+
+
+async def test_the_end_of_an_answer_is_no_disconnect() -> None:
+    """Servers say `http.disconnect` after a complete answer, too, even before its last `send` returns."""
+    provider = FakeProvider()
+    ended = asyncio.Event()
+    body = json.dumps(BODY).encode()
+
+    async def messages() -> AsyncGenerator[dict[str, object]]:
+        yield {"type": "http.request", "body": body}
+        await ended.wait()
+        yield {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            ended.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    await provider(scope, messages().__anext__, send)
+
+    assert provider.disconnects == 0
+    assert [line.reported for line in provider.bill] == [True]
 
 
 async def _messages(*messages: dict[str, object]) -> AsyncGenerator[dict[str, object]]:
