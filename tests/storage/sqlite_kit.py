@@ -19,17 +19,13 @@ from asgi_llm_guard.windows import Rolling, Slots, Window
 CENT = 10_000_000
 DOLLAR = 100 * CENT
 
-RULES = {Unit.NANOUSD: Rule.BUDGET, Unit.SLOTS: Rule.SLOTS, Unit.CALLS: Rule.ITERATIONS, Unit.IDS: Rule.IDS}
-
-
-class SetClock:
-    """A clock that shows what it is set to."""
-
-    def __init__(self, now_ms: int = 1_800_000_000_000) -> None:
-        self.instant_ms = now_ms
-
-    def now_ms(self) -> int:
-        return self.instant_ms
+RULES = {
+    Unit.NANOUSD: Rule.BUDGET,
+    Unit.TOKENS: Rule.QUOTA,
+    Unit.SLOTS: Rule.SLOTS,
+    Unit.CALLS: Rule.ITERATIONS,
+    Unit.IDS: Rule.IDS,
+}
 
 
 class AheadClock:
