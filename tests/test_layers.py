@@ -62,6 +62,7 @@ LIBRARIES = {
     "litellm": "integrations.litellm",
     "opentelemetry": "telemetry",
     "pydantic": "settings",
+    "pydantic_core": "settings",
     "pydantic_settings": "settings",
     "redis": "storage.redis",
     "starlette": "admin decorator gateway identity integrations middleware testing",
