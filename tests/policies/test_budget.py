@@ -23,7 +23,12 @@ def test_claims_the_upper_bound() -> None:
     money, tokens = claims(Budget(["$5/1d", "1000 tokens/1d"]), ALICE, call(usd=0.25, tokens=70))
     assert (money.amount, money.meter.unit, money.meter.rule) == (NANO // 4, Unit.NANOUSD, Rule.BUDGET)
     assert (tokens.amount, tokens.meter.unit, tokens.meter.rule) == (70, Unit.TOKENS, Rule.QUOTA)
-    assert (money.meter.policy, money.meter.scope, money.meter.subject, money.meter.owned) == ("user_budget", "user", "alice", True)
+    assert (money.meter.policy, money.meter.scope, money.meter.subject, money.meter.owned) == (
+        "user_budget",
+        "user",
+        "alice",
+        True,
+    )
 
 
 def test_request_without_a_call_claims_nothing() -> None:
@@ -88,7 +93,12 @@ def test_unpriced_model_is_refused() -> None:
     """A call whose price is not known is refused by a budget of money, and by no other."""
     refusal = Budget("$5/1d").plan(ALICE, call("odd", usd=None), 0).refusal
     assert refusal is not None
-    assert (refusal.policy, refusal.code, refusal.scope, refusal.subject) == ("user_budget", "model_unpriced", "user", "alice")
+    assert (refusal.policy, refusal.code, refusal.scope, refusal.subject) == (
+        "user_budget",
+        "model_unpriced",
+        "user",
+        "alice",
+    )
     assert "'odd'" in refusal.message
     assert len(claims(Budget("5 tokens/1d"), ALICE, call(usd=None))) == 1
     assert claims(Budget("$5/1d", per="agent"), NOBODY, call(usd=None)) == ()
@@ -133,9 +143,11 @@ def test_scopes(per: Per, subjects: list[str]) -> None:
 def test_absent_scopes_claim_nothing() -> None:
     """Without session, agent, department, tag or known provider there is nothing to charge; callers are never absent."""
     unknown = call("odd", provider=None)
-    for per in "session", "agent", "department", "tag", "provider":
+    may_be_absent: list[Per] = ["session", "agent", "department", "tag", "provider"]
+    for per in may_be_absent:
         assert claims(Budget("$5/1d", per=per), NOBODY, unknown) == ()
-    for per in "user", "caller":
+    never_absent: list[Per] = ["user", "caller"]
+    for per in never_absent:
         assert claims(Budget("$5/1d", per=per), NOBODY, unknown)[0].meter.subject == "anonymous"
 
 

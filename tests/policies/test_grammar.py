@@ -84,7 +84,15 @@ def test_malformed_limits(value: object, message: str) -> None:
     assert str(error.value).startswith("my_limit")
 
 
-@given(st.one_of(st.text(), st.integers(), st.floats(), st.dictionaries(st.sampled_from(["budget_limit", "time_period"]), st.text())))
+@given(
+    st.one_of(
+        st.text(),
+        st.sampled_from([str(row[0]) for row in GOOD]),
+        st.integers(),
+        st.floats(),
+        st.dictionaries(st.sampled_from(["budget_limit", "time_period"]), st.text()),
+    )
+)
 def test_nothing_else_is_raised(value: object) -> None:
     """Whatever is written, the answer is a limit or a configuration error."""
     try:
@@ -100,7 +108,9 @@ def test_several_windows() -> None:
     assert [str(limit) for limit in limits] == ["$5.00", "$50.00", "100 tokens"]
 
 
-@pytest.mark.parametrize("value, message", [([], "at least one limit"), (["$5/1d", "$6/24h"], "same window"), (["$5/1d", 3], "expected")])
+@pytest.mark.parametrize(
+    "value, message", [([], "at least one limit"), (["$5/1d", "$6/24h"], "same window"), (["$5/1d", 3], "expected")]
+)
 def test_malformed_lists(value: object, message: str) -> None:
     """An empty list, or two limits of one unit over one window, is a configuration error."""
     with pytest.raises(ConfigurationError, match=message):
@@ -138,7 +148,9 @@ def test_cents(value: object, nano: int) -> None:
     assert cents(value, name="cost") == nano
 
 
-@pytest.mark.parametrize("value", [True, None, "$5", "many", -1, float("nan"), float("inf"), "1e999999", 10**12], ids=repr)
+@pytest.mark.parametrize(
+    "value", [True, None, "$5", "many", -1, float("nan"), float("inf"), "1e999999", 10**12], ids=repr
+)
 def test_malformed_cents(value: object) -> None:
     """C5: anything that is not a price in cents is a configuration error."""
     with pytest.raises(ConfigurationError, match="cost"):

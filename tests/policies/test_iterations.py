@@ -15,7 +15,9 @@ from asgi_llm_guard.windows import Lifetime
 
 pytestmark = pytest.mark.anyio
 
-IDS = st.one_of(st.none(), st.sampled_from(["anonymous", "caller", "session", "a", "a:b", "%3A", "caller:a"]), st.text(min_size=1))
+IDS = st.one_of(
+    st.none(), st.sampled_from(["anonymous", "caller", "session", "a", "a:b", "%3A", "caller:a"]), st.text(min_size=1)
+)
 
 
 async def test_call_limit_plus_one_is_refused() -> None:
@@ -60,7 +62,9 @@ async def test_same_session_of_two_callers_is_two_counters() -> None:
 
 
 @given(IDS, IDS, IDS, IDS)
-def test_distinct_sessions_never_share_a_key(caller: str | None, session: str | None, caller2: str | None, session2: str | None) -> None:
+def test_distinct_sessions_never_share_a_key(
+    caller: str | None, session: str | None, caller2: str | None, session2: str | None
+) -> None:
     """T1, T3: two pairs of caller and session have one key exactly if they are the same pair."""
     policy = Iterations(1, missing="principal")
     one = keys(policy, Context(caller=caller, session=session))
@@ -152,6 +156,7 @@ def test_missing_session_is_rejected() -> None:
     policy = Iterations(1, missing="reject")
     refusal = policy.plan(NOBODY, None, 0).refusal
     assert refusal is not None
+    assert policy.plan(NOBODY, None, 0).refusal is refusal
     assert (refusal.code, refusal.status) == ("session_required", 400)
     for source in "x-litellm-session-id", "x-session-id", "metadata.session_id", "litellm_metadata.session_id":
         assert source in refusal.message
@@ -190,7 +195,7 @@ def test_ttl_is_an_hour_unless_set() -> None:
 @pytest.mark.parametrize("ttl", [0, -1, True, 1.5, "soon", "", None, "0s"])
 def test_malformed_ttl(ttl: object) -> None:
     """A5: a malformed ttl is a configuration error."""
-    with pytest.raises(ConfigurationError, match="iterations.ttl"):
+    with pytest.raises(ConfigurationError, match=r"iterations\.ttl"):
         Iterations(1, ttl=ttl)  # type: ignore[arg-type]
 
 

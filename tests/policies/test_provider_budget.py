@@ -37,7 +37,12 @@ def test_configuration_shapes_agree() -> None:
     ]
     meters = [ProviderBudget({"openai": shape}).meters(["openai"])["openai"] for shape in shapes]
     assert meters == [meters[0]] * 4
-    assert (meters[0].limit, meters[0].scope, meters[0].subject, meters[0].owned) == (100 * NANO, "provider", "openai", False)
+    assert (meters[0].limit, meters[0].scope, meters[0].subject, meters[0].owned) == (
+        100 * NANO,
+        "provider",
+        "openai",
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,12 @@ async def test_sole_provider_over_budget() -> None:
     now_ms = bench.clock.now_ms()
     denied = outcome.denied(now_ms)
     assert denied is not None
-    assert (denied.policy, denied.code, denied.status, denied.retry) == ("provider_budget", "budget_exhausted", 402, False)
+    assert (denied.policy, denied.code, denied.status, denied.retry) == (
+        "provider_budget",
+        "budget_exhausted",
+        402,
+        False,
+    )
     assert denied.resets_at_ms == started_ms + DAY_MS
     assert denied.retry_after_s == (started_ms + DAY_MS - now_ms) // 1000
     assert "openai, anthropic" in denied.message

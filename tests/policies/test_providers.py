@@ -102,7 +102,14 @@ def test_long_names_are_not_remembered() -> None:
 
 @pytest.mark.parametrize(
     "name, canonical",
-    [("AZURE_OPENAI", "azure"), (" OpenAI ", "openai"), ("together-ai", "together_ai"), ("Acme-Corp", "acme-corp"), ("", None), (3, None)],
+    [
+        ("AZURE_OPENAI", "azure"),
+        (" OpenAI ", "openai"),
+        ("together-ai", "together_ai"),
+        ("Acme-Corp", "acme-corp"),
+        ("", None),
+        (3, None),
+    ],
 )
 def test_canonical_providers(name: object, canonical: str | None) -> None:
     """One provider has one name, however it is written; unknown ones are kept in lower case."""

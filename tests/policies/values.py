@@ -15,7 +15,9 @@ from asgi_llm_guard.testing import FrozenClock
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 
-ALICE = Context(caller="key-1", user="alice", departments=("research",), agent="researcher", session="s-1", tags=("chat",))
+ALICE = Context(
+    caller="key-1", user="alice", departments=("research",), agent="researcher", session="s-1", tags=("chat",)
+)
 NOBODY = Context()
 
 
@@ -41,14 +43,18 @@ def keys(policy: Policy, context: Context = ALICE, described: Call | None = None
 class Bench:
     """Policies over a storage in memory, with a clock that stands still."""
 
-    def __init__(self, *policies: Policy, storage: MemoryStorage | None = None, clock: FrozenClock | None = None) -> None:
+    def __init__(
+        self, *policies: Policy, storage: MemoryStorage | None = None, clock: FrozenClock | None = None
+    ) -> None:
         self.policies = policies
         self.clock = clock or FrozenClock()
         self.storage = storage or MemoryStorage(clock=self.clock)
 
     async def reserve(self, context: Context = ALICE, described: Call | None = None) -> Granted | Refused:
         """Reserve what all policies claim."""
-        return await self.reserve_claims([each for policy in self.policies for each in claims(policy, context, described)])
+        return await self.reserve_claims(
+            [each for policy in self.policies for each in claims(policy, context, described)]
+        )
 
     async def reserve_claims(self, wanted: Sequence[Claim]) -> Granted | Refused:
         self.call_id = f"call-{next(_ids)}"
