@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.usage import Usage
-from asgi_llm_guard.wire import DIALECTS, dialect_for, dialect_named, meter_object
+from asgi_llm_guard.wire import DIALECTS, _AnyItems, dialect_for, dialect_named, item_meter, meter_object
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, ErrorKind
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 from asgi_llm_guard.wire.peek import BodyError, read_body
@@ -325,40 +326,42 @@ def test_event_named_error() -> None:
     assert stream(named)[1].error == "rate_limit"
 
 
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["stop", "error"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                [
-                    *(
-                        "choices",
-                        "usage",
-                        "x_groq",
-                        "error",
-                        "model",
-                        "service_tier",
-                        "delta",
-                        "message",
-                        "content",
-                        "text",
-                    ),
-                    *("tool_calls", "function", "arguments", "index", "finish_reason", "prompt_tokens", "code", "type"),
-                    *(
-                        "completion_tokens",
-                        "total_tokens",
-                        "prompt_tokens_details",
-                        "cached_tokens",
-                        "metadata",
-                        "thinking",
-                    ),
-                ]
-            ),
-            inner,
-        )
-    ),
-    max_leaves=25,
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "thinking"]), inner),
+    max_leaves=5,
+)
+
+
+def _members(*names: str, values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.dictionaries(st.sampled_from(names), values | _ANYTHING) | _ANYTHING
+
+
+_COUNTS = st.integers(0, 9)
+_DETAILS = _members("cached_tokens", "cache_write_tokens", "audio_tokens", "reasoning_tokens", values=_COUNTS)
+_USAGES = st.fixed_dictionaries(
+    {"prompt_tokens": _COUNTS | _ANYTHING, "completion_tokens": _COUNTS | _ANYTHING},
+    optional={"total_tokens": _COUNTS, "prompt_tokens_details": _DETAILS, "completion_tokens_details": _DETAILS},
+)
+_DELTAS = _members(
+    *("content", "refusal", "reasoning", "reasoning_content", "tool_calls", "function_call", "audio", "function"),
+    values=_members("name", "arguments", "transcript", "function", values=_ANYTHING),
+)
+_CHOICES = _members("delta", "message", "index", "finish_reason", values=_DELTAS)
+_ERRORS = _members("message", "type", "code", "status", "metadata", values=st.sampled_from(["slow_down", 429]))
+_JSON: st.SearchStrategy[Any] = (
+    st.fixed_dictionaries(
+        {"choices": st.lists(_CHOICES, max_size=3) | _ANYTHING},
+        optional={
+            "usage": _USAGES | _ANYTHING,
+            "x_groq": st.fixed_dictionaries({"usage": _USAGES}) | _ANYTHING,
+            "error": _ERRORS,
+            "model": _ANYTHING,
+            "object": _ANYTHING,
+        },
+    )
+    | st.fixed_dictionaries({"error": _ERRORS})
+    | _ANYTHING
 )
 
 
@@ -375,22 +378,21 @@ def test_no_bytes_break_a_stream(chunks: list[bytes], strip: bool) -> None:
         assert rest == b""
     answer = meter.answer()
     assert answer.text_bytes >= 0
-    for_usage(answer.usage)
+    check_usage(answer.usage)
 
 
 @given(_JSON, st.sampled_from([200, 201, 302, 400, 402, 429, 500, 503]))
 def test_no_response_breaks_metering(value: object, status: int) -> None:
     """Whatever JSON a response, a dict or an item is, it is read or passed over, and counts are believable."""
-    for_usage(CHAT.read_response(status, json.dumps(value).encode()).usage)
-    answer = CHAT.read_object(value)
-    for_usage(answer.usage if answer is not None else None)
-    meter = CHAT.item_meter()
+    check_usage(CHAT.read_response(status, json.dumps(value).encode()).usage)
+    meter = item_meter()
     meter.add(value)
-    meter.answer()
+    for answer in (CHAT.read_object(value), meter.answer()):
+        check_usage(answer.usage if answer is not None else None)
 
 
-def for_usage(usage: Usage | None) -> None:
-    """Check what every usage keeps: whole numbers, and parts within what they are part of."""
+def check_usage(usage: Usage | None) -> None:
+    """What every usage keeps: whole numbers, and parts within what they are part of."""
     if usage is None:
         return
     counts = [usage.input_tokens, usage.output_tokens]
@@ -592,6 +594,7 @@ def test_sdk_response_object() -> None:
     from_bytes = CHAT.read_response(200, (FIXTURES / "response.json").read_bytes())
     assert meter_object(ChatCompletion.model_validate(raw)) == from_bytes
     assert meter_object(raw) == from_bytes
+    assert meter_object(UserDict(raw)) == from_bytes
 
 
 def chunks_of(name: str) -> Iterator[dict[str, Any]]:
@@ -603,7 +606,7 @@ def chunks_of(name: str) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["usage.sse", "no_usage.sse", "azure.sse", "vllm_continuous.sse", "tools.sse"])
 def test_sdk_chunks(name: str) -> None:
     """The SDK's chunk objects, and dicts, add up to what the stream's bytes add up to."""
-    objects, dicts, wrapped = CHAT.item_meter(), CHAT.item_meter(), CHAT.item_meter()
+    objects, dicts, wrapped = item_meter(), CHAT.item_meter(), CHAT.item_meter()
     for raw in chunks_of(name):
         item = ChatCompletionChunk.model_construct(**raw) if not raw["model"] else ChatCompletionChunk(**raw)
         objects.add(item)
@@ -629,6 +632,17 @@ def test_items_of_unknown_shape() -> None:
     for item in ("Hello", b"Hello", 7, None, object(), [1], {"text": "x"}, "\ud800"):
         meter.add(item)
     assert meter.answer() is None
+
+
+def test_first_dialect_that_knows_an_item_reads_the_rest() -> None:
+    """Of several dialects one counts, so nothing is counted twice, also when the first items told nothing."""
+    meter = _AnyItems((CHAT, CHAT))
+    meter.add("Hello")
+    assert meter.answer() is None
+    for raw in chunks_of("usage.sse"):
+        meter.add(raw)
+    assert meter.answer() == STREAMS["usage.sse"]
+    assert len(meter._meters) == 1
 
 
 @pytest.mark.parametrize("library", [httpx, httpx2])

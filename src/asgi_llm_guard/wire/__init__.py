@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from asgi_llm_guard.errors import ConfigurationError
@@ -39,12 +40,12 @@ def meter_object(obj: object) -> Answer | None:
 
 def item_meter() -> ItemMeter:
     """A meter for streamed items of any dialect: the first that knows the shape of an item reads the rest."""
-    return _AnyItems()
+    return _AnyItems(DIALECTS)
 
 
 class _AnyItems:
-    def __init__(self) -> None:
-        self._meters = [dialect.item_meter() for dialect in DIALECTS]
+    def __init__(self, dialects: Iterable[Dialect]) -> None:
+        self._meters = [dialect.item_meter() for dialect in dialects]
 
     def add(self, item: object) -> None:
         for meter in self._meters:

@@ -286,12 +286,10 @@ def _malformed(message: str) -> BodyError:
 
 
 def _kind(value: bytes) -> str:
-    """What the JSON text `value` is, for people to read; nothing of its content."""
+    """What the JSON text `value`, which is no object, is for people to read; nothing of its content."""
     match value.lstrip()[:1]:
         case b'"':
             return "a text"
-        case b"{":
-            return "an object"
         case b"[":
             return "a list"
         case b"t" | b"f":
