@@ -104,7 +104,7 @@ class Cell:
         return cls(kind, used, held, start, end, None if rows is None else {i: [u, h] for i, u, h in rows})
 
 
-class Hold(msgspec.Struct):
+class Hold(msgspec.Struct, gc=False):
     """What one open call id has taken."""
 
     call_id: str
@@ -116,7 +116,7 @@ class Hold(msgspec.Struct):
     """Which of the offered plans was granted."""
 
 
-class Tombstone(msgspec.Struct, frozen=True):
+class Tombstone(msgspec.Struct, frozen=True, gc=False):
     """A call id that has ended, remembered until `until_ms`."""
 
     reason: Literal["settled", "cancelled", "expired"]
@@ -388,8 +388,13 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                 if limit is None or used + held + amount <= limit:
                     cell.turn = turn
                     receipt = Receipt(claim, True, True, used, held, pin, now_ms)
-                    later.append((cell, receipt))
                     add(receipt)
+                    part = cell.parts.get(pin)  # type: ignore[union-attr]
+                    if part is None:
+                        later.append((cell, receipt))
+                    else:
+                        part[1] += amount
+                        cell.held += amount
                     continue
                 fits_at = _sliding_fits_at(cell, meter, amount, used + held, pin)
                 add(Receipt(claim, False, False, used, held, pin, fits_at))
@@ -431,10 +436,10 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
     if refused:
         _give_back(cells, receipts, turn)
         return False, _not_taken(receipts)
-    for key, new in fresh:
-        cells[key] = new
     for cell, receipt in later:
         _take_later(state.members, cell, receipt)
+    for key, new in fresh:  # last, so that none of them looks unused to a store that forgets such cells
+        cells[key] = new
     return True, tuple(receipts)
 
 
@@ -442,10 +447,16 @@ def _give_back(cells: dict[str, Cell], receipts: Iterable[Receipt], turn: int) -
     """Undo what `_take` has taken at once. New cells were not put among the others, so they are not found."""
     for receipt in receipts:
         meter = receipt.claim.meter
-        if receipt.taken and (meter.kind <= CALENDAR or meter.kind == SLOTS):
+        if receipt.taken and meter.kind <= SLOTS and meter.kind != BUCKET:
             cell = cells.get(meter.key)
-            if cell is not None and cell.turn == turn:
-                cell.held -= receipt.claim.amount
+            if cell is None or cell.turn != turn:
+                continue
+            if cell.parts is not None:
+                part = cell.parts.get(receipt.pin)
+                if part is None:
+                    continue
+                part[1] -= receipt.claim.amount
+            cell.held -= receipt.claim.amount
 
 
 def _take_later(members: Members, cell: Cell | None, receipt: Receipt) -> None:
@@ -457,12 +468,8 @@ def _take_later(members: Members, cell: Cell | None, receipt: Receipt) -> None:
     elif cell.kind == SLIDING:
         cell.held += claim.amount
         parts: Any = cell.parts
-        part = parts.get(receipt.pin)
-        if part is not None:
-            part[1] += claim.amount
-        else:
-            parts[receipt.pin] = [0, claim.amount]
-            _forget_parts(cell, receipt.pin, window)
+        parts[receipt.pin] = [0, claim.amount]
+        _forget_parts(cell, receipt.pin, window)
     elif cell.kind == BUCKET:
         cell.held += claim.amount
         _, backlog = _drained(cell, claim.meter, receipt.pin)
