@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final, Literal, get_args
+from typing import Final, Literal, assert_never, get_args
 
 from asgi_llm_guard.claims import Meter, Reading, Receipt, Refused, Rule, Unit
 from asgi_llm_guard.context import Call
@@ -349,6 +349,8 @@ def _quantity(amount: int, unit: Unit) -> str:
             return f"{amount} at a time"
         case Unit.IDS:
             return f"{amount} live ids"
+        case _:
+            assert_never(unit)
 
 
 def _who(meter: Meter, *, shown: bool) -> str:

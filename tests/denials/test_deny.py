@@ -193,6 +193,12 @@ def test_no_wait_if_one_claim_has_none(hopeless: Receipt) -> None:
     assert (denied.code, denied.retry, denied.retry_after_s) == ("rate_limit_exceeded", False, None)
 
 
+def test_what_can_never_fit_has_no_reset() -> None:
+    """A window that ends does not help a request that is larger than its limit, so no reset is told."""
+    denied = deny(refused(stuck(meter(Rule.QUOTA), amount=11, wait_ms=1_000)), None)
+    assert denied.resets_at_ms is None
+
+
 def test_no_retry_if_one_claim_is_final() -> None:
     """A rate that frees up soon is not worth a retry while a quota beside it is used up."""
     denied = deny(refused(stuck(meter(Rule.RATE), wait_ms=2_000), stuck(meter(Rule.QUOTA), wait_ms=30_000)), None)
@@ -259,6 +265,13 @@ def test_jitter_only_adds(wait_ms: int, draw: int) -> None:
     assert plain_s <= denied.retry_after_s <= plain_s + plain_s // 10
     assert denied.retry == (plain_s <= RETRYABLE_S)
     assert not denied.retry or denied.retry_after_s <= RETRYABLE_S
+
+
+@pytest.mark.parametrize("wait_s, told_s", [(54, 59), (57, 60), (60, 60), (61, 67)])
+def test_jitter_keeps_a_wait_that_is_retried_within_a_minute(wait_s: int, told_s: int) -> None:
+    """Old clients ignore more than a minute and come back at once, so jitter stops there for waits worth a retry."""
+    denied = deny(refused(stuck(meter(Rule.RATE), wait_ms=wait_s * 1000)), None, jitter=lambda wait_s: wait_s)
+    assert denied.retry_after_s == told_s
 
 
 def test_jitter_is_told_the_wait() -> None:
@@ -522,6 +535,8 @@ def test_what_would_fit_is_not_told_in_words_for_a_shared_scope() -> None:
     assert denied.fits_max_tokens == 500
     assert "max_tokens" not in denied.message
     assert "max_tokens ≤ 500" in deny(refused(shared), call, disclose="all").message
+    own = stuck(meter(Rule.QUOTA, 900), amount=1100, used=0)
+    assert "max_tokens" not in deny(refused(own, shared), call).message
 
 
 def test_what_would_fit_of_output_only() -> None:
@@ -603,11 +618,13 @@ def test_provider_lines_list_every_provider() -> None:
     readings = [
         (provider("openai", 100 * NANO), Reading(99 * NANO, NANO, NOW_MS + HOUR_MS)),
         (provider("anthropic", 50 * NANO), Reading(50 * NANO, 0, NOW_MS + 1_000)),
+        (provider("mistral", NANO), Reading(NANO, 0, NOW_MS + 2_000)),
         (provider("local", None), Reading(NANO, 0, None)),
     ]
     assert provider_lines(readings, disclose="all") == (
         "openai: $99.00 of $100.00 spent, $1.00 held, resets at 2026-11-21T11:00:00Z",
         "anthropic: $50.00 of $50.00 spent, resets at 2026-11-21T10:00:01Z",
+        "mistral: $1.00 of $1.00 spent, resets at 2026-11-21T10:00:02Z",
         "local: $1.00 of no limit spent",
         "soonest reset: anthropic at 2026-11-21T10:00:01Z",
     )

@@ -24,7 +24,7 @@ from typing import Final
 
 from asgi_llm_guard.claims import Meter, Receipt, Rule, Unit
 from asgi_llm_guard.denials import Disclose, capacity, period
-from asgi_llm_guard.windows import BUCKET, SLIDING, SLOTS, Bucket, Calendar, Lifetime, Rolling, Sliding
+from asgi_llm_guard.windows import SLOTS, Bucket, Calendar, Lifetime, Rolling, Sliding
 
 __all__ = ["rate_limit_headers"]
 
@@ -74,7 +74,7 @@ def rate_limit_headers(
         policies.append(policy)
         if meter.kind == SLOTS:
             states.append(f"{head}{left}")
-        elif resets_at_ms is not None and resets_at_ms > now_ms and (not receipt.fits or meter.kind not in _ROLLS_ON):
+        elif resets_at_ms is not None and resets_at_ms > now_ms:  # else it slides, and its whole length counts
             states.append(f"{head}{left};t={-((now_ms - resets_at_ms) // 1000)}")
         else:
             states.append(f"{head}{left}{full}")
@@ -84,10 +84,6 @@ def rate_limit_headers(
         (b"ratelimit-policy", ", ".join(policies).encode("ascii")),
         (b"ratelimit", ", ".join(states).encode("ascii")),
     ]
-
-
-# Windows without an end: as long as there is room, their whole length is the effective window.
-_ROLLS_ON: Final = (SLIDING, BUCKET)
 
 
 def _keep(meter: Meter) -> tuple[Meter, str, str, int, int, str]:
