@@ -9,8 +9,9 @@ from asgi_llm_guard.claims import Granted, Refused, Rule, Unit
 from asgi_llm_guard.context import Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
-from asgi_llm_guard.policies import Iterations, max_iterations
+from asgi_llm_guard.policies import Iterations, Policy, max_iterations
 from asgi_llm_guard.policies._scoped import MEMO_SIZE
+from asgi_llm_guard.policies.base import AgentAware, SessionAware
 from asgi_llm_guard.windows import Lifetime
 
 pytestmark = pytest.mark.anyio
@@ -208,6 +209,13 @@ def test_an_iteration_is_the_same_for_every_call() -> None:
     """The verdict depends on no call, and is the same object each time."""
     policy = Iterations(3)
     assert policy.plan(ALICE, None, 0) is policy.plan(ALICE, call(), 99)
+
+
+def test_the_guard_can_tell_it_things() -> None:
+    """A3, A4: the policy is what the guard gives its agent registry and its session sources to."""
+    aware: AgentAware = Iterations(3)
+    assert isinstance(aware, SessionAware)
+    assert isinstance(aware, Policy)
 
 
 def test_other_scopes() -> None:

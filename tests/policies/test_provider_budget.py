@@ -9,7 +9,8 @@ from asgi_llm_guard.claims import Claim, Granted, Reading, Refused, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import NANO
-from asgi_llm_guard.policies import Eligibility, Limit, ProviderBudget
+from asgi_llm_guard.policies import Budget, Eligibility, Limit, ProviderBudget
+from asgi_llm_guard.policies.base import DeploymentFilter
 from asgi_llm_guard.windows import Rolling
 
 pytestmark = pytest.mark.anyio
@@ -266,6 +267,13 @@ async def test_settled_spend_is_in_its_window() -> None:
     (receipt,) = outcome.receipts
     assert (receipt.used, receipt.pin, receipt.resets_at_ms) == (0, bench.clock.now_ms(), bench.clock.now_ms() + DAY_MS)
     assert isinstance(await bench.reserve(ALICE, call(usd=0.6)), Refused)
+
+
+def test_the_guard_can_drive_it() -> None:
+    """B2: the policy is what the guard takes for a filter of deployments; other budgets are not."""
+    driven: DeploymentFilter = ProviderBudget(BOTH)
+    assert isinstance(driven, DeploymentFilter)
+    assert not isinstance(Budget("$1/1d"), DeploymentFilter)
 
 
 def test_many_models_one_meter() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from decimal import Decimal
 
@@ -200,10 +201,15 @@ def test_a_book_is_changed_by_many_threads() -> None:
             book.set(f"{worker}-{number}", {"daily_tokens": number})
 
     threads = [threading.Thread(target=fill, args=(worker,)) for worker in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert (book.version, len(book.snapshot[1])) == (201, 200)
 
 
