@@ -89,7 +89,7 @@ def workers(count: int, work: Work, path: Path) -> Generator[list[tuple[BaseProc
     try:
         for number in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(path, number, theirs), daemon=True)
+            process: BaseProcess = context.Process(target=work, args=(path, number, theirs), daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours))

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import weakref
 from contextlib import closing
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -285,7 +286,7 @@ async def test_forks_under_load_neither_hang_nor_lose(path: Path) -> None:
     await storage.open_holds()
     context = multiprocessing.get_context("fork")
     tasks = [asyncio.create_task(take(storage, f"{n}", Claim(money(), CENT))) for n in range(300)]
-    children = []
+    children: list[BaseProcess] = []
     for _ in range(5):
         await asyncio.sleep(0)
         child = context.Process(target=in_child_once, args=(storage, f"child-{len(children)}"))
@@ -333,7 +334,7 @@ async def test_tables_do_not_grow_with_what_is_over(path: Path) -> None:
             ids = meter(Unit.IDS, None, subject=f"{call_id}", window=Distinct(1000))
             storage.settle([Settlement(f"cancelled-{call_id}", ())])
             await storage.reserve("me", [[Bundle(call_id, (Claim(short, 1), Claim(ids, 1, "x")), None)]])
-            storage.settle([Settlement(call_id, (1, 1))])
+            await storage.settle([Settlement(call_id, (1, 1))])
         clock.advance(seconds=3600)
     for n in range(600):  # work on one meter, until the tables have been gone through
         await take(storage, f"later-{n}", Claim(money(None, "kept"), 0))
