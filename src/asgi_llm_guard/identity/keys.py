@@ -291,14 +291,20 @@ def read_toml(file: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: it cannot be read, or is not TOML; names the file, and line and column.
     """
+    text = ""
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        text = file.read_bytes().decode()
+        return tomllib.loads(text)
     except OSError as error:
         raise ConfigurationError(f"{file}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{file}: is not UTF-8 (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{file}: is not valid TOML: {error}") from None
+        last = text.splitlines() or [""]
+        end = f"at line {len(last)}, column {len(last[-1]) + 1}, the end of the file"
+        raise ConfigurationError(
+            f"{file}: is not valid TOML: {str(error).replace('at end of document', end)}"
+        ) from None
 
 
 def _hash(key: bytes, pepper: bytes) -> bytes:
