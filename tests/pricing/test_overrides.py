@@ -22,7 +22,9 @@ def cost(book: PriceBook, provider: str | None, model: str, usage: Usage = ONE_E
 
 def test_existing_config_keys() -> None:
     """C10: `cost_per_1k_input` and `cost_per_1k_output` are dollars for a thousand tokens."""
-    book = PriceBook.snapshot(overrides={"openai/in-house": {"cost_per_1k_input": 0.003, "cost_per_1k_output": "0.015"}})
+    book = PriceBook.snapshot(
+        overrides={"openai/in-house": {"cost_per_1k_input": 0.003, "cost_per_1k_output": "0.015"}}
+    )
     assert cost(book, "openai", "in-house") == 18_000_000_000
 
 
@@ -66,7 +68,9 @@ def test_the_most_exact_key_wins() -> None:
 def test_an_explicit_zero_is_free() -> None:
     """67: a model priced at 0 costs nothing in every bucket, known usage or not; a model without a price does not."""
     book = PriceBook.snapshot(overrides={"claude-sonnet-4-5": {"input": 0, "output": 0}})
-    everything = Usage(input_tokens=900, output_tokens=80, cache_read_tokens=100, cache_write_tokens=200, reasoning_tokens=7)
+    everything = Usage(
+        input_tokens=900, output_tokens=80, cache_read_tokens=100, cache_write_tokens=200, reasoning_tokens=7
+    )
     assert cost(book, "anthropic", "claude-sonnet-4-5", everything) == 0
     assert cost(book, "anthropic", "claude-sonnet-4-5", Usage()) == 0
     call = book.quote(Call(provider="anthropic", model="claude-sonnet-4-5", input_tokens=9, output_tokens=9), NOW_MS)
@@ -116,11 +120,18 @@ def test_what_is_not_given_follows_what_is() -> None:
 
 def test_an_unknown_model_costs_what_it_is_a_part_of() -> None:
     """For a model that no list has, cached and spoken tokens cost what plain ones do."""
-    book = PriceBook.snapshot(overrides={"mine/llama": {"input": 1, "output": 2, "per_call": 0.01, "max_output_tokens": 512}})
+    book = PriceBook.snapshot(
+        overrides={"mine/llama": {"input": 1, "output": 2, "per_call": 0.01, "max_output_tokens": 512}}
+    )
     card = book.resolve("mine", "llama")
     assert card is not None
     rates = card.rates(NOW_MS)
-    assert (rates.cache_read, rates.cache_write_1h, rates.audio_input, rates.reasoning) == (10**6, 10**6, 10**6, 2 * 10**6)
+    assert (rates.cache_read, rates.cache_write_1h, rates.audio_input, rates.reasoning) == (
+        10**6,
+        10**6,
+        10**6,
+        2 * 10**6,
+    )
     assert card.max_output_tokens == 512
     assert cost(book, "mine", "llama") == 3_010_000_000
 
@@ -166,7 +177,9 @@ def test_a_file_of_prices(tmp_path: Path) -> None:
     path.write_text('["openai/gpt-4o"]\ninput = 0.1\noutput = 0.2\n', encoding="utf-8")
     charged = PriceBook.snapshot(overrides=path).cost("openai", "gpt-4o", ONE_EACH, NOW_MS)
     assert (charged.nanousd, charged.source) == (300_000_000, "override (prices.toml) of openai/gpt-4o")
-    assert PriceBook.snapshot(overrides=str(path)).overrides == {"openai/gpt-4o": {"input": Decimal("0.1"), "output": Decimal("0.2")}}
+    assert PriceBook.snapshot(overrides=str(path)).overrides == {
+        "openai/gpt-4o": {"input": Decimal("0.1"), "output": Decimal("0.2")}
+    }
 
 
 @pytest.mark.parametrize("content", [None, b"not toml", b"\xff"])
