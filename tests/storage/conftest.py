@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.storage.values import DAY_MS, START, Make
 
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FrozenClock
 
 
@@ -19,8 +21,18 @@ def _memory(_folder: Path) -> Make:
     return make
 
 
+def _sqlite(folder: Path) -> Make:
+    numbers = itertools.count()
+
+    def make(clock: FrozenClock, *, lapse_ms: int = LAPSE_MS, tombstone_ms: int = TOMBSTONE_MS) -> Storage:
+        path = folder / f"guard-{next(numbers)}.db"
+        return SqliteStorage(path, clock=clock, lapse_ms=lapse_ms, tombstone_ms=tombstone_ms)
+
+    return make
+
+
 # Every storage that keeps the contract joins here.
-FACTORIES: dict[str, Callable[[Path], Make]] = {"memory": _memory}
+FACTORIES: dict[str, Callable[[Path], Make]] = {"memory": _memory, "sqlite": _sqlite}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How state is written down: holds and tombstones as bytes, and a whole storage as lines of JSON.
+"""A whole storage as lines of JSON: what `Storage.export` gives and `Storage.load` takes.
 
 An export is one header line, one line for each value, and a last line with counts, sums and a
 digest of all lines before it. Every storage writes the same lines, so what one has exported
@@ -29,19 +29,10 @@ from asgi_llm_guard.storage.cells import Cell, Hold, Owner, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 
-__all__ = [
-    "SCHEMA",
-    "Snapshot",
-    "pack_hold",
-    "pack_tombstone",
-    "parse_lines",
-    "unpack_hold",
-    "unpack_tombstone",
-    "write_lines",
-]
+__all__ = ["SCHEMA", "Snapshot", "parse_lines", "write_lines"]
 
 SCHEMA: Final = 1
-"""The version of the lines, and of packed holds and tombstones. Raised by every change that older code misreads."""
+"""The version of the lines. Raised by every change that older code would misread."""
 
 # ---------------------------------------------------------------------------- packed values
 
@@ -55,38 +46,6 @@ _PackedHold = tuple[str, str, int, int, tuple[_PackedReceipt, ...], UsageRecord 
 _PackedTombstone = tuple[Literal["settled", "cancelled", "expired"], int, _PackedHold | None]
 
 _WINDOWS: Final[tuple[type[Window], ...]] = (Lifetime, Rolling, Calendar, Sliding, Bucket, Slots, Distinct)
-
-_encoder: Final = msgspec.msgpack.Encoder()
-_hold_decoder: Final = msgspec.msgpack.Decoder(_PackedHold)
-_tombstone_decoder: Final = msgspec.msgpack.Decoder(_PackedTombstone)
-
-
-def pack_hold(hold: Hold) -> bytes:
-    """The hold as bytes, for `unpack_hold`."""
-    return _encoder.encode(_flat_hold(hold))
-
-
-def unpack_hold(data: bytes) -> Hold:
-    """The hold that `pack_hold` gave these bytes for.
-
-    Raises:
-        msgspec.DecodeError: these are other bytes.
-    """
-    return _hold(_hold_decoder.decode(data))
-
-
-def pack_tombstone(tombstone: Tombstone) -> bytes:
-    """The tombstone as bytes, for `unpack_tombstone`."""
-    return _encoder.encode(_flat_tombstone(tombstone))
-
-
-def unpack_tombstone(data: bytes) -> Tombstone:
-    """The tombstone that `pack_tombstone` gave these bytes for.
-
-    Raises:
-        msgspec.DecodeError: these are other bytes.
-    """
-    return _tombstone(_tombstone_decoder.decode(data))
 
 
 def _flat_hold(hold: Hold) -> _PackedHold:
