@@ -307,6 +307,20 @@ def test_secrets_are_not_shown(tmp_path: Path, environ: pytest.MonkeyPatch) -> N
         assert "canary" not in problem(write(tmp_path, wrong))
 
 
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("storage = 8154711", "storage"),
+        ('[identity]\nkind = "api_keys"\nfile = "k"\nsecret = 8154711', "identity.secret"),
+        (JWT + 'algorithms = ["HS256"]\nkey = 8154711', "identity.key"),
+    ],
+)
+def test_secrets_of_another_type(tmp_path: Path, text: str, key: str) -> None:
+    """T25: a secret that is written as a number is refused without being shown."""
+    file = write(tmp_path, text)
+    assert problem(file) == f"{file}: {key}: expected a valid string"
+
+
 # ----------------------------------------------------------------------------------- identity
 
 
