@@ -105,4 +105,4 @@ CREATE TABLE ledger (
     usage_model TEXT
 );
 
-CREATE INDEX ledger_by_time ON ledger (at_ms, row);
+CREATE INDEX ledger_by_time ON ledger (at_ms);

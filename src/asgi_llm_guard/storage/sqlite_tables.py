@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -27,12 +27,18 @@ __all__ = [
     "Load",
     "TableOperation",
     "cell_of_row",
+    "hold_row",
     "records_since",
+    "row_of_cell",
     "snapshot",
     "tombstone_of_row",
+    "tombstone_row",
 ]
 
 T_co = TypeVar("T_co", covariant=True)
+
+_encode_parts = msgspec.msgpack.Encoder().encode
+_decode_parts = msgspec.msgpack.Decoder(dict[int, list[int]]).decode
 
 
 def _upsert(table: str, key: str, *columns: str) -> str:
@@ -56,17 +62,34 @@ UPSERT_RECORD: Final = _upsert("ledger", *LEDGER_COLUMNS)
 UPSERT_TOMBSTONE: Final = "REPLACE INTO tombstones (call_id, reason, until_ms, data) VALUES (?, ?, ?, ?)"
 
 
-def cell_of_row(row: tuple[object, ...]) -> tuple[str, Cell]:
+def row_of_cell(key: str, cell: Cell) -> tuple[Any, ...]:
+    """The row of `UPSERT_CELL`."""
+    parts = cell.parts
+    return key, cell.kind, cell.used, cell.held, cell.start, cell.end, None if parts is None else _encode_parts(parts)
+
+
+def cell_of_row(row: tuple[Any, ...]) -> tuple[str, Cell]:
     """The key and the cell of a row of `CELL_COLUMNS`."""
-    key, *columns = row
-    return key, Cell.load(*columns)  # type: ignore[return-value, arg-type]
+    key, kind, used, held, start, end, parts = row
+    return key, Cell(kind, used, held, start, end, None if parts is None else _decode_parts(parts))
 
 
-def tombstone_of_row(row: tuple[object, ...], codec: HoldCodec) -> tuple[str, Tombstone]:
+def hold_row(hold: Hold, codec: HoldCodec) -> tuple[str, str, bytes]:
+    """The row of `UPSERT_HOLD`."""
+    return hold.call_id, hold.owner, codec.encode(hold)
+
+
+def tombstone_of_row(row: tuple[Any, ...], codec: HoldCodec) -> tuple[str, Tombstone]:
     """The call id and the tombstone of a row `call_id, reason, until_ms, data`."""
     call_id, reason, until_ms, data = row
-    hold = codec.decode(data) if isinstance(data, bytes) else None
-    return call_id, Tombstone(reason, until_ms, hold)  # type: ignore[return-value, arg-type]
+    hold = None if data is None else codec.decode(data)
+    return call_id, Tombstone(reason, until_ms, hold)
+
+
+def tombstone_row(call_id: str, tombstone: Tombstone, codec: HoldCodec) -> tuple[str, str, int, bytes | None]:
+    """The row of `UPSERT_TOMBSTONE`."""
+    data = None if tombstone.hold is None else codec.encode(tombstone.hold)
+    return call_id, tombstone.reason, tombstone.until_ms, data
 
 
 # --------------------------------------------------------------------------------- questions
@@ -127,7 +150,7 @@ class Load(msgspec.Struct, frozen=True):
             if connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():  # noqa: S608
                 raise StorageError(f"import: this storage is not empty (it has {table}); load into a new one")
         source = self.snapshot
-        connection.executemany(UPSERT_CELL, ((key, *cell.dump()) for key, cell in source.cells))
+        connection.executemany(UPSERT_CELL, (row_of_cell(key, cell) for key, cell in source.cells))
         members = list(source.members)
         connection.executemany(UPSERT_MEMBER, members)
         connection.executemany(UPSERT_CROWD, _crowds(members))
@@ -139,17 +162,6 @@ class Load(msgspec.Struct, frozen=True):
             UPSERT_TOMBSTONE, (tombstone_row(call_id, tombstone, codec) for call_id, tombstone in source.tombstones)
         )
         connection.executemany(UPSERT_RECORD, map(row_of_record, source.records))
-
-
-def hold_row(hold: Hold, codec: HoldCodec) -> tuple[str, str, bytes]:
-    """The row of `UPSERT_HOLD`."""
-    return hold.call_id, hold.owner, codec.encode(hold)
-
-
-def tombstone_row(call_id: str, tombstone: Tombstone, codec: HoldCodec) -> tuple[str, str, int, bytes | None]:
-    """The row of `UPSERT_TOMBSTONE`."""
-    data = None if tombstone.hold is None else codec.encode(tombstone.hold)
-    return call_id, tombstone.reason, tombstone.until_ms, data
 
 
 def _crowds(members: list[tuple[str, str, int]]) -> Iterator[tuple[str, int, int, int]]:
