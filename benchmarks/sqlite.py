@@ -63,16 +63,20 @@ class Recording(sqlite_rows.SqliteDatabase):
     turns: list[Turn]
 
     def apply(self, operations: Sequence[object]) -> Sequence[object]:
-        self.turns.append([])
+        self._begin()
         return super().apply(operations)
 
     def tidy(self) -> None:
-        self.turns.append([])
+        self._begin()
         super().tidy()
+
+    def _begin(self) -> None:
+        self.turn: Turn = []
+        self.turns.append(self.turn)
 
     def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
         if rows:
-            self.turns[-1].append((statement, rows))
+            self.turn.append((statement, rows))
         super()._many(statement, rows)
 
 

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import sys
 import threading
+import time
 from contextlib import closing
 from importlib import resources
 from pathlib import Path
@@ -146,6 +147,10 @@ def _next_step(error: sqlite3.DatabaseError) -> str:
     return "let this user write to the file and its folder, or give another path"
 
 
+_PAUSES_S: Final = (0.0,) + (0.000_2,) * 100
+"""How a process looks for its turn before it queues: about 30 ms, the turns of a handful of others."""
+
+
 class QueueLock:
     """A queue of processes in front of the database's lock, by `flock` on a file beside it.
 
@@ -176,15 +181,15 @@ class QueueLock:
         def acquire(self, timeout_s: float) -> bool:
             """Wait for this process's turn, at most `timeout_s`. If that was in vain, the next call goes on waiting."""
             if not self._waiting:
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    # `flock` either does not wait, or waits without end: another thread does that,
-                    # so that this one can give up.
-                    self._waiting = True
-                    threading.Thread(target=self._wait, name="asgi-llm-guard-flock", daemon=True).start()
-                else:
-                    return True
+                # Most waits are short, and a second thread takes longer to hand over than they last.
+                for pause_s in _PAUSES_S:
+                    if self._try():
+                        return True
+                    time.sleep(pause_s)
+                # `flock` either does not wait, or waits without end: another thread does that, so that
+                # this one can give up. It stands in the kernel's queue, so nobody is passed over for long.
+                self._waiting = True
+                threading.Thread(target=self._wait, name="asgi-llm-guard-flock", daemon=True).start()
             if not self._granted.acquire(timeout=timeout_s):
                 return False
             self._waiting = False
@@ -199,6 +204,13 @@ class QueueLock:
                 os.close(self._file)
                 return
             threading.Thread(target=self._close_later, name="asgi-llm-guard-flock", daemon=True).start()
+
+        def _try(self) -> bool:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
 
         def _wait(self) -> None:
             fcntl.flock(self._file, fcntl.LOCK_EX)

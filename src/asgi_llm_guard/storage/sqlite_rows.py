@@ -170,6 +170,47 @@ class _Needs(Needs):
             self.keys.update([meter.key for meter in meters if meter.kind != DISTINCT])
 
 
+class _Group:
+    """Operations that are decided together, and what can be known of them beforehand."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation[object]] = []
+        self.needs = _Needs()
+        self.amended: set[str] = set()
+        self.retired: set[str] = set()
+        # By the identity of the record, which its settlement keeps alive.
+        self.rows: dict[int, tuple[object, ...]] = {}
+
+    def add(self, operation: Operation[object]) -> None:
+        self.operations.append(operation)
+        operation.ask(self.needs)
+        kind = type(operation)
+        if kind is Settle:
+            for settlement in cast("Settle", operation).settlements:
+                if settlement.record is not None:
+                    self.rows[id(settlement.record)] = row_of_record(settlement.record)
+        elif kind is Amend:
+            self.amended.add(cast("Amend", operation).bundle.call_id)
+        elif kind is Retire:
+            self.retired.add(cast("Retire", operation).owner)
+
+
+def _grouped(operations: Iterable[object]) -> list[_Group | TableOperation[object]]:
+    """The operations in their order, those that are decided on cells together."""
+    groups: list[_Group | TableOperation[object]] = []
+    group: _Group | None = None
+    for operation in operations:
+        if hasattr(operation, "run"):
+            groups.append(cast("TableOperation[object]", operation))
+            group = None
+            continue
+        if group is None:
+            group = _Group()
+            groups.append(group)
+        group.add(cast("Operation[object]", operation))
+    return groups
+
+
 class _Ledger:
     """What a turn knows of the ledger, and adds to it."""
 
@@ -227,17 +268,14 @@ class SqliteDatabase:
 
     def apply(self, operations: Sequence[object]) -> Sequence[object]:
         replies: list[object] = []
+        groups = _grouped(operations)  # before the transaction, which others wait for
         with self._transaction() as now_ms:
-            group: list[Operation[object]] = []
-            for operation in operations:
-                if not hasattr(operation, "run"):
-                    group.append(cast("Operation[object]", operation))
-                    continue
-                replies += self._decide(group, now_ms)
-                group = []
-                self._forget()
-                replies.append(cast("TableOperation[object]", operation).run(self._connection, self._codec))
-            replies += self._decide(group, now_ms)
+            for group in groups:
+                if isinstance(group, _Group):
+                    replies += self._decide(group, now_ms)
+                else:
+                    self._forget()
+                    replies.append(group.run(self._connection, self._codec))
         self._untidied += len(operations)
         return replies
 
@@ -319,36 +357,31 @@ class SqliteDatabase:
 
     # ------------------------------------------------------------------------------- deciding
 
-    def _decide(self, operations: Sequence[Operation[object]], now_ms: int) -> list[object]:
-        if not operations:
-            return []
-        state = self._state
-        needs = self._read(operations, now_ms)
+    def _decide(self, group: _Group, now_ms: int) -> list[object]:
+        state, operations, needs = self._state, group.operations, group.needs
+        self._read(group, now_ms)
         holds = {call_id: state.holds.get(call_id) for call_id in needs.calls}
         ended = dict(state.ended)
         replies = [operation.decide(state, now_ms) for operation in operations]
-        amended = {operation.bundle.call_id for operation in operations if type(operation) is Amend}
         self._write_cells(needs.keys)
-        self._write_holds(holds, amended)
+        self._write_holds(holds, group.amended)
         self._write_ended(ended)
         self._write_owners()
-        self._write_records()
+        self._write_records(group.rows)
         self._members.write()
         state.ended.clear()
         self._ledger.clear()
         return replies
 
-    def _read(self, operations: Sequence[Operation[object]], now_ms: int) -> Needs:
+    def _read(self, group: _Group, now_ms: int) -> None:
         """Bring into the state what the operations need."""
-        needs, state = _Needs(), self._state
-        for operation in operations:
-            operation.ask(needs)
+        needs, state = group.needs, self._state
         if not self._owner_rows:
             for name, *times in self._connection.execute("SELECT owner, lapse_at_ms, lapsed_ms FROM owners"):
                 self._owner_rows[name] = (times[0], times[1])
                 state.owners[name] = Owner(*times)
         self._read_calls(needs.calls.difference(state.holds))
-        sweeping = {operation.owner for operation in operations if type(operation) is Retire}
+        sweeping = set(group.retired)
         if cells.any_lapsed(state, now_ms):
             sweeping |= {name for name, owner in state.owners.items() if 0 < owner.lapse_at_ms <= now_ms}
         for name in sweeping:
@@ -360,7 +393,6 @@ class SqliteDatabase:
         for tombstone in state.ended.values():
             needs.of_hold(tombstone.hold)
         self._read_cells(needs.keys - self._trusted)
-        return needs
 
     def _read_calls(self, call_ids: set[str]) -> None:
         for call_id, data in self._select("SELECT call_id, data FROM holds WHERE call_id", call_ids):
@@ -454,8 +486,9 @@ class SqliteDatabase:
         self._many(UPSERT_OWNER, rows)
         self._many("DELETE FROM owners WHERE owner = ?", [(name,) for name in gone])
 
-    def _write_records(self) -> None:
-        self._many(UPSERT_RECORD, [row_of_record(record) for record in self._ledger.added.values()])
+    def _write_records(self, rows: dict[int, tuple[object, ...]]) -> None:
+        added = self._ledger.added.values()
+        self._many(UPSERT_RECORD, [rows.get(id(record)) or row_of_record(record) for record in added])
 
     def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
         if rows:
