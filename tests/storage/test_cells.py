@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from tests.storage.values import HOUR_MS, SECOND_MS, START_MS, WINDOWS, claim, draft, meter, record, sized
 
-from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Refused, Settlement
+from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.cells import Cell, Members, Needs, State
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
@@ -74,6 +74,15 @@ class History:
             return self.random.choice(self.calls[-12:])
         self.calls.append(f"call-{len(self.calls)}")
         return self.calls[-1]
+
+    def receipts(self) -> tuple[Receipt, ...]:
+        """Receipts of a hold that the store may have lost."""
+        lost = []
+        for asked in self.claims():
+            window = asked.meter.window
+            pin = self.now_ms // window.bucket_ms if isinstance(window, Sliding) else self.now_ms
+            lost.append(Receipt(asked, True, True, 0, 0, pin, self.now_ms + HOUR_MS))
+        return tuple(lost)
 
     def step(self) -> Callable[[State], object]:
         """The next operation, as a function of the state."""
@@ -345,7 +354,18 @@ def test_a_lost_claim_goes_into_its_own_sub_bucket() -> None:
     assert [(r.used, r.held) for r in cells.read(state, (on,), START_MS + 11_000)] == [(0, 1)]
     late = new_state()
     cells.settle(late, (Settlement("a", (5,), None, answer.receipts),), START_MS + 11_000)
-    assert [(r.used, r.held) for r in cells.read(late, (on,), START_MS + 11_000)] == [(0, 0)]
+    assert late.cells == {}
+
+
+@pytest.mark.parametrize("name", ["lifetime", "rolling", "calendar"])
+def test_a_lost_claim_makes_no_window_that_is_over(name: str) -> None:
+    """A lost hold whose window has ended leaves no cell behind."""
+    on = meter(WINDOWS[name])
+    answer = cells.reserve(new_state(), "p1", ((Bundle("a", (claim(on, 5),)),),), START_MS)
+    assert isinstance(answer, Granted)
+    state = new_state()
+    cells.settle(state, (Settlement("a", (5,), None, answer.receipts),), answer.receipts[0].resets_at_ms or 0)
+    assert state.cells == {}
 
 
 def test_a_late_settlement_finds_no_cell() -> None:

@@ -563,6 +563,17 @@ async def test_a_woken_owners_new_holds_survive_its_heartbeat(mortal: Storage, c
     assert (await settle(mortal, "new", 1)).status == "settled"
 
 
+async def test_a_woken_owner_lapses_again(mortal: Storage, clock: FrozenClock) -> None:
+    """A process that lapsed, reserved and then died has what it reserved expired like any other."""
+    on = meter(Slots(), 1)
+    await take(mortal, "old", claim(on))
+    clock.advance(ms=LAPSE_MS)
+    await take(mortal, "new", claim(on))
+    await refuse(mortal, "next", claim(on), owner=OTHER)
+    clock.advance(ms=LAPSE_MS)
+    await take(mortal, "next", claim(on), owner=OTHER)
+
+
 async def test_retiring_expires_at_once(mortal: Storage) -> None:
     """An owner that ends in good order leaves no hold behind, and others' holds alone."""
     slots, money = meter(Slots(), 2, subject="slots"), meter(Rolling(DAY_MS), subject="money")
@@ -942,7 +953,7 @@ async def test_a_bucket_of_enormous_overage_stays_exact(storage: Storage, clock:
     await take(storage, "a", claim(on, 1))
     await settle(storage, "a", MAX_AMOUNT)
     (state,) = await refuse(storage, "b", claim(on, 100))
-    assert state.resets_at_ms is not None
+    assert state.resets_at_ms == START_MS + -(-MAX_AMOUNT // 100)
     clock.set(state.resets_at_ms)
     await take(storage, "b", claim(on, 100))
 
@@ -1192,8 +1203,11 @@ async def test_reset_starts_anew_and_keeps_holds(storage: Storage, clock: Frozen
     used = 0 if isinstance(window, Distinct | Slots) else 3
     assert await level(storage, on) == (used, 0)
     await storage.reset((on,))
-    assert await level(storage, on) == (0, 0)
-    await take(storage, "next", claim(on, 10, "next"))
+    assert await storage.read((on,)) == (Reading(0, 0, None),)
+    clock.advance(seconds=1)
+    (receipt,) = await take(storage, "next", claim(on, 10, "next"))
+    if isinstance(window, Rolling | Lifetime):
+        assert receipt.pin == clock.now_ms()
 
 
 async def test_reset_of_a_window_that_is_over_does_not_revive_it(storage: Storage, clock: FrozenClock) -> None:
@@ -1260,6 +1274,18 @@ async def test_a_storage_that_is_not_empty_takes_nothing_over(mortal: Storage, c
     with pytest.raises(StorageError, match="not empty"):
         await mortal.load(lines)
     assert await state_of(mortal) == before
+
+
+async def test_a_storage_with_nothing_but_counters_is_not_empty(make: Make, clock: FrozenClock) -> None:
+    """Counters whose calls are all forgotten are state too, and are not mixed with an import."""
+    old, new = make(clock), make(clock)
+    await take(new, "a", claim(meter(Rolling(DAY_MS)), 5))
+    await settle(new, "a", 5)
+    clock.advance(ms=TOMBSTONE_MS)
+    await new.heartbeat(ME)
+    with pytest.raises(StorageError, match="not empty"):
+        await new.load([line async for line in old.export()])
+    assert await level(new, meter(Rolling(DAY_MS))) == (5, 0)
 
 
 async def test_a_damaged_export_is_not_taken_over(make: Make, clock: FrozenClock) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import threading
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 from tests.storage.values import (
@@ -29,7 +33,7 @@ from asgi_llm_guard.storage.base import TOMBSTONE_MS
 from asgi_llm_guard.storage.cells import GRACE_MS, OWNER_MEMORY_MS
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Bucket, Distinct, Lifetime, Sliding, Slots
+from asgi_llm_guard.windows import Bucket, Distinct, Lifetime, Rolling, Sliding, Slots
 
 pytestmark = pytest.mark.anyio
 
@@ -136,6 +140,63 @@ async def test_tombstones_go_with_the_heartbeat() -> None:
     await storage.heartbeat(ME)
     assert storage.size()["tombstones"] == 0
     assert isinstance(await ask(storage, "0"), Granted)
+
+
+async def test_a_late_settlement_does_not_keep_older_tombstones() -> None:
+    """A call id that ended twice (expired, then settled late) is let go after those that ended between."""
+    clock = FrozenClock(START)
+    storage = MemoryStorage(clock=clock)
+    await take(storage, "late", claim(meter(Slots())))
+    await storage.retire(ME)
+    await settle(storage, "between")
+    clock.advance(ms=TOMBSTONE_MS // 2)
+    assert (await settle(storage, "late", 1)).status == "late"
+    clock.advance(ms=TOMBSTONE_MS // 2)
+    await storage.heartbeat(ME)
+    assert storage.size()["tombstones"] == 1
+    assert isinstance(await ask(storage, "late"), Ended)
+
+
+async def test_tombstones_go_as_others_come() -> None:
+    """Without a heartbeat too, settlements let go of call ids that ended ten minutes ago."""
+    clock = FrozenClock(START)
+    storage = MemoryStorage(clock=clock)
+    for number in range(100):
+        await settle(storage, str(number))
+        clock.advance(ms=TOMBSTONE_MS // 10)
+    assert storage.size()["tombstones"] <= 11
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads are interrupted as often as the interpreter can."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_never_see_half_a_step() -> None:
+    """Threads that reserve and settle at once lose no update: what is used is what was granted."""
+    storage = MemoryStorage(clock=FrozenClock(START))
+    meters = [meter(Rolling(DAY_MS), None, subject=str(number)) for number in range(6)]
+
+    def work(name: str) -> None:
+        async def calls() -> None:
+            for number in range(1_500):
+                await take(storage, f"{name}-{number}", *(claim(on, 1) for on in meters))
+                await settle(storage, f"{name}-{number}", *(1 for _ in meters))
+
+        asyncio.run(calls())
+
+    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for on in meters:
+        assert asyncio.run(level(storage, on)) == (6_000, 0)
 
 
 async def test_a_session_counter_costs_little_memory() -> None:

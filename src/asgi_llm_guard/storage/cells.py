@@ -141,7 +141,7 @@ class Members(Protocol):
         ...
 
     def touch(self, key: str, member: str, until_ms: int) -> None:
-        """Keep `member` until `until_ms`, or until the meter's last expiry if that is later."""
+        """Keep `member` until `until_ms`, which is never before the last of the meter's `ends`."""
         ...
 
     def ends(self, key: str) -> tuple[int, int] | None:
@@ -777,20 +777,18 @@ def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *
         at_ms, backlog = _drained(cell, meter, now_ms)
         _fill(cell, meter, at_ms, backlog + amount * window.period_ms)
     elif meter.kind == SLIDING:
-        if cell is None and make:
-            cell = cells[meter.key] = Cell(SLIDING, 0, 0, 0, 0, {})
-        if cell is None:
-            return
-        parts: Any = cell.parts
-        newest = max(cell.start, pin, now_ms // (window.period_ms // window.buckets)) if make else cell.start
+        parts: Any = {} if cell is None else cell.parts
+        newest = 0 if cell is None else cell.start
         if pin not in parts:
-            if not make or pin < newest - window.buckets:
+            if not make or pin < max(newest, now_ms // (window.period_ms // window.buckets)) - window.buckets:
                 return
-            parts[pin] = [0, 0]
-            cell.parts = parts = dict(sorted(parts.items()))
-            _forget_parts(cell, max(cell.start, pin), window)
+            parts = dict(sorted([*parts.items(), (pin, [0, 0])]))
+            if cell is None:
+                cell = cells[meter.key] = Cell(SLIDING, 0, 0, 0, 0)
+            cell.parts = parts
+            _forget_parts(cell, max(newest, pin), window)
         parts[pin][0] += amount
-        cell.used += amount
+        cast("Cell", cell).used += amount
     else:
         over_ms = receipt.resets_at_ms
         running = over_ms is not None and now_ms < over_ms

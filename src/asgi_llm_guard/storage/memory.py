@@ -76,9 +76,8 @@ class MemoryMembers:
             self._purge()
             self._line.append(key)
             ids = self._ids[key] = OrderedDict()
-        elif ids:
-            until_ms = max(until_ms, ids[next(reversed(ids))])
-            ids.pop(member, None)
+        else:
+            ids.pop(member, None)  # so that it joins the others' order anew
         ids[member] = until_ms
 
     def ends(self, key: str) -> tuple[int, int] | None:
