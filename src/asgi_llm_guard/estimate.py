@@ -271,7 +271,7 @@ def _media(root: object, model: str) -> Iterator[_Part]:
         value = stack.pop()
         if isinstance(value, list):
             stack.extend(value)
-        elif isinstance(value, dict) and value.get("type") not in _TOOL_CALLS:
+        elif isinstance(value, dict):
             yield from _pictures(value, model)
             source = value.get("source")
             if isinstance(source, dict) and source.get("type") == "content":
@@ -290,7 +290,6 @@ def _pictures(value: dict[str, object], model: str) -> Iterator[_Part]:
         yield _counted("image", image, value, model)
 
 
-_TOOL_CALLS: Final = frozenset({"custom_tool_call", "function_call", "mcp_call", "server_tool_use", "tool_use"})
 #: By a part's key, what it holds. The key's value is the thing, a link to it, or an object with either.
 _BY_KEY: Final = {
     "image_url": "image",

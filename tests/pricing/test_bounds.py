@@ -229,3 +229,34 @@ def test_costs_agree_with_genai_prices(
     slack = Decimal((usage.input_tokens or 0) + (usage.output_tokens or 0)) / 1000 + 1
     assert expected * 10**9 <= ours + Decimal("0.001")
     assert ours <= expected * 10**9 + slack
+
+
+@pytest.mark.parametrize(
+    "provider, model, input_tokens, output_tokens, nanousd",
+    [
+        # Prices as in test_costs. Cache writes for an hour are the dearest input of Claude: 6, above 200,000 12.
+        ("anthropic", "claude-sonnet-4-5", 200_000, 0, 1_200_000_000),
+        ("anthropic", "claude-sonnet-4-5", 200_001, 0, 2_400_012_000),
+        ("anthropic", "claude-sonnet-4-5", 0, 100, 1_500_000),
+        ("openai", "gpt-4o", 1_000, 1_000, 12_500_000),
+        ("openai", "gpt-4o-audio-preview", 1, 1, 120_000),  # audio: 40 and 80
+        ("deepseek", "deepseek-chat", 1_000_000, 1_000_000, 1_370_000_000),  # by day, whatever the hour
+        ("perplexity", "sonar-pro", 0, 0, 14_000_000),
+        ("openai", "text-embedding-3-small", 1, 0, 20),
+    ],
+)
+def test_what_a_call_may_cost(provider: str, model: str, input_tokens: int, output_tokens: int, nanousd: int) -> None:
+    """A quote takes the dearest rate of every bucket, at the size that the bound reaches, and the price of the call."""
+    call = Call(provider=provider, model=model, input_tokens=input_tokens, output_tokens=output_tokens, choices=3)
+    quoted = BOOKS["genai"].quote(call, NOW_MS + 8 * 3_600_000)
+    assert quoted.cost_nanousd == nanousd
+    assert quoted.output_picousd % 3 == 0
+
+
+def test_a_quote_is_rounded_up_once() -> None:
+    """A fraction of a nano-dollar is held as a whole one, for the call and not for each bucket."""
+    book = PriceBook.snapshot(overrides={"m": {"input": 0.0001, "output": 0.0001}})  # 100 pico-dollars each
+    one = book.quote(Call(model="m", input_tokens=1, output_tokens=1), NOW_MS)
+    six = book.quote(Call(model="m", input_tokens=6, output_tokens=5), NOW_MS)
+    assert (one.cost_nanousd, one.input_nanousd, one.output_picousd) == (1, 1, 100)
+    assert six.cost_nanousd == 2

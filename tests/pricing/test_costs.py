@@ -54,6 +54,15 @@ BOOK = PriceBook.snapshot()
             "0.07",  # 400 x 2.50 + 600 x 40 + 500 x 10 + 500 x 80
             id="audio",
         ),
+        # https://developers.openai.com/api/docs/pricing, 2026-11-21: gpt-realtime-mini, text 0.60, cached 0.06, audio 10,
+        # cached audio 0.30. Of 900 audio tokens 500 fit beside the cached ones; the other 400 were cached audio.
+        pytest.param(
+            "openai",
+            "gpt-realtime-mini",
+            Usage(input_tokens=1_000, output_tokens=0, cache_read_tokens=500, input_audio_tokens=900),
+            "0.005128",  # 500 x 10 + 400 x 0.30 + 100 x 0.08, the price of cached images
+            id="cached audio",
+        ),
         # https://platform.claude.com/docs/en/about-claude/pricing, 2026-11-21: 3 in, 15 out, cache 0.30 read,
         # 3.75 write for 5 minutes, 6 write for an hour.
         pytest.param(

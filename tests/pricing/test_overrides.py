@@ -78,6 +78,22 @@ def test_an_explicit_zero_is_free() -> None:
     assert cost(book, "anthropic", "no-such-model", everything) is None
 
 
+def test_a_whole_price_leaves_no_fee_behind() -> None:
+    """67: a model that the list charges a fee for each call is free when the service says so."""
+    free = PriceBook.snapshot(overrides={"perplexity/sonar-pro": {"input": 0, "output": 0}})
+    dear = PriceBook.snapshot(overrides={"perplexity/sonar-pro": {"input": 6}})
+    assert cost(free, "perplexity", "sonar-pro") == 0
+    assert cost(dear, "perplexity", "sonar-pro") == 6_000_000_000 + 15_000_000_000 + 14_000_000
+
+
+def test_fractions_are_rounded_up() -> None:
+    """A price that is no whole number of pico-dollars becomes the next one."""
+    book = PriceBook.snapshot(overrides={"m": {"input": "0.0000015", "cost_per_1k_output": "0.0000000015"}})
+    card = book.resolve(None, "m")
+    assert card is not None
+    assert (card.rates(NOW_MS).input, card.rates(NOW_MS).output) == (2, 2)
+
+
 def test_a_price_edit_takes_effect_at_once() -> None:
     """67: free, then paid: the next quote costs money, and the old book still answers as before."""
     free = PriceBook.snapshot(overrides={"gpt-4o": {"input": 0, "output": 0}})

@@ -99,7 +99,8 @@ class PriceBook:
         `audio_cache_read` and `reasoning` in $ per million tokens, `per_call` in $; `cost_per_1k_input` and
         `cost_per_1k_output` in $ per thousand. They win over the snapshot. For a model that the snapshot
         knows, rates that are not given change in proportion; any other needs `input` and `output`.
-        A price of 0 is free; a missing one is not.
+        A price of 0 is free; a missing one is not; with both
+        `input` and `output`, the list's fee for each call falls away.
 
         `unknown`: what a model without a price costs. `"deny"`: unknown, so budgets refuse it.
         `"allow"`: 0, marked as unpriced. `{"charge_as": "openai/gpt-…"}`: what that model costs.
@@ -215,10 +216,7 @@ class PriceBook:
         stated = self._override(key, names)
         found = known.find(key, names)
         if stated is not None:
-            where, given = stated
-            if where.endswith("/*"):
-                found = None
-            elif found is None and not _whole(given):
+            if found is None and not _whole(stated[1]):
                 # The rest of a bare model's price is that of whoever sells it.
                 found = known.find(None, names)
                 if found is None:

@@ -270,4 +270,6 @@ def _scaled(rates: Rates, base: Rates, given: Mapping[str, int]) -> Rates:
             unit = getattr(base, by)
             value = -(-value * given[by] // unit) if unit else given[by]
         scaled[name] = value
+    if {"input", "output"} <= given.keys() and "per_call" not in given:
+        scaled["per_call"] = 0  # the whole price was given, and this is no part of it
     return Rates(**scaled)

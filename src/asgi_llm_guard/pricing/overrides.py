@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Final
 
@@ -135,4 +135,4 @@ def _pico(where: str, value: object, per: int) -> int:
         raise ConfigurationError(
             f"{where}: below one pico-dollar ($0.000000000001) for one token, got {value!r}; 0 is free"
         )
-    return -int(-(usd * 10**12) // per)
+    return int((usd * 10**12 / per).to_integral_value(ROUND_CEILING))
