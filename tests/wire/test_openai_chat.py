@@ -285,7 +285,9 @@ def test_end_without_marker() -> None:
     done = {"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}
     one_of_two = sse(chunk("a"), done)
     assert not stream(one_of_two)[1].finished
-    assert stream(one_of_two + sse({"choices": [{"index": 0, "finish_reason": "length"}]}))[1].finished
+    both = one_of_two + sse({"choices": [{"index": 0, "finish_reason": "length"}]})
+    assert stream(both)[1].finished
+    assert stream(both + sse(chunk("", usage={"prompt_tokens": 1})))[1].finished  # OpenRouter: usage beside a choice
 
 
 def test_last_believable_usage_wins() -> None:
@@ -474,6 +476,8 @@ def test_everything_generated_is_text() -> None:
     }
     body = msgspec.json.encode({"choices": [{"message": message}]})
     assert CHAT.read_response(200, body).text_bytes == 2 + 2 + 3 + 3 + 2 + 3
+    for name in ("reasoning", "reasoning_content"):
+        assert CHAT.read_response(200, msgspec.json.encode({"choices": [{"message": {name: "why"}}]})).text_bytes == 3
 
 
 def test_names_from_answers_are_bounded() -> None:
@@ -530,7 +534,7 @@ ERRORS: list[tuple[int, object, ErrorKind]] = [
     (400, {"error": "the prompt is longer than the context length currently available"}, "context_overflow"),
     (400, {"object": "error", "message": "This model's maximum context length is 9", "code": 400}, "context_overflow"),
     (429, error("maximum context length of your tier: wait"), "rate_limit"),
-    (400, error("string too long; maximum context length is 9", code="string_above_max_length"), "invalid"),
+    (400, error("above the maximum context length of 9", code="string_above_max_length"), "invalid"),
     (400, error("Invalid 'user': string too long. Expected maxLength 64"), "invalid"),
     (413, error("Request too large", code="request_too_large"), "invalid"),
     (400, error("max_tokens is too large", type="invalid_request_error", code="invalid_value"), "invalid"),
@@ -678,7 +682,8 @@ def test_sdk_errors() -> None:
         object(),
         {"choices": "a, b"},
         {"error": "not found"},
-        {"error": {"reason": "ours"}},
+        {"error": {"message": "ours"}},
+        {"error": {"type": "ours"}},
         {"type": "error", "error": {"type": "overloaded_error", "message": "x"}},
         {"object": "response", "status": "failed", "error": {"code": "x", "message": "x"}},
         SimpleNamespace(status_code=200, content="text"),
