@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.storage.sqlite_kit import draft, meter
 
 from asgi_llm_guard.claims import Bundle, Claim, Meter, Settlement, Unit
 from asgi_llm_guard.storage.base import Storage
@@ -17,7 +18,6 @@ from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
-from tests.storage.sqlite_kit import draft, meter
 
 pytestmark = pytest.mark.anyio
 
@@ -149,7 +149,9 @@ async def test_batches_are_answered_as_single_operations(tmp_path: Path, seed: i
     for _ in range(20):
         clock.advance(ms=script.pause_ms())
         # Records are read beside the queue, after all that was handed over: not in line with the others.
-        steps = [script.reserve() if "look" in step.__qualname__ else step for step in (script.step() for _ in range(25))]
+        steps = [
+            script.reserve() if "look" in step.__qualname__ else step for step in (script.step() for _ in range(25))
+        ]
         expected = [await answer(step, memory) for step in steps]
         assert await asyncio.gather(*[answer(step, sqlite) for step in steps]) == expected
     await sqlite.aclose()
@@ -171,6 +173,23 @@ async def test_two_connections_taking_turns_are_as_one(tmp_path: Path, seed: int
         await storage.aclose()
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_live_ids_are_counted_alike(tmp_path: Path, seed: int) -> None:
+    """T9: ids come, are seen again and expire in the same order in both storages, also when the clock steps back."""
+    clock, rng = FrozenClock(1_800_000_000_000), random.Random(seed)
+    memory = MemoryStorage(clock=clock)
+    sqlite = SqliteStorage(tmp_path / "guard.db", clock=clock)
+    ids = meter(Unit.IDS, 4, window=Distinct(10_000))
+    for number in range(400):
+        clock.advance(ms=rng.choice((0, 500, 1_000, 2_500, -1_200)))
+        plans = [[Bundle(f"{number}", (Claim(ids, 1, f"id-{rng.randrange(6)}"),))]]
+        expected = await memory.reserve("me", plans)
+        assert await sqlite.reserve("me", plans) == expected, f"step {number}"
+        if rng.random() < 0.2:
+            assert await sqlite.read([ids]) == await memory.read([ids]), f"step {number}"
+    await sqlite.aclose()
+
+
 async def test_answers_are_the_same_after_reopening(tmp_path: Path) -> None:
     """A file that is closed and opened between any two operations answers as memory does."""
     clock, script = FrozenClock(1_800_000_000_000), Script(7)
@@ -187,7 +206,11 @@ async def test_answers_are_the_same_after_reopening(tmp_path: Path) -> None:
 async def test_an_export_loads_into_the_other_storage(tmp_path: Path) -> None:
     """State goes from memory to SQLite to memory by export and load, and nothing of it changes."""
     clock, script = FrozenClock(1_800_000_000_000), Script(11)
-    first, middle, last = MemoryStorage(clock=clock), SqliteStorage(tmp_path / "a.db", clock=clock), MemoryStorage(clock=clock)
+    first, middle, last = (
+        MemoryStorage(clock=clock),
+        SqliteStorage(tmp_path / "a.db", clock=clock),
+        MemoryStorage(clock=clock),
+    )
     for _ in range(300):
         clock.advance(ms=script.pause_ms())
         await answer(script.step(), first)

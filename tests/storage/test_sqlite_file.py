@@ -9,12 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.storage.sqlite_kit import CENT, draft, money, take
 
 from asgi_llm_guard.claims import Claim, Granted, Settlement
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.storage.sqlite_file import check_sqlite, file_system
-from tests.storage.sqlite_kit import CENT, draft, money, take
 
 pytestmark = pytest.mark.anyio
 
@@ -166,6 +166,17 @@ async def test_a_removed_file_is_an_error_and_not_a_fresh_start(tmp_path: Path) 
         await take(storage, "b", Claim(money(), CENT))
     moved.rename(path)
     assert [reading.held for reading in await storage.read([money()])] == [CENT]
+    await storage.aclose()
+
+
+async def test_a_file_removed_before_its_first_use_does_not_come_back_empty(tmp_path: Path) -> None:
+    """A file that is gone when it is opened again is an error, and no empty one is left in its place."""
+    path = tmp_path / "guard.db"
+    storage = SqliteStorage(path)
+    path.unlink()
+    with pytest.raises(StorageError, match="unable to open database file"):
+        await storage.open_holds()
+    assert not path.exists()
     await storage.aclose()
 
 

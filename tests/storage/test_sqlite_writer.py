@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tests.storage.sqlite_kit import CENT, draft, meter, money, slots, take
+from tests.storage.sqlite_kit import CENT, AheadClock, draft, meter, money, slots, take
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Settled, Settlement, Unit
 from asgi_llm_guard.errors import StorageError
@@ -249,6 +249,27 @@ async def test_a_forgotten_storage_ends_its_thread(path: Path) -> None:
     assert thread is not None
     await asyncio.to_thread(thread.join, 10)
     assert not thread.is_alive()
+
+
+async def test_a_hold_written_after_a_rollback_can_be_read_by_others(path: Path) -> None:
+    """What was rolled back together with a hold (its meters' templates) is written again with it."""
+    storage = SqliteStorage(path)
+    await storage.open_holds()
+    queue = os.open(f"{path}.lock", os.O_RDWR)
+    fcntl.flock(queue, fcntl.LOCK_EX)
+    asked = asyncio.gather(storage.open_holds(), take(storage, "a", Claim(money(), CENT), owner="gone"))
+    await asyncio.sleep(0)  # the first is a turn that waits for the lock; the others will share the next one
+    odd = storage.settle([Settlement("odd", (), draft("odd", cost_nanousd=2**70))])
+    fcntl.flock(queue, fcntl.LOCK_UN)
+    os.close(queue)
+    await asked
+    with pytest.raises(StorageError, match="OverflowError"):
+        await odd
+    other = SqliteStorage(path, clock=AheadClock(60_000))
+    assert (await other.heartbeat("survivor")).expired == ("a",)
+    assert [(reading.used, reading.held) for reading in await other.read([money()])] == [(CENT, 0)]
+    await storage.aclose()
+    await other.aclose()
 
 
 # ------------------------------------------------------------------------------ forks and exits
