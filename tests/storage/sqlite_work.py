@@ -6,9 +6,10 @@ import asyncio
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.storage.sqlite_kit import CENT, draft, granted, money, slots, take
+
 from asgi_llm_guard.claims import Bundle, Claim, Settlement
 from asgi_llm_guard.storage.sqlite import SqliteStorage
-from tests.storage.sqlite_kit import CENT, draft, granted, money, slots, take
 
 
 def spend_dimes(path: Path, number: int, pipe: Connection) -> None:
@@ -55,7 +56,7 @@ def first_calls(path: Path, number: int, pipe: Connection) -> None:
     asyncio.run(main())
 
 
-def hold_fifty(path: Path, number: int, pipe: Connection) -> None:  # noqa: ARG001
+def hold_fifty(path: Path, number: int, pipe: Connection) -> None:
     """Settle ten calls and hold fifty more, then wait to be killed."""
 
     async def main() -> None:

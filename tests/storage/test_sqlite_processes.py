@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.storage.sqlite_kit import CENT, DOLLAR, AheadClock, granted, money, slots, take, workers
+from tests.storage.sqlite_work import first_calls, hold_fifty, settle_endlessly, spend_dimes, take_slots
 
 from asgi_llm_guard.claims import Claim
 from asgi_llm_guard.storage.sqlite import SqliteStorage
-from tests.storage.sqlite_kit import CENT, DOLLAR, AheadClock, granted, money, slots, take, workers
-from tests.storage.sqlite_work import first_calls, hold_fifty, settle_endlessly, spend_dimes, take_slots
 
 pytestmark = pytest.mark.anyio
 
