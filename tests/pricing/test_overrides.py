@@ -159,10 +159,11 @@ def test_a_bare_override_that_is_not_whole_never_makes_output_free() -> None:
     assert cost(book, "my-proxy", "gpt-4o-mini") is None
 
 
-def test_a_bare_override_that_is_not_whole_prices_nothing_that_no_list_has() -> None:
-    """M9: an alias of a listed model at one provider stays unknown at another that nobody lists."""
-    book = PriceBook.snapshot(overrides={"openrouter/openai/gpt-4o": {"input": 1}, "gpt-4o": {"cache_read": 0}})
-    assert cost(book, "openrouter", "openai/gpt-4o") == 11_000_000_000
+def test_an_override_that_is_not_whole_prices_nothing_that_no_list_has() -> None:
+    """M9: `input` alone for a model of one provider makes the same name at another, unlisted, no cheaper than unknown."""
+    book = PriceBook.snapshot(overrides={"anthropic/claude-3-5-haiku-latest": {"input": 1}})
+    assert cost(book, "anthropic", "claude-3-5-haiku-latest") == 5_000_000_000
+    assert cost(book, "my-proxy", "anthropic/claude-3-5-haiku-latest") is None
 
 
 def test_an_override_of_what_was_asked_for_holds_for_the_dated_answer() -> None:
