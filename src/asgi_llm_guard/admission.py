@@ -18,6 +18,7 @@ Rule 5: after an admission has ended, calls under it claim their own.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import threading
@@ -322,6 +323,8 @@ class ActiveCall:
             self._answer = Answer(kind="success", usage=response, model=response.model, finished=True)
             return
         answer = meter_object(response)
+        if answer is None and _error_status(response):  # a proxy's page in front of the provider, for example
+            answer = Answer(kind="error")
         if answer is None:
             _log.warning("call.record: no usage is known in a %s; the call is charged what it holds", type(response))
             return
@@ -544,11 +547,17 @@ def outcome_of(error: BaseException) -> Outcome:
             break
         if isinstance(seen, LimitExceeded) or type(seen).__name__ in _NEVER_SENT:
             return "not_dispatched"
-        status = getattr(seen, "status_code", None)
-        if isinstance(status, int) and status >= 400 and (hasattr(seen, "response") or hasattr(seen, "body")):
+        if _error_status(seen) and (hasattr(seen, "response") or hasattr(seen, "body")):
+            return "provider_error"
+        if _error_status(getattr(seen, "response", None)):  # of `raise_for_status`, in httpx and requests
             return "provider_error"
         seen = seen.__cause__
     return "unknown"
+
+
+def _error_status(value: object) -> bool:
+    status = getattr(value, "status_code", None)
+    return isinstance(status, int) and status >= 400
 
 
 # --------------------------------------------------------------------------------- current scope
@@ -583,4 +592,7 @@ def enter(scope: Scope) -> Token[Scope | None]:
 
 def leave(token: Token[Scope | None]) -> None:
     """Make the scope before it the current one again."""
-    _scope.reset(token)
+    # A block may be left by another task than entered it, as streams are that nobody reads to their end.
+    # That task's context never had the scope, so there is nothing to restore.
+    with contextlib.suppress(ValueError):
+        _scope.reset(token)

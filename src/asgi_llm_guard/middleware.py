@@ -518,7 +518,7 @@ class _Exchange:
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
         headers = list(message.get("headers", ()))
-        if self.dialect is not None and not admission.seen:
+        if self.dialect is not None and (self.strip or not admission.seen):
             self._start_meter(headers)
         if self.middleware._fields and admission.receipts:
             headers += rate_limit_headers(
