@@ -98,9 +98,9 @@ class History:
             return Reserve(owner, plans, now_ms)
         if verb == "settle":
             actuals = tuple(random.choice((None, None, 0, 1, 2, 6)) for _ in range(6))
-            return Settle(
-                (Settlement(call_id, actuals, record(call_id, 1) if random.random() < 0.7 else None),), now_ms
-            )
+            written = record(call_id, 1) if random.random() < 0.7 else None
+            receipts = self.receipts() if random.random() < 0.3 else ()
+            return Settle((Settlement(call_id, actuals, written, receipts),), now_ms)
         if verb == "amend":
             return Amend(owner, Bundle(call_id, self.claims(), draft(call_id, cost=2)), now_ms)
         if verb == "heartbeat":

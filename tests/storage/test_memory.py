@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import threading
 import tracemalloc
-from collections.abc import Iterator
 
 import pytest
 from tests.storage.values import (
@@ -27,13 +23,13 @@ from tests.storage.values import (
     take,
 )
 
-from asgi_llm_guard.claims import Ended, Granted
-from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.claims import Bundle, Ended, Granted
+from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage.base import TOMBSTONE_MS
 from asgi_llm_guard.storage.cells import GRACE_MS, OWNER_MEMORY_MS
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Bucket, Distinct, Lifetime, Rolling, Sliding, Slots
+from asgi_llm_guard.windows import Bucket, Distinct, Lifetime, Sliding, Slots
 
 pytestmark = pytest.mark.anyio
 
@@ -167,36 +163,37 @@ async def test_tombstones_go_as_others_come() -> None:
     assert storage.size()["tombstones"] <= 11
 
 
-@pytest.fixture
-def eager_threads() -> Iterator[None]:
-    """Threads are interrupted as often as the interpreter can."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(usual)
+class LockWatch:
+    """A clock that notes whether the storage that asks it is locked."""
+
+    storage: MemoryStorage
+
+    def __init__(self) -> None:
+        self.locked: list[bool] = []
+
+    def now_ms(self) -> int:
+        self.locked.append(self.storage._lock.locked())
+        return START_MS
 
 
-@pytest.mark.usefixtures("eager_threads")
-def test_threads_never_see_half_a_step() -> None:
-    """Threads that reserve and settle at once lose no update: what is used is what was granted."""
-    storage = MemoryStorage(clock=FrozenClock(START))
-    meters = [meter(Rolling(DAY_MS), None, subject=str(number)) for number in range(6)]
-
-    def work(name: str) -> None:
-        async def calls() -> None:
-            for number in range(1_500):
-                await take(storage, f"{name}-{number}", *(claim(on, 1) for on in meters))
-                await settle(storage, f"{name}-{number}", *(1 for _ in meters))
-
-        asyncio.run(calls())
-
-    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for on in meters:
-        assert asyncio.run(level(storage, on)) == (6_000, 0)
+async def test_every_verb_is_one_step_for_other_threads() -> None:
+    """From its instant on, each operation is alone with the state."""
+    clock = LockWatch()
+    storage = clock.storage = MemoryStorage(clock=clock)
+    on = meter(Slots())
+    await take(storage, "a", claim(on))
+    await storage.amend(ME, Bundle("a", (claim(on, 2),)))
+    await settle(storage, "a", 1)
+    await storage.heartbeat(ME)
+    await storage.read((on,))
+    await storage.reset((on,))
+    await storage.records()
+    lines = [line async for line in storage.export()]
+    with pytest.raises(StorageError):
+        await storage.load(lines)
+    await storage.retire(ME)
+    await storage.open_holds()
+    assert clock.locked == [True] * 11
 
 
 async def test_a_session_counter_costs_little_memory() -> None:
