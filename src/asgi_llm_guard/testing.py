@@ -6,6 +6,7 @@ Nothing here sleeps or waits for the time of day. What has to wait, waits for a 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -196,6 +197,8 @@ class Behaviour:
 
     text: str | None = None
     """The answer; a token is a word. `None`: an echo of the last message."""
+    tool: tuple[str, Mapping[str, object]] | None = None
+    """Call this function with these arguments instead of answering; a token is a word of their JSON."""
     output_tokens: int | None = None
     """An answer of exactly so many tokens, reasoning not included, even if the request allows fewer."""
     input_tokens: int | None = None
@@ -243,6 +246,11 @@ class Behaviour:
             cache_read_tokens=cache_read_tokens,
             reasoning_tokens=reasoning_tokens,
         )
+
+    @classmethod
+    def call_tool(cls, name: str, **arguments: object) -> Self:
+        """Not an answer yet: the model wants this function called with these arguments."""
+        return cls(tool=(name, arguments))
 
     @classmethod
     def error(cls, status: int, *, code: str | None = None, retry_after: float | str | None = None) -> Self:
@@ -635,7 +643,8 @@ class FakeProvider:
             if not behaviour.valid and sale.produced == 1:
                 await _send_event(send, b'{"id":')
                 continue
-            delta = {"content": word} if position else {"role": "assistant", "content": word}
+            delta: dict[str, object] = {} if position else {"role": "assistant"}
+            delta |= {"content": word} if behaviour.tool is None else {"tool_calls": [_tool_call(sale, word, position)]}
             await _send_event(send, _chunk(sale, choice, delta))
         if behaviour.cut_after is not None:
             raise ConnectionCut("the provider cuts a stream before its end")
@@ -687,7 +696,9 @@ def _sale(call_id: str, request: FakeRequest, behaviour: Behaviour) -> _Sale:
     words = (behaviour.text if behaviour.text is not None else f"Echo: {texts[-1]}").split()
     allowed = request.body.get("max_completion_tokens") or request.body.get("max_tokens")
     finish = "stop"
-    if behaviour.output_tokens is not None:
+    if behaviour.tool is not None:
+        words, finish = json.dumps(behaviour.tool[1]).split(" "), "tool_calls"
+    elif behaviour.output_tokens is not None:
         words = [f"word{number}" for number in range(1, behaviour.output_tokens + 1)]
     elif isinstance(allowed, int) and allowed < len(words):
         words, finish = words[:allowed], "length"
@@ -713,7 +724,9 @@ def _usage_body(sale: _Sale) -> dict[str, object]:
 
 
 def _completion(sale: _Sale) -> dict[str, object]:
-    message = {"role": "assistant", "content": " ".join(sale.words)}
+    message: dict[str, object] = {"role": "assistant", "content": " ".join(sale.words)}
+    if sale.behaviour.tool is not None:
+        message |= {"content": None, "tool_calls": [_tool_call(sale, " ".join(sale.words))]}
     body: dict[str, object] = {
         "id": sale.id,
         "object": "chat.completion",
@@ -728,7 +741,18 @@ def _completion(sale: _Sale) -> dict[str, object]:
     return body
 
 
-def _chunk(sale: _Sale, choice: int, delta: Mapping[str, str], *, finish: str | None = None) -> dict[str, object]:
+def _tool_call(sale: _Sale, arguments: str, position: int | None = None) -> dict[str, object]:
+    """A whole call of the tool, or a part of it in a stream: only the first names the function."""
+    assert sale.behaviour.tool is not None  # noqa: S101 - asked for with a tool only
+    named = {"id": f"call-{sale.id}", "type": "function"}
+    if position is None:
+        return {**named, "function": {"name": sale.behaviour.tool[0], "arguments": arguments}}
+    if position == 0:
+        return {"index": 0, **named, "function": {"name": sale.behaviour.tool[0], "arguments": arguments}}
+    return {"index": 0, "function": {"arguments": arguments}}
+
+
+def _chunk(sale: _Sale, choice: int, delta: Mapping[str, object], *, finish: str | None = None) -> dict[str, object]:
     chunk: dict[str, object] = {
         "id": sale.id,
         "object": "chat.completion.chunk",
