@@ -11,6 +11,7 @@ no decisions, no event loop. Each has a file of its own in the same folder.
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import sqlite3
 import statistics
@@ -144,6 +145,8 @@ def process(number: int, folder: str, rounds: int, count: int, barrier: Barrier,
 
     async def run() -> None:
         for which in range(-1, rounds):  # one round warms up
+            gc.collect()
+            gc.disable()  # as in the other benchmarks; and the rows that are kept are not the storage's
             barrier.wait()
             begun = time.perf_counter()
             await cycles(storage, number, (which + 1) * count, count)
@@ -153,6 +156,7 @@ def process(number: int, folder: str, rounds: int, count: int, barrier: Barrier,
             begun = time.perf_counter()
             bare(connection, queue, turns)
             plain = time.perf_counter() - begun
+            gc.enable()
             answers.send((which, own, plain, len(turns)))
         stalls: list[float] = []
         with timed_handles(stalls):
@@ -179,7 +183,7 @@ class timed_handles:  # noqa: N801 - read as a verb
             run(handle)
             stalls.append(time.perf_counter() - begun)
 
-        asyncio.events.Handle._run = timed  # type: ignore[method-assign]  # noqa: SLF001
+        asyncio.events.Handle._run = timed  # type: ignore[method-assign, assignment]  # noqa: SLF001
 
     def __exit__(self, *_: object) -> None:
         asyncio.events.Handle._run = self.run  # type: ignore[method-assign]  # noqa: SLF001

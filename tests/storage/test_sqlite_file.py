@@ -14,7 +14,7 @@ from tests.storage.sqlite_kit import CENT, draft, money, take
 from asgi_llm_guard.claims import Claim, Granted, Settlement
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage.sqlite import SqliteStorage
-from asgi_llm_guard.storage.sqlite_file import check_sqlite, file_system
+from asgi_llm_guard.storage.sqlite_file import check_file_system, check_sqlite, file_system
 
 pytestmark = pytest.mark.anyio
 
@@ -140,6 +140,13 @@ box:/x /mnt/two\\040words fuse.sshfs rw 0 0
 def test_the_file_system_is_that_of_the_nearest_mount(folder: str, kind: str) -> None:
     """The type of the file system comes from the longest mount point that the folder lies under."""
     assert file_system(Path(folder), MOUNTS) == kind
+
+
+def test_network_file_systems_are_refused() -> None:
+    """Locks that do not hold across hosts are no ground for exact limits; the error names another storage."""
+    check_file_system(Path("/srv/guard.db"), "ext4")
+    with pytest.raises(ConfigurationError, match=r"/srv/guard\.db: lies on a network file system \(nfs4\).*redis://"):
+        check_file_system(Path("/srv/guard.db"), "nfs4")
 
 
 async def test_state_survives_reopening(tmp_path: Path) -> None:

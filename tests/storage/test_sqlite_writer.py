@@ -66,6 +66,23 @@ async def test_pending_answers_every_way_of_asking(path: Path) -> None:
     await storage.aclose()
 
 
+async def test_an_answer_that_takes_too_long_is_unknown(path: Path) -> None:
+    """Asked for with a timeout, a settlement that is still queued is a StorageError; it is done all the same."""
+    storage = SqliteStorage(path)
+    await take(storage, "a", Claim(slots(1), 1))
+    queue = os.open(f"{path}.lock", os.O_RDWR)
+    fcntl.flock(queue, fcntl.LOCK_EX)
+    pending = storage.settle([Settlement("a", (1,))])
+    assert not pending.done()
+    with pytest.raises(StorageError, match=r"no answer within 0\.01 s"):
+        pending.result(0.01)
+    fcntl.flock(queue, fcntl.LOCK_UN)
+    os.close(queue)
+    assert await pending == (Settled("a", "settled", (0,)),)
+    assert await storage.open_holds() == 0
+    await storage.aclose()
+
+
 def test_settling_needs_no_event_loop(path: Path) -> None:
     """`settle` works in a thread that never had an event loop, and other loops get their own answers."""
     storage = SqliteStorage(path)

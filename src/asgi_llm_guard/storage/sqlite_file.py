@@ -50,12 +50,7 @@ def prepare(path: Path) -> None:
         raise ConfigurationError(f"{path}: the folder {folder} does not exist; make it, or give another path")
     if path.is_dir():
         raise ConfigurationError(f"{path}: is a folder; give the path of a file in it")
-    kind = file_system(folder.resolve(), _mounts())
-    if kind in _NETWORK:
-        raise ConfigurationError(
-            f"{path}: lies on a network file system ({kind}), where SQLite's locks are not reliable; "
-            "use a local disk, or redis:// for several hosts"
-        )
+    check_file_system(path, file_system(folder.resolve(), _mounts()))
     try:
         with closing(sqlite3.connect(path, timeout=_OPENING_S, isolation_level=None)) as connection:
             _make_tables(connection, path)
@@ -74,6 +69,19 @@ def check_sqlite(version: tuple[int, ...]) -> None:
         seen, needed = ".".join(map(str, version)), ".".join(map(str, _OLDEST_SQLITE))
         raise ConfigurationError(
             f"SQLite {needed} or newer is needed, this Python has {seen}; use a newer Python build"
+        )
+
+
+def check_file_system(path: Path, kind: str) -> None:
+    """Whether SQLite's locks work on this type of file system.
+
+    Raises:
+        ConfigurationError: it is one of the network.
+    """
+    if kind in _NETWORK:
+        raise ConfigurationError(
+            f"{path}: lies on a network file system ({kind}), where SQLite's locks are not reliable; "
+            "use a local disk, or redis:// for several hosts"
         )
 
 
