@@ -56,6 +56,23 @@ def plain() -> Callable[[list[str]], None]:
     return run
 
 
+def plain_claims() -> Callable[[list[str]], None]:
+    """The same, reading keys, limits and amounts from claims: what any limiter over values has to do."""
+    counters: dict[str, int] = {}
+
+    def run(call_ids: list[str]) -> None:
+        get = counters.get
+        for _ in call_ids:
+            for claim in CLAIMS:
+                meter = claim.meter
+                used = get(meter.key, 0)
+                amount = claim.amount
+                if meter.limit is None or used + amount <= meter.limit:
+                    counters[meter.key] = used + amount
+
+    return run
+
+
 def _state() -> State:
     return State(members=MemoryMembers(), ledger=MemoryLedger(1_000))
 
@@ -122,6 +139,7 @@ def main() -> None:
     blocks = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     runs = {
         "6 plain dict check-and-adds": plain(),
+        "the same, from claims": plain_claims(),
         "reserve": only_reserve(),
         "reserve + settle": both(record=False),
         "reserve + settle + record": both(record=True),

@@ -671,6 +671,7 @@ def _release(
     """Put actual amounts in the place of the held ones, each in its pinned window; gives the overages."""
     if len(actuals) != len(receipts):
         actuals = _paired(receipts, actuals)
+    get = cells.get
     over = False
     for receipt, given in zip(receipts, actuals):  # noqa: B905 - made equal above, and `strict` costs time
         if not receipt.taken:
@@ -682,7 +683,7 @@ def _release(
         kind = meter.kind
         if kind == DISTINCT:
             continue
-        cell = cells.get(meter.key)
+        cell = get(meter.key)
         if kind <= CALENDAR:
             if cell is not None and cell.start == receipt.pin:
                 cell.held -= held
@@ -800,7 +801,10 @@ def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *
 
 def any_lapsed(state: State, now_ms: int) -> bool:
     """Whether some owner has lapsed and its holds have not been expired yet."""
-    return any(0 < owner.lapse_at_ms <= now_ms for owner in state.owners.values())
+    for owner in state.owners.values():  # noqa: SIM110 - asked by every refusal: a generator costs three times as much
+        if 0 < owner.lapse_at_ms <= now_ms:
+            return True
+    return False
 
 
 def sweep(state: State, now_ms: int) -> tuple[str, ...]:
