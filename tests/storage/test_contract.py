@@ -1306,6 +1306,7 @@ async def test_a_damaged_export_is_not_taken_over(make: Make, clock: FrozenClock
         ],
         "not a line of an export": [*lines[:at], b'{"other":1}\n', *lines[at:]],
         "is not a line": [*lines[:at], b"nonsense\n", *lines[at:]],
+        "cannot be read": [line.replace(b'"budget"', b'"gadget"') for line in lines],
         "after the last line": [*lines, lines[at]],
         "got schema 2": [lines[0].replace(b'"schema":1', b'"schema":2'), *lines[1:]],
         "0 is not a last line": [],
