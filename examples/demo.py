@@ -1,85 +1,190 @@
-"""A guarded service, a provider that costs nothing, a few calls, and what comes back: `make demo`."""
+"""`make demo`: the Starlette example behind a real server, called by the real OpenAI SDK; the provider is a fake."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
+import os
+import socket
 import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import httpx2
-from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletion
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+import uvicorn
+from examples.starlette_app.app import from_environment
+from openai import APIStatusError, AsyncOpenAI
+from starlette.types import Receive, Scope, Send
 
-from asgi_llm_guard import Guard, GuardMiddleware, Iterations, ProviderBudget, guarded
-from asgi_llm_guard.identity import ApiKeys
-from asgi_llm_guard.money import format_usd
-from asgi_llm_guard.testing import Behaviour, FakeProvider, asgi_client
+from asgi_llm_guard.money import from_nano
+from asgi_llm_guard.testing import DEFAULT_PRICE, Behaviour, FakeProvider, Price
 
-MODEL = "gpt-4o-mini"
-SHOWN = ("ratelimit", "retry-after", "x-should-retry")
+PRICES = {"gpt-4o-mini": DEFAULT_PRICE, "gpt-4o": Price(input=2500, output=10000, cache_read=1250)}
+SECRET = "demo-secret-of-the-starlette-app"  # noqa: S105 - as published in its README
+LONGEST_S = 15
 
 
-def service(guard: Guard, llm: AsyncOpenAI) -> Starlette:
-    """One endpoint that asks a model."""
+class Requests:
+    """An ASGI app that counts what reaches the one inside it."""
 
-    @guarded(model=f"openai/{MODEL}", max_output_tokens=400, input=lambda question: question)
-    async def ask(question: str) -> ChatCompletion:
-        return await llm.chat.completions.create(
-            model=MODEL, max_completion_tokens=400, messages=[{"role": "user", "content": question}]
-        )
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.count = 0
 
-    async def chat(request: Request) -> JSONResponse:
-        answer = await ask((await request.json())["question"])
-        return JSONResponse({"answer": (answer.choices[0].message.content or "")[:40]})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.count += scope["type"] == "http"
+        await self.app(scope, receive, send)
 
-    return Starlette(
-        routes=[Route("/chat", chat, methods=["POST"])],
-        middleware=[Middleware(GuardMiddleware, guard=guard)],
+
+@asynccontextmanager
+async def serve(app: Any) -> AsyncIterator[str]:
+    """The app under uvicorn on a free loopback port; gives its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=3)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not (server.started or serving.done()):  # noqa: ASYNC110 - the server offers a flag, and no event
+            await asyncio.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+class Scenes:
+    """The calls of the demo, and what is wrong with what came back."""
+
+    def __init__(self, url: str, requests: Requests, provider: FakeProvider) -> None:
+        self.url = url
+        self.requests = requests
+        self.provider = provider
+        self.http = httpx2.AsyncClient(trust_env=False)
+        self.problems: list[str] = []
+
+    def check(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.problems.append(what)
+            print(f"   NOT AS IT SHOULD BE: {what}")
+
+    def client(self, name: str) -> AsyncOpenAI:
+        return AsyncOpenAI(api_key=f"demo-key-for-{name}", base_url=f"{self.url}/v1", http_client=self.http)
+
+    async def ask(self, name: str, text: str, *, model: str = "gpt-4o-mini", session: str | None = None) -> int:
+        """One call with the SDK's own retries; shows and gives the status."""
+        before = self.requests.count
+        headers = {} if session is None else {"x-session-id": session}
+        try:
+            answer = await self.client(name).chat.completions.create(
+                model=model,
+                max_completion_tokens=450,
+                messages=[{"role": "user", "content": text}],
+                extra_headers=headers,
+            )
+        except APIStatusError as error:
+            sent = self.requests.count - before
+            print(f"   {name}: {type(error).__name__}, after {sent} HTTP request{'s' * (sent != 1)}:")
+            print(textwrap.fill(error.message, 100, initial_indent="      ", subsequent_indent="      "))
+            self.check(sent == 1, f"the SDK sent {sent} HTTP requests for one refused call")
+            return error.status_code
+        usage = answer.usage
+        tokens = "?" if usage is None else f"{usage.prompt_tokens} + {usage.completion_tokens}"
+        print(f"   {name}: 200, {tokens} tokens: {shortened(answer.choices[0].message.content or '')}")
+        return 200
+
+    async def stream(self, name: str, text: str) -> None:
+        chunks = [
+            chunk
+            async for chunk in await self.client(name).chat.completions.create(
+                model="gpt-4o-mini",
+                max_completion_tokens=450,
+                messages=[{"role": "user", "content": text}],
+                stream=True,
+            )
+        ]
+        words = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+        print(f"   {name}: {len(chunks)} chunks: {shortened(words)}")
+        self.check(bool(words), "the stream is empty")
+        self.check(all(chunk.usage is None for chunk in chunks), "the caller sees usage that it did not ask for")
+
+    async def play(self) -> None:
+        print("1. A call, and a streamed one")
+        self.check(await self.ask("alice", "What is a llama?") == 200, "the first call is not admitted")
+        await self.stream("alice", "And an alpaca?")
+
+        print("\n2. An agent that does not stop: its sessions may make 3 calls")
+        statuses = [await self.ask("crawler", "next page", session="crawl-17") for _ in range(4)]
+        self.check(statuses == [200, 200, 200, 429], f"expected three calls and a 429, got {statuses}")
+
+        print("\n3. A model that the department may not call")
+        self.check(await self.ask("bob", "Sell this.", model="gpt-4o") == 403, "expected a 403")
+        self.check(await self.ask("bob", "Sell this.") == 200, "expected the cheaper model to be allowed")
+
+        print("\n4. A budget of one cent a day, spent")
+        self.provider.script(*[Behaviour.answer(output_tokens=450)] * 2)
+        statuses = [await self.ask("trial", "Write a long report.", model="gpt-4o") for _ in range(3)]
+        self.check(statuses == [200, 200, 402], f"expected two calls and a 402, got {statuses}")
+
+        print("\n5. The provider fails: the caller sees its error, and no money is charged")
+        self.provider.script(Behaviour.error(400))
+        self.check(await self.ask("alice", "What is a llama?") == 400, "expected the provider's own 400")
+
+
+async def books(guard: Any, scenes: Scenes) -> None:
+    """The ledger beside the provider's bill."""
+    records = await guard.storage.records()
+    print("\nThe ledger")
+    print(
+        f"   {'time':<9}{'caller':<9}{'department':<11}{'session':<10}{'model':<13}{'tokens':>7}{'cost':>14}  outcome"
     )
-
-
-async def post(client: httpx2.AsyncClient, session: str) -> int:
-    """Ask once, and show what comes back."""
-    response = await client.post("/chat", json={"question": "hello"}, headers={"x-session-id": session})
-    shown = [f"{name}: {response.headers[name]}" for name in SHOWN if name in response.headers]
-    print(f"\nPOST /chat  (session {session})  ->  {response.status_code}")
-    print("\n".join(f"    {line}" for line in (*shown, *json.dumps(response.json(), indent=2).splitlines())))
-    return response.status_code
+    for record in records:
+        at = datetime.fromtimestamp(record.at_ms / 1000, UTC)
+        row = f"{at:%H:%M:%S} {record.caller or '-':<9}{', '.join(record.departments) or '-':<11}"
+        row += f"{record.session or '-':<10}{record.model or '-':<13}{record.tokens or 0:>7}"
+        print(f"   {row}{dollars(record.cost_nanousd or 0):>14}  {record.outcome}")
+    billed, charged = scenes.provider.total_nanousd, sum(record.cost_nanousd or 0 for record in records)
+    equal = "=" if billed == charged else "≠"
+    print(f"\nprovider's bill {equal} ledger, to the nano-dollar: {dollars(billed)} {equal} {dollars(charged)}")
+    scenes.check(billed == charged > 0, "the ledger is not the provider's bill")
+    held = await guard.storage.open_holds()
+    print(f"calls that still hold money: {held}")
+    scenes.check(held == 0, "something is still held")
 
 
 async def main() -> int:
-    secret = secrets.token_urlsafe()
-    key, record = ApiKeys.generate("demo", secret=secret)
-    guard = Guard(
-        policies=[Iterations(3), ProviderBudget({"openai": "$0.001/1d"})],
-        identity=ApiKeys([record], secret=secret),
-    )
-    provider = FakeProvider()
-    async with (
-        provider.serve() as base_url,
-        httpx2.AsyncClient(trust_env=False) as http,
-        AsyncOpenAI(api_key="any", base_url=base_url, http_client=http) as llm,
-        asgi_client(service(guard, llm)) as client,
-    ):
-        client.headers["authorization"] = f"Bearer {key}"
-        print("== A session may make three calls: a loop ends there ==")
-        loop = [await post(client, "agent-1") for _ in range(4)]
-        print("\n== All sessions together may spend $0.001 a day ==")
-        provider.script(*[Behaviour.answer(output_tokens=390)] * 4)
-        budget = [await post(client, f"agent-{number}") for number in range(2, 7)]
-        records = await guard.storage.records()
-    await guard.aclose()
-    spent = sum(record.cost_nanousd or 0 for record in records)
-    print(f"\nThe provider answered {provider.calls} calls and billed {format_usd(provider.total_nanousd)}.")
-    print(f"The guard's ledger has {len(records)} calls and {format_usd(spent)}.")
-    as_promised = loop == [200, 200, 200, 429] and budget == [200, 200, 200, 200, 402]
-    return 0 if as_promised and spent == provider.total_nanousd else 1
+    provider = FakeProvider(prices=PRICES)
+    async with asyncio.timeout(LONGEST_S):
+        with tempfile.TemporaryDirectory() as folder:
+            async with provider.serve() as provider_url:
+                os.environ.update(
+                    LLM_GUARD_STORAGE=f"sqlite:///{Path(folder) / 'guard.db'}",
+                    LLM_GUARD_IDENTITY__SECRET=SECRET,
+                    PROVIDER_URL=provider_url,
+                    PROVIDER_KEY="not needed here",
+                )
+                app = from_environment()
+                requests = Requests(app)
+                async with serve(requests) as url:
+                    print(f"examples/starlette_app on {url}, its provider on {provider_url.removesuffix('/v1')}\n")
+                    scenes = Scenes(url, requests, provider)
+                    async with scenes.http:
+                        await scenes.play()
+                    await books(app.state.guard, scenes)
+    print("\nEverything is as it should be." if not scenes.problems else json.dumps(scenes.problems, indent=2))
+    return 1 if scenes.problems else 0
+
+
+def dollars(nanousd: int) -> str:
+    return f"${from_nano(nanousd):.9f}"
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 if __name__ == "__main__":
