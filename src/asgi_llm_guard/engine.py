@@ -39,7 +39,7 @@ from asgi_llm_guard.claims import (
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
-from asgi_llm_guard.denials import deny, refuse
+from asgi_llm_guard.denials import deny, held_by_others, refuse
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.events import (
@@ -333,13 +333,13 @@ class Engine:
     async def _waiting(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """Ask; where only holds of others stand in the way, wait for them up to `hold_wait_s`."""
         answer = await attempt()
-        if not isinstance(answer, Refused) or not self.hold_wait_s or not _only_held(answer):
+        if not isinstance(answer, Refused) or not self.hold_wait_s or not held_by_others(answer.states[0]):
             return answer
         if len(self._waiters) >= self.max_waiting:
             return answer
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + self.hold_wait_s, _FIRST_PAUSE_S
-        while isinstance(answer, Refused) and _only_held(answer) and (left := deadline - loop.time()) > 0:
+        while isinstance(answer, Refused) and held_by_others(answer.states[0]) and (left := deadline - loop.time()) > 0:
             # Settlements of this process wake it; those of others are found by asking again.
             await self._next_settlement(loop, min(pause, left))
             pause *= 2
@@ -519,23 +519,17 @@ class Engine:
         )
 
     @property
+    def waiting(self) -> int:
+        """How many calls wait for the holds of others."""
+        return len(self._waiters)
+
+    @property
     def unsettled(self) -> int:
         """How many settlements wait for the storage to answer again."""
         return len(self._unsettled)
 
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
-
-
-def _only_held(answer: Refused) -> bool:
-    """Whether nothing but holds of others stands in the way (slots aside: they last as long as calls do)."""
-    for receipt in answer.states[0]:
-        meter = receipt.claim.meter
-        if receipt.fits or not meter.enforce or meter.limit is None:
-            continue
-        if meter.unit is Unit.SLOTS or not receipt.held or receipt.used + receipt.claim.amount > meter.limit:
-            return False
-    return True
 
 
 def _overflows(answer: Refused) -> bool:

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 import pytest
+from tests.engine.conftest import NewGuard
 
 from asgi_llm_guard import Budget, Concurrency, Context, Guard, Iterations, LimitExceeded, RateLimit, Usage
 from asgi_llm_guard.admission import Admission, enter, leave
-from tests.engine.conftest import NewGuard
 
 pytestmark = pytest.mark.anyio
 

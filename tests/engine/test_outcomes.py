@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from tests.engine.conftest import NewGuard
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage
 from asgi_llm_guard.admission import ActiveCall, enter, leave
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.wire.base import Answer
-from tests.engine.conftest import NewGuard
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,7 @@ HELD = 100 * 1_000 + 50 * 2_000
 """What 100 tokens in and 50 out cost, in nano-USD: what every call of this file holds."""
 
 
-class Timeout(Exception):
+class ReadTimeoutError(Exception):
     """As a client library raises it: nothing is known of the request."""
 
 
@@ -142,7 +142,7 @@ async def test_recorded_error_body_costs_an_iteration(new_guard: NewGuard) -> No
     assert await charged(guard) == (1, 0)
 
 
-@pytest.mark.parametrize("error", [Timeout, asyncio.CancelledError, KeyError])
+@pytest.mark.parametrize("error", [ReadTimeoutError, asyncio.CancelledError, KeyError])
 async def test_unknown_outcome_keeps_the_hold(new_guard: NewGuard, error: type[BaseException]) -> None:
     """A call that was sent and whose outcome is unknown is charged what it holds."""
     guard = guarded(new_guard)
@@ -179,9 +179,9 @@ async def test_cut_stream_is_charged_for_the_text_so_far(new_guard: NewGuard) ->
 
     async def broken() -> AsyncIterator[dict[str, Any]]:
         yield chunk("four")
-        raise Timeout
+        raise ReadTimeoutError
 
-    with pytest.raises(Timeout):
+    with pytest.raises(ReadTimeoutError):
         async with guard.open(CONTEXT), call_of(guard) as call:
             async for _ in call.stream(broken()):
                 pass
@@ -195,9 +195,9 @@ async def test_cut_stream_never_costs_more_than_the_hold(new_guard: NewGuard) ->
 
     async def broken() -> AsyncIterator[dict[str, Any]]:
         yield chunk("x" * 1_000)
-        raise Timeout
+        raise ReadTimeoutError
 
-    with pytest.raises(Timeout):
+    with pytest.raises(ReadTimeoutError):
         async with guard.open(CONTEXT), call_of(guard) as call:
             async for _ in call.stream(broken()):
                 pass
@@ -259,7 +259,7 @@ async def test_every_end_after_the_first_changes_nothing(new_guard: NewGuard) ->
     call.record(Usage(input_tokens=10, output_tokens=5))
     await call.end()
     call.record(Usage(input_tokens=99, output_tokens=99))
-    await call.end(Timeout())
+    await call.end(ReadTimeoutError())
     await block.__aexit__(None, None, None)
     await admission.end()
     await admission.end()

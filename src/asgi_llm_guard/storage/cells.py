@@ -226,6 +226,7 @@ class Needs:
         for settlement in settlements:
             self.calls.add(settlement.call_id)
             self.of_meters(receipt.claim.meter for receipt in settlement.receipts)
+            self.of_meters(claim.meter for claim in settlement.debits)
 
     def of_hold(self, hold: Hold | None) -> None:
         """The meters behind a hold, or behind the one that a tombstone carries."""
@@ -614,7 +615,8 @@ def _judge_distinct(members: Members, claim: Claim, member: str, now_ms: int) ->
 def settle(state: State, settlements: Sequence[Settlement], now_ms: int) -> tuple[Settled, ...]:
     """Settle each call id once, in order; see `Storage.settle`.
 
-    Missing actuals count as `None` (what is held), surplus ones are ignored: settling never fails.
+    No actuals at all mean that nothing was used. Else missing ones count as `None` (what is held), and
+    surplus ones are ignored: settling never fails.
     """
     holds = state.holds
     settled: list[Settled] = []
@@ -628,6 +630,8 @@ def settle(state: State, settlements: Sequence[Settlement], now_ms: int) -> tupl
         state.ended[call_id] = Tombstone("settled", now_ms + state.tombstone_ms)
         if settlement.record is not None:
             state.ledger.append(settlement.record)
+        if settlement.debits:
+            _debit_current(state.cells, settlement.debits, now_ms)
         settled.append(Settled(call_id, "settled", overages))
     return tuple(settled)
 
@@ -644,16 +648,18 @@ def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled
         overages = _charge(state.cells, hold.receipts, settlement.actuals, now_ms, late=True)
         if record is not None:
             state.ledger.replace(call_id, msgspec.structs.replace(record, late=True))
+        _debit_current(state.cells, settlement.debits, now_ms)
         del state.ended[call_id]  # so that the ids stay in the order in which they may be forgotten
         state.ended[call_id] = Tombstone("settled", until_ms)
         return Settled(call_id, "late", overages)
     if call_id in state.ledger:
         return Settled(call_id, "duplicate")
     state.ended.pop(call_id, None)
-    if record is None and not settlement.receipts:
+    if record is None and not settlement.receipts and not settlement.debits:
         state.ended[call_id] = Tombstone("cancelled", until_ms)
         return Settled(call_id, "cancelled")
     overages = _charge(state.cells, settlement.receipts, settlement.actuals, now_ms, late=False)
+    _debit_current(state.cells, settlement.debits, now_ms)
     if record is not None:
         state.ledger.append(record)
     state.ended[call_id] = Tombstone("settled", until_ms)
@@ -662,6 +668,8 @@ def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled
 
 def _paired(receipts: Sequence[Receipt], actuals: Sequence[int | None]) -> tuple[int | None, ...]:
     """As many actuals as there are receipts."""
+    if not actuals:
+        return (0,) * len(receipts)
     return (*actuals, *(None,) * (len(receipts) - len(actuals)))[: len(receipts)]
 
 
@@ -799,6 +807,27 @@ def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *
             cell.used = min(cell.used + amount, MAX_AMOUNT)
 
 
+def _debit_current(cells: dict[str, Cell], debits: Iterable[Claim], now_ms: int) -> None:
+    """Add each amount to what is used in the current instance of its window, past the limit too."""
+    for claim in debits:
+        meter = claim.meter
+        window: Any = meter.window
+        cell = cells.get(meter.key)
+        if claim.amount <= 0 or meter.kind in (SLOTS, DISTINCT):
+            continue
+        if meter.kind == BUCKET:
+            _debit(cells, Receipt(claim, True, True, 0, 0, now_ms, now_ms), claim.amount, now_ms, make=True)
+        elif meter.kind == SLIDING:
+            pin = max(now_ms // (window.period_ms // window.buckets), 0 if cell is None else cell.start)
+            _debit(cells, Receipt(claim, True, True, 0, 0, pin, now_ms), claim.amount, now_ms, make=True)
+        else:
+            if cell is None or now_ms >= cell.end:
+                cell = cells[meter.key] = _instance(meter, now_ms)
+            cell.used = min(cell.used + claim.amount, MAX_AMOUNT)
+            if meter.kind == LIFETIME and window.renew:
+                cell.end = max(cell.end, now_ms + window.ttl_ms)
+
+
 def any_lapsed(state: State, now_ms: int) -> bool:
     """Whether some owner has lapsed and its holds have not been expired yet."""
     for owner in state.owners.values():  # noqa: SIM110 - asked by every refusal: a generator costs three times as much
@@ -874,7 +903,12 @@ def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | R
     kept: dict[str, Receipt] = {}
     for claim in bundle.claims:
         old = before.get(claim.meter.key)
-        if old is not None and old.claim.amount == claim.amount and old.claim.member == claim.member:
+        if (
+            old is not None
+            and old.claim.amount == claim.amount
+            and old.claim.member == claim.member
+            and not _lower(claim.meter.limit, old.claim.meter.limit)
+        ):
             kept[claim.meter.key] = old
     given_back = [receipt for key, receipt in before.items() if key not in kept]
     asked = Bundle(bundle.call_id, tuple(claim for claim in bundle.claims if claim.meter.key not in kept))
@@ -891,6 +925,10 @@ def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | R
     judged = iter(receipts)
     states = tuple([kept.get(claim.meter.key) or next(judged) for claim in bundle.claims])
     return Granted(states, now_ms) if granted else Refused((states,), now_ms)
+
+
+def _lower(limit: int | None, other: int | None) -> bool:
+    return limit is not None and (other is None or limit < other)
 
 
 # ------------------------------------------------------------------------------------ owners
