@@ -89,6 +89,8 @@ class GuardMiddleware:
         self._plans: dict[str, _Plan] = {}
         self._dialects: dict[str, Dialect | None] = {}
         self._checked = False
+        # Around a FastAPI(root_path=...), which strips it from the paths that it routes, wherever it got them.
+        self._root_path = str(getattr(app, "root_path", None) or "")
         for route in self._table.routes or ():
             self._plan(route)
             if route.dialect not in {None, "auto"}:
@@ -110,7 +112,7 @@ class GuardMiddleware:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._checked:
             self._check_late(scope)
-        found = self._table.find(path := route_path(scope), scope["method"])
+        found = self._table.find(path := route_path(scope, self._root_path), scope["method"])
         if found == "deny":
             await _refuse(self._not_listed(scope), scope, send, dialect=None)
             return
@@ -212,7 +214,7 @@ class GuardMiddleware:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._checked:
             self._check_late(scope)
-        found = self._table.find(route_path(scope), None)
+        found = self._table.find(route_path(scope, self._root_path), None)
         if found == "deny":
             await _refuse_websocket(self._not_listed(scope), scope, receive, send)
             return

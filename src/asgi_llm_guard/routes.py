@@ -1,8 +1,9 @@
 """Which requests are guarded, and how: `Route`, and the matching of paths.
 
-Guarded paths match widely and exemptions exactly. A path is compared after `//`, `.`, `..`, a
-trailing slash and letter case have been taken out of it, so that no other spelling of a guarded
-path goes by; an exemption holds only for the very path that it names.
+Guarded paths match widely and exemptions exactly. A path is compared as it was sent, which is how
+routers compare it, and after control characters, `//`, `.`, `..`, a trailing slash and letter case have
+been taken out of it, so that no other spelling of a guarded path goes by; an exemption holds only for
+the very path that it names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from asgi_llm_guard.policies.base import Policy
 
 __all__ = ["Route", "RouteTable", "normalise", "route_path"]
 
-_PARAMETER: Final = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-z]+)?}")
+_PARAMETER: Final = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_]*)?}")
+_ONE_SEGMENT: Final = frozenset({None, ":str", ":int", ":float", ":uuid"})
+_ODD: Final = re.compile(r"//|/\.|[\\\x00-\x20\x7f]|/\Z")
+_INVISIBLE: Final = re.compile(r"[\x00-\x20\x7f]")
 _UNGUARDED_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -30,7 +34,7 @@ class Route:
 
     path: str
     methods: Sequence[str] | None = None
-    """`None`: every method except OPTIONS."""
+    """`None`: every method except OPTIONS. GET stands for HEAD too, as it does in routers."""
     dialect: str | None = "auto"
     """The wire format of the body: `openai`, `auto` (recognised by the path), or `None`: do not read the body."""
     extra: Sequence[Policy] = ()
@@ -53,6 +57,10 @@ class Route:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.startswith("/"):
             raise ConfigurationError(f"Route: the path must start with '/', got {self.path!r}")
+        if re.search(r"[{}*]", _PARAMETER.sub("", self.path)):
+            raise ConfigurationError(
+                f"Route {self.path}: not a template; write parameters as {{name}}, and {{rest:path}} for any rest"
+            )
         if isinstance(self.methods, str):
             raise ConfigurationError(
                 f"Route {self.path}: methods must be a list such as ['POST'], got {self.methods!r}"
@@ -68,21 +76,25 @@ class Route:
             raise ConfigurationError(f"Route {self.path}: clamp and inject_usage need a dialect; got dialect=None")
 
 
-def route_path(scope: Mapping[str, Any]) -> str:
-    """The path of the request inside its (mounted) application: `scope["path"]` without `root_path`."""
+def route_path(scope: Mapping[str, Any], root_path: str = "") -> str:
+    """The path of the request inside its (mounted) application: `scope["path"]` without `root_path`.
+
+    `root_path`: one that the application itself puts in place of the scope's (`FastAPI(root_path=...)`).
+    """
     path: str = scope["path"]
-    root: str = scope.get("root_path", "")
+    root: str = root_path or scope.get("root_path", "")
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in {"", "/"}:
         return path[len(root) :] or "/"
     return path
 
 
 def normalise(path: str) -> str:
-    """`path` with doubled slashes, dot segments, the trailing slash and letter case taken out."""
-    if "//" not in path and "/." not in path and "\\" not in path and not path.endswith("/"):
+    """`path` with control characters, spaces, doubled slashes, dot segments, the trailing slash and letter case
+    taken out."""
+    if _ODD.search(path) is None:
         return path.casefold()  # nearly every request
     parts: list[str] = []
-    for part in path.replace("\\", "/").split("/"):
+    for part in _INVISIBLE.sub("", path).replace("\\", "/").split("/"):
         if part == "..":
             del parts[-1:]
         elif part not in {"", "."}:
@@ -106,13 +118,13 @@ class RouteTable:
         self.unlisted = unlisted
         self.routes = tuple(routes) if routes is not None else None
         self._exempt = frozenset(exempt)
-        self._exact: dict[str, list[Route]] = {}
-        self._templates: list[tuple[re.Pattern[str], Route]] = []
+        self._exact: dict[str, list[tuple[Route, frozenset[str] | None]]] = {}
+        self._templates: list[tuple[re.Pattern[str], Route, frozenset[str] | None]] = []
         for route in self.routes or ():
             if _PARAMETER.search(route.path):
-                self._templates.append((_template(route.path), route))
+                self._templates.append((_template(route.path), route, _methods(route)))
             else:
-                self._exact.setdefault(normalise(route.path), []).append(route)
+                self._exact.setdefault(normalise(route.path), []).append((route, _methods(route)))
         self._default = Route("/{path:path}")
 
     def find(self, path: str, method: str | None) -> Route | Literal["deny", "pass"]:
@@ -122,26 +134,38 @@ class RouteTable:
         """
         if path in self._exempt:
             return "pass"
+        if method is not None:
+            method = method.upper()  # class-based endpoints take `post` for POST
         if self.routes is None:
             return "pass" if method in _UNGUARDED_METHODS else self._default
         normal = normalise(path)
-        for route in self._exact.get(normal, ()):
-            if _takes(route, method):
+        for route, methods in self._exact.get(normal, ()):
+            if _takes(methods, method):
                 return route
-        for pattern, route in self._templates:
-            if pattern.fullmatch(normal) and _takes(route, method):
-                return route
+        if self._templates:
+            # As it was sent, too: to a router, `..` is a parameter's value like any other.
+            literal = path.casefold()
+            for pattern, route, methods in self._templates:
+                if _takes(methods, method) and (pattern.fullmatch(normal) or pattern.fullmatch(literal)):
+                    return route
         if self.unlisted == "deny" and method not in _UNGUARDED_METHODS:
             return "deny"
         return "pass"
 
 
-def _takes(route: Route, method: str | None) -> bool:
+def _methods(route: Route) -> frozenset[str] | None:
+    if route.methods is None:
+        return None
+    methods = {method.upper() for method in route.methods}
+    return frozenset(methods | {"HEAD"} if "GET" in methods else methods)
+
+
+def _takes(methods: frozenset[str] | None, method: str | None) -> bool:
     if method is None:
         return True
-    if route.methods is None:
+    if methods is None:
         return method != "OPTIONS"
-    return method in route.methods
+    return method in methods
 
 
 def _template(path: str) -> re.Pattern[str]:
@@ -149,6 +173,7 @@ def _template(path: str) -> re.Pattern[str]:
     normal = path.rstrip("/")
     for match in _PARAMETER.finditer(normal):
         pattern += re.escape(normal[end : match.start()].casefold())
-        pattern += ".*" if match[2] == ":path" else "[^/]+"
+        pattern += "[^/]+" if match[2] in _ONE_SEGMENT else ".*"
         end = match.end()
-    return re.compile(pattern + re.escape(normal[end:].casefold()), re.DOTALL)
+    # Routers compare with `$`, which lets a last line break pass.
+    return re.compile(pattern + re.escape(normal[end:].casefold()) + r"/*\n?", re.DOTALL)
