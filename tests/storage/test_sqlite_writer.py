@@ -443,3 +443,17 @@ async def test_load_into_a_used_storage_changes_nothing(path: Path, tmp_path: Pa
     assert [reading.held for reading in await target.read([money()])] == [2 * CENT]
     await source.aclose()
     await target.aclose()
+
+
+async def test_fork_after_a_storage_was_closed(tmp_path: Path) -> None:
+    """A storage that was closed before stands in no fork's way: not the parent's, not the child's."""
+    closed, used = SqliteStorage(tmp_path / "closed.db"), SqliteStorage(tmp_path / "used.db")
+    assert await closed.open_holds() == 0
+    assert await used.open_holds() == 0
+    await closed.aclose()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode((await asyncio.to_thread(os.waitpid, child, 0))[1]) == 0
+    assert await used.open_holds() == 0
+    await used.aclose()

@@ -198,6 +198,7 @@ class Writer:
         with self._turn:
             if self._database is not None:
                 self._database.close()
+                self._database = None
 
     def _gather(self) -> tuple[list[Job[object]], bool]:
         """Wait for a job, then take all that are there; and whether to stop after them."""
