@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from asgi_llm_guard.errors import ContextError
 from asgi_llm_guard.storage.base import LAPSE_MS
 
-__all__ = ["keep_alive", "run"]
+__all__ = ["keep_alive", "let_go", "run"]
 
 _log = logging.getLogger("asgi_llm_guard")
 _BEAT_S: Final = LAPSE_MS / 3000
@@ -70,6 +70,9 @@ class _Background:
             self._hearts.add(heart)
             self.loop()
 
+    def let_go(self, heart: Beating) -> None:
+        self._hearts.discard(heart)
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         loop = self.loop()
         if threading.current_thread() is self._thread or _in_event_loop():
@@ -93,8 +96,13 @@ _background = _Background()
 
 
 def keep_alive(heart: Beating) -> None:
-    """Send heartbeats for `heart` every 5 seconds, for as long as it lives."""
+    """Send heartbeats for `heart` every 5 seconds, for as long as it lives or until `let_go`."""
     _background.keep_alive(heart)
+
+
+def let_go(heart: Beating) -> None:
+    """Send no more heartbeats for `heart`; one that is being sent may still end."""
+    _background.let_go(heart)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

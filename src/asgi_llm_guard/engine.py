@@ -20,7 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from asgi_llm_guard.background import keep_alive
+from asgi_llm_guard.background import keep_alive, let_go
 from asgi_llm_guard.charge import draft
 from asgi_llm_guard.claims import (
     Bundle,
@@ -133,6 +133,7 @@ class Engine:
         self.statuses = statuses
         self.session_overflow = session_overflow
         self.failed = False
+        self._closed = False
         self._agents = agents
         self._sources = sources
         self._session_limits = (session_limit, anonymous_session_limit)
@@ -474,7 +475,8 @@ class Engine:
         try:
             beat = await self.storage.heartbeat(self.owner)
         except StorageError as error:
-            self._storage_failed(error)
+            if not self._closed:  # else it was closed while this beat was on its way
+                self._storage_failed(error)
             return
         if beat.expired:
             emit(self.observers, Expired(beat.expired))
@@ -500,6 +502,8 @@ class Engine:
 
     async def close(self) -> None:
         """Settle what could not be settled, give back what this process holds, let go of the storage."""
+        self._closed = True
+        let_go(self)
         retry, self._unsettled = self._unsettled, []
         if retry:
             await self.settle(retry)
