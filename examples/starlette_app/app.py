@@ -96,18 +96,8 @@ async def health(request: Request) -> Response:  # noqa: ARG001 - Starlette pass
     return PlainTextResponse("ok")
 
 
-def create_app(guard: Guard, *, provider_url: str, provider_key: str, **guarding: Any) -> Starlette:
+def create_app(guard: Guard, provider: httpx2.AsyncClient, **guarding: Any) -> Starlette:
     """The service. `guarding`: further arguments of `GuardMiddleware`."""
-    provider = httpx2.AsyncClient(
-        base_url=provider_url,
-        headers={
-            "authorization": f"Bearer {provider_key}",
-            "content-type": "application/json",
-            "accept-encoding": "identity",  # what is compressed cannot be metered as it passes
-        },
-        timeout=httpx2.Timeout(600, connect=5),
-        trust_env=False,
-    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001 - Starlette passes it
@@ -126,14 +116,25 @@ def create_app(guard: Guard, *, provider_url: str, provider_key: str, **guarding
     return app
 
 
+def provider_client(url: str, key: str) -> httpx2.AsyncClient:
+    """A client of the provider's OpenAI-compatible API."""
+    return httpx2.AsyncClient(
+        base_url=url,
+        headers={
+            "authorization": f"Bearer {key}",
+            "content-type": "application/json",
+            "accept-encoding": "identity",  # what is compressed cannot be metered as it passes
+        },
+        timeout=httpx2.Timeout(600, connect=5),
+        trust_env=False,
+    )
+
+
 def from_environment() -> Starlette:
     """The service as `guard.toml` and the environment describe it: `uvicorn --factory app:from_environment`."""
     settings = load_settings(os.environ.get("GUARD_FILE") or HERE / "guard.toml")
     arguments = build_guard_arguments(settings)
     guard = Guard(**{**arguments, "identity": key_required(arguments["identity"])})
-    return create_app(
-        guard,
-        provider_url=os.environ.get("PROVIDER_URL", "https://api.openai.com/v1"),
-        provider_key=os.environ["PROVIDER_KEY"],
-        **build_middleware_arguments(settings),
-    )
+    url = os.environ.get("PROVIDER_URL", "https://api.openai.com/v1")
+    provider = provider_client(url, os.environ["PROVIDER_KEY"])
+    return create_app(guard, provider, **build_middleware_arguments(settings))
