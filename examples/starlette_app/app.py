@@ -5,7 +5,6 @@ Callers use any OpenAI SDK with a key of `keys.toml`; the provider's key stays h
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -48,9 +47,7 @@ class ChatCompletions:
                 response = await respond(call, answer)
                 await response(scope, receive, send)
         except httpx2.TransportError as error:
-            late = isinstance(error, httpx2.TimeoutException)
-            failed = error_body("The provider did not answer in time." if late else "The provider cannot be reached.")
-            await JSONResponse(failed, status_code=504 if late else 502)(scope, receive, send)
+            await failure(error)(scope, receive, send)
 
 
 async def respond(call: ActiveCall, answer: httpx2.Response) -> Response:
@@ -72,12 +69,18 @@ async def events(call: ActiveCall, answer: httpx2.Response) -> AsyncIterator[byt
         call.end()  # before the caller sees the end, so that its next call finds this one settled
     except httpx2.TransportError as error:
         call.end(error)
-        broken = json.dumps(error_body("The provider's answer broke off."))
-        yield f"\n\ndata: {broken}\n\n".encode()
+        yield b"\n\ndata: " + failure(error).body + b"\n\n"
 
 
-def error_body(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "server_error", "param": None, "code": "provider_failed"}}
+def failure(error: httpx2.TransportError) -> JSONResponse:
+    """What callers are told when the provider does not answer, or not to the end."""
+    status, message = 502, "The provider's answer broke off."
+    if isinstance(error, httpx2.TimeoutException):
+        status, message = 504, "The provider did not answer in time."
+    elif isinstance(error, httpx2.ConnectError):
+        message = "The provider cannot be reached."
+    content = {"message": message, "type": "server_error", "param": None, "code": "provider_failed"}
+    return JSONResponse({"error": content}, status)
 
 
 def key_required(keys: Resolver) -> Resolver:

@@ -1,0 +1,46 @@
+"""`make demo`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from examples.demo import Requests, Scenes
+
+from asgi_llm_guard.testing import FakeProvider
+
+
+def test_demo_shows_what_it_promises() -> None:
+    """The demo ends well within its time, with the literal refusals, and a ledger that is the bill."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "examples.demo"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": ""},
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "429 - iterations: session 'crawl-17' has used up its calls (limit 3 calls, used 3," in done.stdout
+    assert "403 - " in done.stdout
+    assert "402 - user_budget: user 'trial' has used up its daily budget (limit $0.01, used" in done.stdout
+    assert done.stdout.count("after 1 HTTP request:") == 4
+    assert re.search(r"to the nano-dollar: (\$0\.\d{9}) = \1\n", done.stdout)
+    assert "calls that still hold money: 0\n" in done.stdout
+    assert done.stdout.endswith("Everything is as it should be.\n")
+    assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+@pytest.mark.anyio
+async def test_demo_notices_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not as it should be is shown where it happened, and kept for the exit status."""
+    scenes = Scenes("http://127.0.0.1:1", Requests(None), FakeProvider())
+    async with scenes.http:
+        scenes.check(holds=True, what="all is well")
+        scenes.check(holds=False, what="the ledger is not the bill")
+
+    assert scenes.problems == ["the ledger is not the bill"]
+    assert "NOT AS IT SHOULD BE: the ledger is not the bill" in capsys.readouterr().out

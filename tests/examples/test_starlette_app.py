@@ -1,0 +1,105 @@
+"""The Starlette example as its files describe it, in front of a fake provider."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from examples.demo import PRICES
+from examples.starlette_app.app import from_environment
+
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.testing import Behaviour, FakeProvider, asgi_client
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/v1/chat/completions"
+README = Path(__file__).parents[2] / "examples" / "starlette_app" / "README.md"
+SECRET = "demo-secret-of-the-starlette-app"
+
+
+@pytest.fixture
+async def provider() -> FakeProvider:
+    return FakeProvider(prices=PRICES)
+
+
+@pytest.fixture
+async def client(
+    provider: FakeProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of the app that the environment describes."""
+    async with provider.serve() as provider_url:
+        monkeypatch.setenv("LLM_GUARD_STORAGE", f"sqlite:///{tmp_path / 'guard.db'}")
+        monkeypatch.setenv("LLM_GUARD_IDENTITY__SECRET", SECRET)
+        monkeypatch.setenv("PROVIDER_URL", provider_url)
+        monkeypatch.setenv("PROVIDER_KEY", "the key that the provider wants")
+        app = from_environment()
+        async with app.router.lifespan_context(app), asgi_client(app) as client:
+            yield client
+
+
+async def ask(
+    client: httpx2.AsyncClient, name: str | None, *, model: str = "gpt-4o-mini", session: str | None = None
+) -> httpx2.Response:
+    headers = {} if name is None else {"authorization": f"Bearer demo-key-for-{name}"}
+    if session is not None:
+        headers["x-session-id"] = session
+    body = {"model": model, "max_completion_tokens": 450, "messages": [{"role": "user", "content": "hello"}]}
+    return await client.post(PATH, headers=headers, json=body)
+
+
+async def test_call_is_handed_on_with_the_providers_key(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
+    """The provider sees its own key, and the caller the provider's answer."""
+    response = await ask(client, "alice")
+
+    assert (response.status_code, response.json()["choices"][0]["message"]["content"]) == (200, "Echo: hello")
+    assert response.headers["x-request-id"] == "chatcmpl-1"
+    assert provider.requests[0].headers["authorization"] == "Bearer the key that the provider wants"
+
+
+async def test_nobody_is_anonymous(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
+    """Without a key nothing is spent; the health check needs none."""
+    response = await ask(client, None)
+
+    assert response.status_code == 403
+    assert "Send an API key" in response.json()["error"]["message"]
+    assert (await client.get("/health")).text == "ok"
+    assert provider.calls == 0
+
+
+async def test_other_routes_are_refused(client: httpx2.AsyncClient) -> None:
+    """What is not listed cannot be posted to."""
+    response = await client.post("/v1/embeddings", json={})
+
+    assert (response.status_code, response.json()["code"]) == (403, "route_not_listed")
+
+
+async def test_keys_of_the_readme(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
+    """Each key of the README's table is stopped by what the table says."""
+    provider.script(*[Behaviour.answer(output_tokens=450)] * 2)
+    trial = [(await ask(client, "trial", model="gpt-4o")).status_code for _ in range(3)]
+    crawler = [(await ask(client, "crawler", session="s")).status_code for _ in range(4)]
+    alice = [(await ask(client, "alice", session="s")).status_code for _ in range(26)]
+    bob = [(await ask(client, "bob", model=model)).status_code for model in ("gpt-4o-mini", "gpt-4o")]
+
+    assert trial == [200, 200, 402]
+    assert crawler == [200, 200, 200, 429]
+    assert alice == [*[200] * 25, 429]
+    assert bob == [200, 403]
+
+
+def test_readme_names_the_keys() -> None:
+    """The keys and the secret that these tests use are those of the README."""
+    page = README.read_text("utf-8")
+
+    assert [name for name in ("alice", "bob", "crawler", "trial") if f"`demo-key-for-{name}`" not in page] == []
+    assert f"LLM_GUARD_IDENTITY__SECRET={SECRET}" in page
+
+
+def test_start_needs_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the secret of the keys the service does not start, and the message says what is missing."""
+    monkeypatch.delenv("LLM_GUARD_IDENTITY__SECRET", raising=False)
+    with pytest.raises(ConfigurationError, match="secret"):
+        from_environment()
