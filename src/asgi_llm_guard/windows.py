@@ -16,11 +16,12 @@ All instants are milliseconds since the Unix epoch on the storage's clock.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import ClassVar, Final, Literal
 from zoneinfo import ZoneInfo
+
+import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 
@@ -64,8 +65,7 @@ def _positive(name: str, value: object, *, most: int = _MAX_MS) -> None:
         raise ConfigurationError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Lifetime:
+class Lifetime(msgspec.Struct, frozen=True):
     """One instance that ends `ttl_ms` after its first use; with `renew`, after its last admitted use."""
 
     ttl_ms: int
@@ -81,8 +81,7 @@ class Lifetime:
         return f"life{self.ttl_ms}" + ("r" if self.renew else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Rolling:
+class Rolling(msgspec.Struct, frozen=True):
     """Starts at the first admitted use, lasts `period_ms`, then a new one starts at the next use."""
 
     period_ms: int
@@ -97,8 +96,7 @@ class Rolling:
         return f"roll{self.period_ms}"
 
 
-@dataclass(frozen=True, slots=True)
-class Calendar:
+class Calendar(msgspec.Struct, frozen=True):
     """An hour, day, ISO week (from Monday), month or year of the wall clock in `tz`.
 
     A local day is 23 to 25 hours long where summer time changes; where midnight does not
@@ -132,8 +130,7 @@ class Calendar:
 _last_bounds: dict[tuple[str, str], tuple[int, int]] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Sliding:
+class Sliding(msgspec.Struct, frozen=True):
     """The last `period_ms`, counted in `buckets` sub-buckets.
 
     A use stays counted until its whole sub-bucket has left the window, so the window is
@@ -164,8 +161,7 @@ class Sliding:
         return f"slide{self.period_ms}x{self.buckets}"
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
+class Bucket(msgspec.Struct, frozen=True):
     """An exact integer leaky bucket (equivalent to GCRA): `limit` units drain per `period_ms`, `burst` units fit.
 
     The backlog is kept in unit-milliseconds, so no rounding takes place. Its key carries the
@@ -190,8 +186,7 @@ class Bucket:
         return f"bucket{self.period_ms}b{self.burst}"
 
 
-@dataclass(frozen=True, slots=True)
-class Slots:
+class Slots(msgspec.Struct, frozen=True):
     """Units of concurrency: held for as long as the call or stream lives, then free again."""
 
     kind: ClassVar[int] = SLOTS
@@ -202,8 +197,7 @@ class Slots:
         return "slots"
 
 
-@dataclass(frozen=True, slots=True)
-class Distinct:
+class Distinct(msgspec.Struct, frozen=True):
     """Live distinct ids: each counts once, until `ttl_ms` after it was last admitted."""
 
     ttl_ms: int

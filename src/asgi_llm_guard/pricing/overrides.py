@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from pathlib import Path
@@ -50,6 +49,8 @@ def read(overrides: Mapping[str, object] | str | Path | None) -> tuple[Mapping[s
         return {}, "override"
     if isinstance(overrides, Mapping):
         return overrides, "override"
+    import tomllib
+
     path = Path(overrides)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal), f"override ({path.name})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from importlib import resources
 from typing import Final
 
 import msgspec
@@ -199,6 +198,8 @@ class Snapshot:
 @functools.cache
 def bundled() -> Snapshot:
     """The snapshot of this release."""
+    from importlib import resources
+
     return Snapshot((resources.files("asgi_llm_guard") / "data" / "prices.json").read_bytes())
 
 

@@ -104,7 +104,7 @@ def _meter(flat: _PackedMeter) -> Meter:
 
 @lru_cache(maxsize=1024)
 def _flat_window(window: Window) -> _PackedWindow:
-    return (window.kind, *(getattr(window, name) for name in window.__slots__))
+    return (window.kind, *(getattr(window, name) for name in window.__struct_fields__))
 
 
 @lru_cache(maxsize=1024)

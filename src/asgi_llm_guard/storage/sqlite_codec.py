@@ -101,7 +101,7 @@ class HoldCodec:
     def _number(self, meter: Meter) -> int:
         window = meter.window
         common = [getattr(meter, name) for name in _TEMPLATE]
-        data = _encode([*common, window.kind, [getattr(window, name) for name in window.__slots__]])
+        data = _encode([*common, window.kind, [getattr(window, name) for name in window.__struct_fields__]])
         number = self._numbers.get(data)
         if number is None:
             self._connection.execute("INSERT INTO templates (data) VALUES (?) ON CONFLICT DO NOTHING", (data,))
