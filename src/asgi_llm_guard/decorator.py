@@ -7,10 +7,13 @@ streaming response. A plain function stays one: frameworks run it in a worker th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
+
+import msgspec
 
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, current_scope, enter, leave
@@ -51,8 +54,8 @@ def guarded(
         max_output_tokens: the most it may generate; `None`: the model's maximum is held.
         input: gives the text or messages that will be sent, from the function's arguments, so that
             their tokens can be bounded.
-        input_tokens: a bound that is known. With neither, the texts among the arguments are
-            counted, plus the guard's `assumed_input_tokens` for what the function adds.
+        input_tokens: a bound that is known. With neither, the texts, messages and models among the
+            arguments are counted, plus the guard's `assumed_input_tokens` for what the function adds.
         choices: how many answers it asks for.
         guard: for use outside a guarded application. `None`: the current admission's guard.
         context: with `guard`, outside any admission: who asks, or what gives it from the arguments.
@@ -114,7 +117,7 @@ class _Work:
         if admission is None or (guard is not None and admission.engine is not guard.engine):
             if guard is None:
                 raise ContextError(
-                    f"@guarded {function.__qualname__}: no admission is open here. Add GuardMiddleware to the "
+                    f"@guarded {_name(function)}: no admission is open here. Add GuardMiddleware to the "
                     "application, wrap the job in `async with guard.open(Context(...))`, or name the guard: "
                     "@guarded(..., guard=guard)"
                 )
@@ -168,7 +171,7 @@ class _Run:
         body = getattr(result, "body_iterator", None)
         if body is None:
             if result is not None and not self.call.recorded:
-                self.call.record_if_known(result)
+                self.call.record_if_known(_content(result))
             return result
         self.deferred = True
         self.call.admission.defer(self.call)
@@ -201,11 +204,15 @@ class _Run:
             error = caught
             raise
         finally:
-            self.deferred = False
-            self.end(error)
             closing = getattr(body, "aclose", None)
-            if closing is not None:
-                await closing()
+            token = enter(self.call)
+            try:
+                if closing is not None:
+                    await closing()
+            finally:
+                leave(token)
+                self.deferred = False
+                self.end(error)
 
     def _stream_sync(self, body: Iterator[Any]) -> Generator[Any, None, None]:
         error: BaseException | None = None
@@ -232,9 +239,11 @@ class _Run:
 
 
 def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    if isinstance(function, (staticmethod, classmethod)):
+        return type(function)(_wrap(function.__func__, work))
     if not callable(function):
         raise ConfigurationError(f"@guarded: expected a function, got {function!r}")
-    target = function.func if isinstance(function, functools.partial) else function
+    target = _code(function)
     wrapper: Callable[..., Any]
     if inspect.isasyncgenfunction(target):
         wrapper = _async_generator(function, work)
@@ -316,8 +325,12 @@ def _async_generator(function: Callable[..., Any], work: _Work) -> Callable[...,
             error = caught
             raise
         finally:
-            run.end(error)
-            await items.aclose()
+            token = enter(run.call)
+            try:
+                await items.aclose()
+            finally:
+                leave(token)
+                run.end(error)
 
     return wrapper
 
@@ -350,8 +363,12 @@ def _generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
             error = caught
             raise
         finally:
-            run.end(error)
-            items.close()
+            token = enter(run.call)
+            try:
+                items.close()
+            finally:
+                leave(token)
+                run.end(error)
 
     return wrapper
 
@@ -389,7 +406,42 @@ def _keep_signature(function: Callable[..., Any], wrapper: Callable[..., Any]) -
     wrapper.__annotations__ = annotations
 
 
+def _code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs when `function` is called: says which kind of function it is."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function):
+        return function
+    return type(function).__call__  # an object that is called
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", None) or repr(function))
+
+
+class _Sent:
+    """A response object of a web framework, with its body where an HTTP client's has it."""
+
+    __slots__ = ("content", "status_code")
+
+    def __init__(self, content: bytes, status_code: int) -> None:
+        self.content = content
+        self.status_code = status_code
+
+
+def _content(result: object) -> object:
+    """What may tell usage in a return value: the body of a response to send; else the value itself."""
+    body, status = getattr(result, "body", None), getattr(result, "status_code", None)
+    if isinstance(body, bytes) and isinstance(status, int) and not isinstance(result, BaseException):
+        # An error is the application's word: a call may have been made and billed before it.
+        return _Sent(body, status) if status < 400 else None
+    return result
+
+
 def _text_tokens(argument: object) -> int:
-    if isinstance(argument, (str, bytes, Mapping, Sequence)):
+    if getattr(argument, "scope", None) is not None:  # a request: its body is what the function adds
+        return 0
+    modelled = callable(getattr(argument, "model_dump", None)) or dataclasses.is_dataclass(argument)
+    if modelled or isinstance(argument, (str, bytes, Mapping, Sequence, msgspec.Struct)):
         return message_tokens(argument)
     return 0

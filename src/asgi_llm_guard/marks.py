@@ -3,22 +3,38 @@
 A decorator that stands above a route decorator is applied after the route was registered: the
 application calls the plain function, and the guard never hears of it. `@guarded` therefore leaves a
 mark on the function that it wraps, and the routes are looked through once, at start.
+
+A function may also be registered plain on purpose, beside a guarded copy of it. What its name stands
+for tells the two apart: a decorator's result has taken the name over.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 __all__ = ["mark", "unwrapped"]
 
-_ATTRIBUTE: Final = "__asgi_llm_guard_wrapper__"
+_ATTRIBUTE: Final = "__asgi_llm_guard_mark__"
+_DEPTH: Final = 16
+
+
+class _Mark(NamedTuple):
+    function: Callable[..., Any]
+    """Where the mark was left: decorators that come after copy it to functions of their own."""
+    wrappers: list[Callable[..., Any]]
 
 
 def mark(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
     """Leave on `function` that `wrapper` is what should be called."""
+    found = _mark_of(function)
     try:
-        setattr(function, _ATTRIBUTE, wrapper)
+        if found is None:
+            setattr(function, _ATTRIBUTE, _Mark(function, [wrapper]))
+        else:
+            found.wrappers.append(wrapper)
     except (AttributeError, TypeError):
         return  # built-in functions and slotted objects cannot carry a mark
     # `functools.wraps` may have copied the mark of an inner decorator to the wrapper.
@@ -26,26 +42,67 @@ def mark(function: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
 
 
 def unwrapped(app: object) -> list[str]:
-    """The endpoints of `app` that carry a mark, and are therefore called past their guard; `METHODS path`."""
+    """The endpoints of `app` that are called past their guard, as `path (function)`."""
+    endpoints = list(_endpoints(app, "", 0))
+    registered = {id(endpoint) for _, endpoint in endpoints}
     return [
         f"{path} ({getattr(endpoint, '__qualname__', repr(endpoint))})"
-        for path, endpoint in _endpoints(app, "", 0)
-        if _ATTRIBUTE in getattr(endpoint, "__dict__", {})
+        for path, endpoint in endpoints
+        if (found := _mark_of(endpoint)) is not None and _meant(found, registered)
     ]
 
 
+def _mark_of(function: object) -> _Mark | None:
+    found = getattr(function, "__dict__", {}).get(_ATTRIBUTE)
+    return found if isinstance(found, _Mark) and found.function is function else None
+
+
+def _meant(found: _Mark, registered: set[int]) -> bool:
+    """Whether the guarded copy was meant where the plain function is registered."""
+    named = _named(found.function)
+    if named is found.function:
+        return False
+    if any(layer is found.function for layer in _layers(named)):
+        return True
+    return not any(id(wrapper) in registered for wrapper in found.wrappers)
+
+
+def _named(function: Callable[..., Any]) -> object | None:
+    """What the function's name stands for in its module; `None` for functions inside functions."""
+    value: object = sys.modules.get(getattr(function, "__module__", ""))
+    for name in getattr(function, "__qualname__", "<none>").split("."):
+        value = inspect.getattr_static(value, name, None)
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+
+
+def _layers(function: object) -> list[object]:
+    layers: list[object] = []
+    while function is not None and len(layers) < _DEPTH:
+        layers.append(function)
+        function = getattr(function, "__wrapped__", None)
+    return layers
+
+
 def _endpoints(app: object, prefix: str, depth: int) -> Iterator[tuple[str, object]]:
-    routes: Iterable[object] = getattr(app, "routes", None) or ()
-    if depth > 8:  # applications may be mounted in themselves
+    if depth > _DEPTH:  # applications may be mounted in themselves
         return
-    for route in routes:
+    for route in _routes(app):
         path = prefix + str(getattr(route, "path", ""))
         endpoint = getattr(route, "endpoint", None)
         if endpoint is not None:
             yield path, endpoint
-        inner = getattr(route, "app", None)
-        if inner is not None and endpoint is None:
-            yield from _endpoints(inner, path, depth + 1)
-        router = getattr(route, "original_router", None) or getattr(route, "router", None)
-        if router is not None:  # FastAPI keeps included routers whole
-            yield from _endpoints(router, path, depth + 1)
+            continue
+        router = getattr(route, "original_router", None)  # FastAPI keeps included routers whole
+        if router is not None:
+            path += str(getattr(getattr(route, "include_context", None), "prefix", ""))
+        yield from _endpoints(route if router is None else router, path, depth + 1)
+
+
+def _routes(app: object) -> Iterable[object]:
+    """The routes of an application, a mount or a router, through the middleware around it."""
+    for _ in range(_DEPTH):
+        routes: Iterable[object] = getattr(app, "routes", None) or ()
+        if routes or app is None:
+            return routes
+        app = getattr(app, "app", None)
+    return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 Message = MutableMapping[str, Any]
 App = Callable[..., Awaitable[None]]
 
+_LAST = {"http.response.body", "websocket.close", "websocket.http.response.body"}
 JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
@@ -21,6 +23,7 @@ class Exchange:
         self._incoming = list(incoming)
         self.received = 0
         """How many messages the application has asked for."""
+        self._answered = asyncio.Event()
 
     async def run(self, app: App) -> Exchange:
         """Let the application answer."""
@@ -29,10 +32,15 @@ class Exchange:
 
     async def receive(self) -> Message:
         self.received += 1
-        return self._incoming.pop(0) if self._incoming else {"type": f"{self.scope['type']}.disconnect"}
+        if self._incoming:
+            return self._incoming.pop(0)
+        await self._answered.wait()  # the client stays until it has its answer
+        return {"type": f"{self.scope['type']}.disconnect"}
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
+        if message["type"] in _LAST and not message.get("more_body", False):
+            self._answered.set()
 
     @property
     def status(self) -> int:
