@@ -76,7 +76,9 @@ class Describer:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigurationError(f"{name}: expected a whole number from {least}, got {value!r}")
         if input_tokens is None:
-            input_tokens = self.assumed_input_tokens if input is None else self._count(input)
+            input_tokens = self.assumed_input_tokens
+            if input is not None:
+                input_tokens = message_tokens(input, model=model, counter=self._counter)
         found, bare = provider_of(model)
         call = Call(
             provider=provider or found,
@@ -94,24 +96,27 @@ class Describer:
     ) -> Call:
         """The call that a request's body describes."""
         found, bare = provider_of(ask.model)
-        tokens = tokens_of_body(view) if self._counter is None else tokens_of_body(view, counter=self._counter)
+        provider = found or provider
+        card = self.prices.resolve(provider, bare)
+        window = card.context_window if card is not None else None
         call = Call(
-            provider=found or provider,
+            provider=provider,
             model=bare,
             requested=ask.model,
             dialect=dialect,
-            input_tokens=min(tokens, MAX_AMOUNT),
+            input_tokens=min(tokens_of_body(view, model=bare, window=window, counter=self._counter), MAX_AMOUNT),
             max_output_tokens=ask.max_output_tokens,
             choices=ask.choices,
             stream=ask.stream,
         )
-        return self._bounded(call, assumed_output_tokens)
+        tier = view.get("service_tier") if "service_tier" in view else None
+        return self._bounded(call, assumed_output_tokens, tier if isinstance(tier, str) else None)
 
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
-    def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
+    def _bounded(self, call: Call, assumed_output_tokens: int | None, service_tier: str | None = None) -> Call:
         card = self.prices.resolve(call.provider, call.model)
         bound = output_tokens(
             call.max_output_tokens,
@@ -119,7 +124,4 @@ class Describer:
             card.max_output_tokens if card is not None else None,
             call.choices,
         )
-        return self.prices.quote(replace(call, output_tokens=bound), self._clock.now_ms())
-
-    def _count(self, given: object) -> int:
-        return message_tokens(given) if self._counter is None else message_tokens(given, counter=self._counter)
+        return self.prices.quote(replace(call, output_tokens=bound), self._clock.now_ms(), service_tier=service_tier)

@@ -3,6 +3,8 @@
     GuardError
     ├── ConfigurationError    a setting is wrong; raised while things are built, never at request time
     ├── ContextError          there is no admission, or no guard, where one is needed
+    ├── IdentityError         a request's ids or credentials are malformed or unknown (`identity.base`)
+    ├── BodyError             a request's body is refused (`wire.peek`)
     ├── StorageError          the store did not answer, or its answer is unknown
     ├── NotInstalledError     an optional dependency is missing; names the extra to install
     └── LimitExceeded         a call was refused in code; carries the decision as `.denied`

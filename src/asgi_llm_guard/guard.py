@@ -239,7 +239,7 @@ class Guard:
     # ------------------------------------------------------------------------------- filter
 
     async def filter(self, deployments: object) -> list[Any]:
-        """Those of `deployments` (a list, or a single one) whose provider and deployment are under budget.
+        """Those of `deployments` (a list, or a single one) whose provider is under budget.
 
         Works before any routing strategy. A deployment without a budget, or whose provider is not
         known, stays. An empty list stays empty.

@@ -19,10 +19,11 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        raise ConfigurationError(f"storage: expected a URL such as memory:// or sqlite:///guard.db, got {url!r}")
+        # Never the URL itself: one of another kind of store may carry a password.
+        raise ConfigurationError("storage: expected a URL such as memory:// or sqlite:///guard.db; this one has no ://")
     if scheme == "memory":
         if rest:
-            raise ConfigurationError(f"storage: memory:// takes nothing after it, got {url!r}")
+            raise ConfigurationError("storage: memory:// takes nothing after it")
         from asgi_llm_guard.storage.memory import MemoryStorage
 
         return MemoryStorage(clock=clock)
