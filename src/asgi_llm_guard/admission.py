@@ -73,6 +73,7 @@ class Admission:
         "opaque",
         "policies",
         "receipts",
+        "refused",
         "release_on_4xx",
         "root",
         "seen",
@@ -94,6 +95,8 @@ class Admission:
         self.cache: CacheDirective | None = None
         self.seen = False
         """A call was seen inside it."""
+        self.refused = False
+        """A call was refused inside it."""
         self._lock = threading.Lock()
         self._deferred: list[ActiveCall] = []
         self._ended = False
@@ -225,12 +228,12 @@ class ActiveCall:
             if donor is not None and await self._adopt(donor, requests=requests):
                 return
             answer = await engine.reserve(self.policies, admission.context, self.call, requests=requests, taken=outer)
-        except BaseException:
+            if isinstance(answer, Denied):
+                raise LimitExceeded(answer)  # noqa: TRY301 - handled as one of `_adopt`'s
+        except BaseException as error:
             self._state = _State.ENDED
+            admission.refused |= isinstance(error, LimitExceeded)
             raise
-        if isinstance(answer, Denied):
-            self._state = _State.ENDED
-            raise LimitExceeded(answer)
         self.hold = answer.call
         self._keep_side(answer.request)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Final, Literal
 
@@ -27,7 +28,7 @@ from asgi_llm_guard.wire import dialect_for, dialect_named
 from asgi_llm_guard.wire.base import Answer, Dialect, StreamMeter
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
-from asgi_llm_guard.wire.refusals import render, websocket_close
+from asgi_llm_guard.wire.refusals import Rendered, render, websocket_close
 
 __all__ = ["GuardMiddleware"]
 
@@ -42,8 +43,12 @@ _log = logging.getLogger("asgi_llm_guard")
 STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
 
-_ID_LENGTH: Final = 200
+_PATHS_KEPT: Final = 200
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}")
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+_CLOSES: Final = frozenset({"websocket.close", "websocket.http.response.start"})
 _KEPT_BODY: Final = 8 * 1024 * 1024
+_CAUSES: Final = 8
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -86,7 +91,7 @@ class GuardMiddleware:
         self.guard = guard
         self._table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
         self._fields = rate_limit_headers
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[int, _Plan] = {}
         self._dialects: dict[str, Dialect | None] = {}
         self._checked = False
         # Around a FastAPI(root_path=...), which strips it from the paths that it routes, wherever it got them.
@@ -114,7 +119,7 @@ class GuardMiddleware:
             self._check_late(scope)
         found = self._table.find(path := route_path(scope, self._root_path), scope["method"])
         if found == "deny":
-            await _refuse(self._not_listed(scope), scope, send, dialect=None)
+            await _refuse(self._not_listed(scope), scope, send, dialect=None, fields=())
             return
         if found == "pass":
             await self._unguarded(scope, receive, send)
@@ -140,19 +145,16 @@ class GuardMiddleware:
         admission = self.guard.new_admission(context)
         scope[STATE_KEY] = admission
         token = enter(admission)
-        started = False
-
-        async def watch(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+        page = _ErrorPage(admission, send)
         try:
-            await self.app(scope, receive, watch)
-        except LimitExceeded as error:
-            if started or scope["type"] != "http":
+            await self.app(scope, receive, page.send)
+            await page.flush()
+        except Exception as error:
+            refusal = _refusal_behind(error)
+            if refusal is None or page.started or scope["type"] != "http":
+                await page.flush()
                 raise
-            await _refuse(error.denied, scope, send, dialect=None)
+            await _refuse(refusal, scope, send, dialect=None, fields=self.fields(refusal))
         finally:
             leave(token)
             await _finished(admission)
@@ -167,8 +169,9 @@ class GuardMiddleware:
         identity = guard.identity(scope) if guard.identity is not None else None
         session_id = session.extract(scope["headers"], view)
         template = route.path if route is not None else None
+        request_id = _request_id(scope)
         if identity is None:
-            return Context(session=session_id, route=template)
+            return Context(session=session_id, route=template, request_id=request_id)
         return Context(
             caller=identity.caller,
             user=identity.user,
@@ -178,15 +181,22 @@ class GuardMiddleware:
             tags=identity.tags,
             params=identity.params,
             route=template,
+            request_id=request_id,
         )
 
+    def fields(self, denied: Denied) -> list[tuple[bytes, bytes]]:
+        """The rate-limit fields of a refusal."""
+        if not self._fields:
+            return []
+        return rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
+
     def _plan(self, route: Route) -> _Plan:
-        plan = self._plans.get(route.path)
-        if plan is None or plan.route is not route:
+        plan = self._plans.get(id(route))  # the table keeps every route alive
+        if plan is None:
             plan = _Plan(
                 route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared
             )
-            self._plans[route.path] = plan
+            self._plans[id(route)] = plan
         return plan
 
     def _dialect(self, route: Route, path: str) -> Dialect | None:
@@ -197,7 +207,7 @@ class GuardMiddleware:
         if path in self._dialects:
             return self._dialects[path]
         dialect = dialect_for(normalise(path))
-        if len(self._dialects) < _ID_LENGTH:  # paths may be random; what is not kept is worked out again
+        if len(self._dialects) < _PATHS_KEPT:  # paths may be random; what is not kept is worked out again
             self._dialects[path] = dialect
         return dialect
 
@@ -216,7 +226,7 @@ class GuardMiddleware:
             self._check_late(scope)
         found = self._table.find(route_path(scope, self._root_path), None)
         if found == "deny":
-            await _refuse_websocket(self._not_listed(scope), scope, receive, send)
+            await _refuse_websocket(self._not_listed(scope), scope, receive, send, fields=())
             return
         if found == "pass":
             await self._unguarded(scope, receive, send)
@@ -224,27 +234,35 @@ class GuardMiddleware:
         plan = self._plan(found)
         denied, admission = await self._admit_websocket(scope, plan)
         if denied is not None:
-            await _refuse_websocket(denied, scope, receive, send)
+            await _refuse_websocket(denied, scope, receive, send, fields=self.fields(denied))
             return
         scope[STATE_KEY] = admission
         token = enter(admission.scope)
         self.guard.track(admission)
+        closed = False
 
         async def watch_receive() -> Message:
+            nonlocal closed
             message = await receive()
             if message["type"] == "websocket.disconnect":
+                closed = True
                 admission.end()
             return message
 
         async def watch_send(message: Message) -> None:
-            if message["type"] == "websocket.close":
+            nonlocal closed
+            if message["type"] in _CLOSES:
+                closed = True
                 admission.end()
             await send(message)
 
         try:
             await self.app(scope, watch_receive, watch_send)
-        except LimitExceeded as error:
-            code, reason = websocket_close(error.denied)
+        except Exception as error:
+            refusal = _refusal_behind(error)
+            if refusal is None or closed:
+                raise
+            code, reason = websocket_close(refusal)
             await send({"type": "websocket.close", "code": code, "reason": reason})
         finally:
             leave(token)
@@ -338,7 +356,6 @@ class _Exchange:
         "replayed",
         "scope",
         "send",
-        "started",
         "status",
         "streaming",
         "strip",
@@ -367,7 +384,6 @@ class _Exchange:
         self.context: Context | None = None
         self.admission: Admission | None = None
         self.replayed = False
-        self.started = False
         self.done = False
         self.status = 0
         self.strip = False
@@ -464,7 +480,7 @@ class _Exchange:
         body = self.dialect.rewrite(self.view, include_usage=include, max_output_tokens=limit)
         if body is not self.body:
             self.body = body
-            headers = [(name, value) for name, value in self.scope["headers"] if name != b"content-length"]
+            headers = [(name, value) for name, value in self.scope["headers"] if name not in _FRAMING]
             self.scope["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
 
     # ------------------------------------------------------------------------------- handle
@@ -476,15 +492,14 @@ class _Exchange:
         token = enter(admission.scope)
         self.guard.track(admission)
         receive = self.receive if self.body is None else self._replay
+        page = _ErrorPage(admission, self._send)
         try:
-            await self.middleware.app(self.scope, receive, self._send)
-        except LimitExceeded as error:
-            if self.started:
-                raise
-            await self.refuse(error.denied)
+            await self.middleware.app(self.scope, receive, page.send)
+            await page.flush()
         except Exception as error:
             refusal = _refusal_behind(error)
-            if refusal is None or self.started:
+            if refusal is None or page.started:
+                await page.flush()
                 raise
             await self.refuse(refusal)
         finally:
@@ -515,13 +530,15 @@ class _Exchange:
         await self.send(message)
 
     def _start(self, message: Message) -> None:
-        self.started = True
         self.status = message["status"]
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
         headers = list(message.get("headers", ()))
         if self.dialect is not None and (self.strip or not admission.seen):
             self._start_meter(headers)
+            if self.strip and self.meter is not None:
+                headers = [header for header in headers if header[0].lower() != b"content-length"]
+                message["headers"] = headers
         if self.middleware._fields and admission.receipts:
             headers += rate_limit_headers(
                 admission.receipts, self.guard.clock.now_ms(), disclose=self.guard.engine.disclose
@@ -576,10 +593,40 @@ class _Exchange:
 
     async def refuse(self, denied: Denied) -> None:
         dialect = self.dialect.name if self.dialect is not None else None
-        fields: Sequence[tuple[bytes, bytes]] = ()
-        if self.middleware._fields:
-            fields = rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
-        await _refuse(denied, self.scope, self.send, dialect=dialect, fields=fields)
+        await _refuse(denied, self.scope, self.send, dialect=dialect, fields=self.middleware.fields(denied))
+
+
+class _ErrorPage:
+    """Passes a response on, except a 500 after a refusal: that one waits until the application says what went wrong.
+
+    The outermost layer of an application answers every exception before it lets it go on. Where the middleware
+    is around that layer, the answer to a refusal must not be that page.
+    """
+
+    __slots__ = ("_admission", "_held", "_send", "started")
+
+    def __init__(self, admission: Admission, send: Send) -> None:
+        self._admission = admission
+        self._send = send
+        self._held: list[Message] = []
+        self.started = False
+        """Something was passed on."""
+
+    async def send(self, message: Message) -> None:
+        if self._held or (self._admission.refused and message.get("status") == 500 and not self.started):
+            self._held.append(message)
+            if message.get("more_body", False):
+                await self.flush()  # a stream, and no page
+            return
+        self.started = True
+        await self._send(message)
+
+    async def flush(self) -> None:
+        """Pass on what was held back."""
+        held, self._held = self._held, []
+        for message in held:
+            self.started = True
+            await self._send(message)
 
 
 # --------------------------------------------------------------------------------- helpers
@@ -599,40 +646,54 @@ def _opaque(guard: Guard, route: Route) -> bool:
     return not guard.hooked if route.calls == "auto" else route.calls == "opaque"
 
 
-def _refusal_behind(error: BaseException) -> Denied | None:
-    """The refusal of ours that an exception was raised from, or that is alone in a group."""
-    for _ in range(8):  # causes may form a ring
-        if isinstance(error, LimitExceeded):
-            return error.denied
-        if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        elif error.__cause__ is not None:
-            error = error.__cause__
-        else:
-            return None
+def _refusal_behind(error: BaseException, depth: int = 0) -> Denied | None:
+    """The refusal of ours that an exception was raised from; of a group, if it consists of nothing else."""
+    seen: BaseException | None = error
+    while seen is not None and depth < _CAUSES:  # causes may form a ring
+        if isinstance(seen, LimitExceeded):
+            return seen.denied
+        depth += 1
+        if isinstance(seen, BaseExceptionGroup):
+            refusals = [_refusal_behind(each, depth) for each in seen.exceptions]
+            return refusals[0] if None not in refusals else None
+        seen = seen.__cause__
     return None
 
 
 async def _refuse(
-    denied: Denied, scope: Scope, send: Send, *, dialect: str | None, fields: Sequence[tuple[bytes, bytes]] = ()
+    denied: Denied, scope: Scope, send: Send, *, dialect: str | None, fields: Sequence[tuple[bytes, bytes]]
 ) -> None:
-    accept = next(_headers(scope, b"accept"), None)
-    response = render(denied, dialect=dialect, accept=accept, fields=fields)
+    response = _rendered(denied, scope, dialect, fields)
     await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
     body = b"" if scope.get("method") == "HEAD" else response.body
     await send({"type": "http.response.body", "body": body})
 
 
-async def _refuse_websocket(denied: Denied, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse_websocket(
+    denied: Denied, scope: Scope, receive: Receive, send: Send, *, fields: Sequence[tuple[bytes, bytes]]
+) -> None:
     """Answer the handshake: with a whole response where the server can, else by closing."""
     await receive()  # websocket.connect
-    if "websocket.http.response" in scope.get("extensions", {}):
-        response = render(denied, accept=next(_headers(scope, b"accept"), None))
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        response = _rendered(denied, scope, None, fields)
         await send({"type": "websocket.http.response.start", "status": response.status, "headers": response.headers})
         await send({"type": "websocket.http.response.body", "body": response.body})
         return
     code, reason = websocket_close(denied)
     await send({"type": "websocket.close", "code": code, "reason": reason})
+
+
+def _rendered(denied: Denied, scope: Scope, dialect: str | None, fields: Sequence[tuple[bytes, bytes]]) -> Rendered:
+    accept = b", ".join(_headers(scope, b"accept")) or None
+    return render(denied, dialect=dialect, accept=accept, instance=_request_id(scope), fields=fields)
+
+
+def _request_id(scope: Scope) -> str | None:
+    """The request's own id, if it sends one that may stand in records and answers as it is."""
+    ids = list(_headers(scope, b"x-request-id"))
+    if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]):
+        return ids[0].decode("ascii")
+    return None
 
 
 def _headers(scope: Scope, name: bytes) -> Iterator[bytes]:
