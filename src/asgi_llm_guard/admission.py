@@ -18,13 +18,15 @@ Rule 5: after an admission has ended, calls under it claim their own.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import logging
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -33,7 +35,7 @@ from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Engine, Hold
-from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.errors import ContextError, LimitExceeded, StorageError
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import CacheDirective, Policy
 from asgi_llm_guard.pricing import Cost
@@ -62,8 +64,10 @@ class Admission:
     """One request or job: who asks, what was granted, and the calls made inside it."""
 
     __slots__ = (
+        "_calls",
         "_deferred",
         "_ended",
+        "_handed",
         "_lock",
         "_pending",
         "cache",
@@ -89,7 +93,7 @@ class Admission:
         self.hold: Hold | None = None
         """What the request itself holds: rates and slots."""
         self.root: ActiveCall | None = None
-        """The call that the request stands for, until one inside it adopts it."""
+        """The call that the request stands for, until it has ended."""
         self.receipts: tuple[Receipt, ...] = ()
         """Everything that was granted when it was opened."""
         self.cache: CacheDirective | None = None
@@ -101,6 +105,8 @@ class Admission:
         self._deferred: list[ActiveCall] = []
         self._ended = False
         self._pending: Pending[tuple[Settled, ...]] = _NOTHING
+        self._calls: set[ActiveCall] = set()
+        self._handed: list[Pending[tuple[Settled, ...]]] = []
 
     async def open(
         self, call: Call | None, *, requests: bool = True, calls: bool = True, clamp: bool = False
@@ -147,18 +153,67 @@ class Admission:
                 return self._pending
             self._ended = True
             deferred, self._deferred = self._deferred, []
+            # Calls name their admission: without this, only the garbage collector would free the two of them.
+            root, self.root = self.root, None
         settlements = []
         for call in deferred:
-            settlements += call.settlements(None)
-        if self.root is not None:
-            settlement = self.root.close_unseen(answer, status=status, complete=complete)
+            settlements += call.settlements(None, complete=complete)
+        if root is not None:
+            settlement = root.close_unseen(answer, status=status, complete=complete)
             if settlement is not None:
                 settlements.append(settlement)
         if self.hold is not None:
             settlements.append(_request_settlement(self.hold))
         if settlements:
-            self._pending = self.engine.settle(settlements)
+            self._pending = self.settle(settlements)
         return self._pending
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        """Hand over what was used inside this admission; `close` waits until it is written."""
+        pending = self.engine.settle(settlements)
+        if not pending.done():
+            self._handed = [*(before for before in self._handed if not before.done()), pending]
+        return pending
+
+    async def close(self) -> None:
+        """End it, and the calls that nobody can go on with; wait until everything is written.
+
+        Those are the calls that were begun in this task, or in one that is over: in a stream that was
+        left before its end, and that the garbage collector would find some day. Calls of tasks that
+        are still running go on.
+        """
+        self.end(complete=False)
+        if self._calls:
+            this = asyncio.current_task()
+            loop = asyncio.get_running_loop()
+            for call in tuple(self._calls):
+                task = call.task
+                if task is not None and (task is this or (task.done() and task.get_loop() is loop)):
+                    call.end(complete=False)
+        if isinstance(sys.exception(), GeneratorExit):
+            return  # a coroutine that is being closed must not wait
+        for pending in self._handed:
+            if not pending.done():
+                # What the storage does not take is the engine's to try again, and nobody's here.
+                with contextlib.suppress(StorageError):
+                    await asyncio.shield(_result(pending))
+
+    def close_sync(self) -> None:
+        """As `close`, for synchronous code, which leaves no call behind: its blocks end with their function."""
+        self.end(complete=False)
+        for pending in self._handed:
+            with contextlib.suppress(StorageError):
+                pending.result()
+
+    def abort(self) -> None:
+        """End it and every call inside it, though they are still running: by what was seen of them."""
+        self.end(complete=False)
+        for call in tuple(self._calls):
+            call.end(complete=False)
+
+
+async def _result(pending: Awaitable[object]) -> None:
+    await pending
 
 
 _NOTHING = Completed(())
@@ -183,6 +238,7 @@ class ActiveCall:
         "policies",
         "side",
         "taken",
+        "task",
     )
 
     def __init__(
@@ -198,6 +254,8 @@ class ActiveCall:
         """Rates and slots of a `@guarded` function, which last as long as the call."""
         self.taken: frozenset[str] = frozenset()
         """The meters of rates and slots that this scope and those around it hold."""
+        self.task: asyncio.Task[Any] | None = None
+        """The task in which it was claimed."""
         self._state = _State.OPEN
         self._dispatched = False
         self._released = False
@@ -227,15 +285,26 @@ class ActiveCall:
         try:
             if donor is not None and await self._adopt(donor, requests=requests):
                 return
+            requests = requests and self.side is None
             answer = await engine.reserve(self.policies, admission.context, self.call, requests=requests, taken=outer)
             if isinstance(answer, Denied):
                 raise LimitExceeded(answer)  # noqa: TRY301 - handled as one of `_adopt`'s
         except BaseException as error:
             self._state = _State.ENDED
+            if self.side is not None:
+                admission.settle([_request_settlement(self.side)])
+                self.side = None
             admission.refused |= isinstance(error, LimitExceeded)
             raise
-        self.hold = answer.call
-        self._keep_side(answer.request)
+        self._begin(answer.call)
+        if requests:
+            self._keep_side(answer.request)
+
+    def _begin(self, hold: Hold | None) -> None:
+        self.hold = hold
+        with contextlib.suppress(RuntimeError):  # no event loop is running
+            self.task = asyncio.current_task()
+        self.admission._calls.add(self)
 
     def _keep_side(self, side: Hold | None) -> None:
         self.side = side
@@ -265,7 +334,7 @@ class ActiveCall:
         if self.admission.ended:
             settlement = self.close_unseen(None, status=None, complete=False)
             if settlement is not None:
-                self.admission.engine.settle([settlement])
+                self.admission.settle([settlement])
 
     async def _adopt(self, donor: ActiveCall, *, requests: bool) -> bool:
         engine, context = self.admission.engine, self.admission.context
@@ -293,19 +362,19 @@ class ActiveCall:
             back = [Settlement(hold.call_id, ())]
             if side is not None:
                 back.append(Settlement(side.call_id, (), None, side.receipts))
-            engine.settle(back)
+            self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
             donor._take_back()
             if side is not None:
-                engine.settle([Settlement(side.call_id, (), None, side.receipts)])
+                self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
             raise LimitExceeded(amended)
         self._keep_side(side)
         if amended is None:  # it expired meanwhile and is charged; this call claims its own
             with donor._lock:
                 donor._state = _State.ENDED
             return False
-        self.hold = amended
+        self._begin(amended)
         return True
 
     # ------------------------------------------------------------------------------- record
@@ -374,16 +443,20 @@ class ActiveCall:
 
     # ---------------------------------------------------------------------------------- end
 
-    def end(self, error: BaseException | None = None) -> Pending[tuple[Settled, ...]]:
-        """Settle this call. Once; later calls change nothing. An adopted call has nothing to settle."""
-        settlements = self.settlements(error)
-        return self.admission.engine.settle(settlements) if settlements else _NOTHING
+    def end(self, error: BaseException | None = None, *, complete: bool = True) -> Pending[tuple[Settled, ...]]:
+        """Settle this call. Once; later calls change nothing. An adopted call has nothing to settle.
 
-    def settlements(self, error: BaseException | None) -> list[Settlement]:
+        `complete`: nothing more was to come.
+        """
+        settlements = self.settlements(error, complete=complete)
+        return self.admission.settle(settlements) if settlements else _NOTHING
+
+    def settlements(self, error: BaseException | None, *, complete: bool = True) -> list[Settlement]:
         """End this call, and give what the caller has to hand over for it."""
+        self.admission._calls.discard(self)
         settlements = []
         if self._close():
-            settlements.append(self._settlement(self._charge(error)))
+            settlements.append(self._settlement(self._charge(error, complete=complete)))
         with self._lock:
             side, self.side = self.side, None
         if side is not None:
@@ -431,7 +504,10 @@ class ActiveCall:
             if answer.finished and complete:
                 return Charge(outcome="unmetered")
         if error is not None:
-            return Charge(outcome=outcome_of(error))
+            outcome = outcome_of(error)
+            if outcome == "not_dispatched" and self._dispatched and isinstance(error, LimitExceeded):
+                outcome = "unknown"  # a later call was refused; this one is on its way
+            return Charge(outcome=outcome)
         return Charge(outcome="unmetered" if complete and answer is None else "unknown")
 
     def _measured(self, usage: Usage) -> Charge:

@@ -122,6 +122,16 @@ async def test_refusal_inside_a_call_costs_nothing(new_guard: NewGuard) -> None:
     assert await charged(guard) == (0, 0)
 
 
+async def test_refusal_after_dispatch_keeps_the_hold(new_guard: NewGuard) -> None:
+    """A call that is on its way is not taken for unsent because a later one was refused in its block."""
+    guard = guarded(new_guard)
+    with pytest.raises(LimitExceeded):
+        async with guard.open(CONTEXT), call_of(guard) as call:
+            call.dispatched()
+            await guard.call(model=MODEL, input_tokens=10**7).__aenter__()
+    assert await charged(guard) == (1, HELD)
+
+
 @pytest.mark.parametrize("status", [400, 429, 500, 503, 529])
 async def test_error_of_the_provider_costs_an_iteration(new_guard: NewGuard, status: int) -> None:
     """An error answer without usage costs no money, and one iteration."""
