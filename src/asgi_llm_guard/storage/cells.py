@@ -601,7 +601,7 @@ def _judge_distinct(members: Members, claim: Claim, member: str, now_ms: int) ->
     ends = members.ends(meter.key)
     if known:
         others -= 1
-    if known or limit is None or others + claim.amount <= limit:
+    if limit is None or (known and limit > 0) or others + claim.amount <= limit:
         until_ms = now_ms + window.ttl_ms
         if ends is not None and ends[1] > until_ms:
             until_ms = ends[1]
