@@ -698,7 +698,8 @@ def _release(
                 used = cell.used + actual
                 cell.used = used if used <= MAX_AMOUNT else MAX_AMOUNT  # noqa: FURB136 - as in `_take`
         elif cell is None:
-            pass
+            if kind == BUCKET and actual > held:  # empty, with a hold of 0: forgotten, but no less to be charged
+                _debit(cells, receipt, actual - held, now_ms, make=True)
         elif kind == SLIDING:
             parts: Any = cell.parts
             part = parts.get(receipt.pin)
@@ -780,8 +781,6 @@ def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *
     cell = cells.get(meter.key)
     if meter.kind == BUCKET:
         if cell is None:
-            if not make:
-                return
             cell = cells[meter.key] = Cell(BUCKET, 0, 0, now_ms, now_ms)
         at_ms, backlog = _drained(cell, meter, now_ms)
         _fill(cell, meter, at_ms, backlog + amount * window.period_ms)
