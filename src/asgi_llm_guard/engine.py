@@ -14,6 +14,7 @@ import os
 import random
 import threading
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final, Literal
@@ -142,7 +143,7 @@ class Engine:
         self._jitter = jitter or _jitter
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
         self._waiters_lock = threading.Lock()
-        self._unsettled: list[Settlement] = []
+        self._unsettled: deque[Settlement] = deque()
         self._new_owner()
         reference = weakref.ref(self)
 
@@ -321,7 +322,8 @@ class Engine:
             self._cancel(bundles)
             self._storage_failed(error)
             return _UNAVAILABLE
-        except asyncio.CancelledError:
+        except BaseException:
+            # Cancelled, or closed (GeneratorExit) or interrupted while it waited: nobody will take what is granted.
             self._cancel(bundles)
             raise
         if self.failed:
@@ -462,6 +464,8 @@ class Engine:
                     emit(self.observers, SettledCall(settlement.record, settled))
 
     def _try_again(self, settlements: Sequence[Settlement], error: StorageError) -> None:
+        if self._closed:
+            return  # `retire` has charged what was open; there is nobody to try it
         self._storage_failed(error)
         self._unsettled.extend(settlements)
 
@@ -469,9 +473,7 @@ class Engine:
 
     async def heartbeat(self) -> None:
         """Keep this process's holds alive, expire those of dead ones, and retry what could not be settled."""
-        retry, self._unsettled = self._unsettled, []
-        if retry:
-            self.settle(retry)
+        self._settle_again()
         try:
             beat = await self.storage.heartbeat(self.owner)
         except StorageError as error:
@@ -500,15 +502,31 @@ class Engine:
             else:
                 emit(self.observers, SlotOverrun(hold.call_id, tuple(claim.meter.policy for claim in claims)))
 
-    async def close(self) -> None:
-        """Settle what could not be settled, give back what this process holds, let go of the storage."""
-        self._closed = True
-        let_go(self)
-        retry, self._unsettled = self._unsettled, []
+    def _settle_again(self) -> None:
+        retry: list[Settlement] = []
+        while self._unsettled:  # one by one: the storage's thread may add to them meanwhile
+            retry.append(self._unsettled.popleft())
         if retry:
-            await self.settle(retry)
-        with contextlib.suppress(StorageError):
+            self.settle(retry)
+
+    async def retire(self) -> None:
+        """Expire, and charge, what this process still holds, as if it had died. Later settlements correct it.
+
+        When it returns, everything that was handed over before is written.
+        """
+        self._settle_again()
+        self._slots.clear()  # they are given back, and not to be taken again
+        self._retaken.clear()
+        try:
             await self.storage.retire(self.owner)
+        except StorageError as error:
+            self._storage_failed(error)
+
+    async def close(self) -> None:
+        """As `retire`, and let go of the storage."""
+        let_go(self)
+        await self.retire()
+        self._closed = True
         await self.storage.aclose()
 
     def describe_used(self, usage: Usage, cost_nanousd: int | None) -> Call:

@@ -285,7 +285,9 @@ class Guard:
     async def drain(self, timeout_s: float = _DRAIN_S) -> int:
         """Refuse new requests, wait up to `timeout_s` seconds for open ones, settle the rest.
 
-        Gives the number of admissions that had to be settled while they were still running.
+        Calls that are still running are charged for what has been seen of them. When it returns, this
+        process holds nothing, and everything is written. Gives the number of admissions that had to be
+        settled while they were still running.
         """
         self._draining = True
         if self._open_admissions and timeout_s > 0:
@@ -294,10 +296,14 @@ class Guard:
                 await asyncio.wait_for(self._emptied[1].wait(), timeout_s)
             self._emptied = None
         rest = list(self._open_admissions)
-        pending = [admission.end(complete=False) for admission in rest]
-        for done in pending:
-            await done
+        for admission in rest:
+            admission.abort()
+        await self._engine.retire()
         return len(rest)
+
+    def resume(self) -> None:
+        """Take new requests after a `drain`: the application starts again, as it does with every test client."""
+        self._draining = False
 
     async def aclose(self) -> None:
         """Drain, give back what this process still holds, and let go of the storage."""
@@ -334,8 +340,10 @@ class OpenAdmission:
 
     async def __aexit__(self, *exc_info: object) -> None:
         _leave(self._token)
-        self._guard.untrack(self._admission)
-        await self._admission.end()
+        try:
+            await self._admission.close()
+        finally:
+            self._guard.untrack(self._admission)
 
 
 class OpenAdmissionSync:
@@ -358,8 +366,10 @@ class OpenAdmissionSync:
 
     def __exit__(self, *exc_info: object) -> None:
         _leave(self._token)
-        self._guard.untrack(self._admission)
-        self._admission.end().result()
+        try:
+            self._admission.close_sync()
+        finally:
+            self._guard.untrack(self._admission)
 
 
 class OpenCall:

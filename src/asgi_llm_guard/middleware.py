@@ -7,7 +7,6 @@ route asks for `clamp` or `inject_usage`, which change it).
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
@@ -138,26 +137,30 @@ class GuardMiddleware:
 
     async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that claims nothing; calls inside it claim their own."""
-        try:
-            context = self.context(scope, None, self.guard.session, None)
-        except IdentityError:
-            context = Context()
-        admission = self.guard.new_admission(context)
+        admission = self._unclaimed(scope)
         scope[STATE_KEY] = admission
         token = enter(admission)
+        self.guard.track(admission)
         page = _ErrorPage(admission, send)
         try:
             await self.app(scope, receive, page.send)
             await page.flush()
         except Exception as error:
             refusal = _refusal_behind(error)
-            if refusal is None or page.started or scope["type"] != "http":
+            if refusal is None or page.started:
                 await page.flush()
                 raise
             await _refuse(refusal, scope, send, dialect=None, fields=self.fields(refusal))
         finally:
             leave(token)
-            await _finished(admission)
+            await _finished(self.guard, admission)
+
+    def _unclaimed(self, scope: Scope) -> Admission:
+        try:
+            context = self.context(scope, None, self.guard.session, None)
+        except IdentityError:
+            context = Context()
+        return self.guard.new_admission(context)
 
     def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
         """Who asks.
@@ -229,13 +232,15 @@ class GuardMiddleware:
             await _refuse_websocket(self._not_listed(scope), scope, receive, send, fields=())
             return
         if found == "pass":
-            await self._unguarded(scope, receive, send)
+            await self._serve_websocket(scope, receive, send, self._unclaimed(scope))
             return
-        plan = self._plan(found)
-        denied, admission = await self._admit_websocket(scope, plan)
+        denied, admission = await self._admit_websocket(scope, self._plan(found))
         if denied is not None:
             await _refuse_websocket(denied, scope, receive, send, fields=self.fields(denied))
             return
+        await self._serve_websocket(scope, receive, send, admission)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send, admission: Admission) -> None:
         scope[STATE_KEY] = admission
         token = enter(admission.scope)
         self.guard.track(admission)
@@ -266,8 +271,7 @@ class GuardMiddleware:
             await send({"type": "websocket.close", "code": code, "reason": reason})
         finally:
             leave(token)
-            self.guard.untrack(admission)
-            await _finished(admission)
+            await _finished(self.guard, admission)
 
     async def _admit_websocket(self, scope: Scope, plan: _Plan) -> tuple[Denied | None, Admission]:
         guard, route = self.guard, plan.route
@@ -286,7 +290,9 @@ class GuardMiddleware:
     def _lifespan_receive(self, receive: Receive) -> Receive:
         async def drained() -> Message:
             message = await receive()
-            if message["type"] == "lifespan.shutdown":
+            if message["type"] == "lifespan.startup":
+                self.guard.resume()
+            elif message["type"] == "lifespan.shutdown":
                 await self.guard.drain()
             return message
 
@@ -504,10 +510,11 @@ class _Exchange:
             await self.refuse(refusal)
         finally:
             leave(token)
-            self.guard.untrack(admission)
-            if not self.done:
-                admission.end(self._answer(), status=self.status or None, complete=False)
-            await _finished(admission)
+            try:
+                if not self.done:
+                    admission.end(self._answer(), status=self.status or None, complete=False)
+            finally:
+                await _finished(self.guard, admission)
 
     async def _replay(self) -> Message:
         if self.replayed:
@@ -700,16 +707,13 @@ def _headers(scope: Scope, name: bytes) -> Iterator[bytes]:
     return (value for key, value in scope["headers"] if key == name)
 
 
-async def _finished(admission: Admission) -> None:
+async def _finished(guard: Guard, admission: Admission) -> None:
     """Wait until what was handed over is written: the response has ended, so nobody waits for us.
 
     It keeps the task alive until then, which servers wait for when they shut down; so nothing is lost
     where no lifespan event reaches us (mounted applications).
     """
-    pending = admission.end(complete=False)
-    if not pending.done():
-        await asyncio.shield(_result(pending))
-
-
-async def _result(pending: Awaitable[object]) -> None:
-    await pending
+    try:
+        await admission.close()
+    finally:
+        guard.untrack(admission)

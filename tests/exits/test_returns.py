@@ -283,10 +283,10 @@ async def test_file_that_the_server_sends(stage: Stage, tmp_path: Path) -> None:
             sent.append(message["type"])
             if message["type"] == "http.response.pathsend":
                 assert await stage.storage.open_holds() == 0
-                message = {"type": "http.response.body", "body": Path(message["path"]).read_bytes()}
+                message = {"type": "http.response.body", "body": b"hello"}
             await send(message)
 
-        extensions = {"http.response.pathsend": {}}
+        extensions: dict[str, dict[str, object]] = {"http.response.pathsend": {}}
         await app_of(stage, endpoint)({**scope, "extensions": extensions}, receive, sending)
 
     async with stage.serve(app) as server:
