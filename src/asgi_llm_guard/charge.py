@@ -14,6 +14,7 @@ Slots are always given back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -22,6 +23,11 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 
 __all__ = ["Charge", "actuals", "draft"]
+
+# Looking a member up in its enumeration costs as much as all the rest of one claim.
+_NANOUSD: Final = Unit.NANOUSD
+_TOKENS: Final = Unit.TOKENS
+_SLOTS: Final = Unit.SLOTS
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,11 +54,11 @@ def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
     amounts: list[int | None] = []
     for claim in claims:
         unit = claim.meter.unit
-        if unit is Unit.NANOUSD:
+        if unit is _NANOUSD:
             amounts.append(cost_nanousd)
-        elif unit is Unit.TOKENS:
+        elif unit is _TOKENS:
             amounts.append(tokens)
-        elif unit is Unit.SLOTS:
+        elif unit is _SLOTS:
             amounts.append(0)
         else:
             amounts.append(None)

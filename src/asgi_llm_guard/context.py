@@ -36,6 +36,16 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=False):
     """The template of the guarded route that the request came in by."""
 
     def __post_init__(self) -> None:
+        # The usual case first: one of these is made for every request.
+        if type(self.departments) is tuple and type(self.tags) is tuple:
+            for value in (self.caller, self.user, self.agent, self.session):
+                if value is not None and (type(value) is not str or not value):
+                    break
+            else:
+                return
+        self._check()
+
+    def _check(self) -> None:
         for name in ("caller", "user", "agent", "session"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):

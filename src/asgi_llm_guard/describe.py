@@ -12,6 +12,7 @@ from asgi_llm_guard.estimate import input_tokens as tokens_of_body
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.pricing.cards import RateCard
 from asgi_llm_guard.wire.base import Ask
 from asgi_llm_guard.wire.peek import BodyView
 
@@ -105,23 +106,23 @@ class Describer:
             requested=ask.model,
             dialect=dialect,
             input_tokens=min(tokens_of_body(view, model=bare, window=window, counter=self._counter), MAX_AMOUNT),
+            output_tokens=self._output_tokens(ask.max_output_tokens, assumed_output_tokens, card, ask.choices),
             max_output_tokens=ask.max_output_tokens,
             choices=ask.choices,
             stream=ask.stream,
         )
         tier = view.get("service_tier") if "service_tier" in view else None
-        return self._bounded(call, assumed_output_tokens, tier if isinstance(tier, str) else None)
+        return self.prices.quote(call, self._clock.now_ms(), service_tier=tier if isinstance(tier, str) else None)
 
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
-    def _bounded(self, call: Call, assumed_output_tokens: int | None, service_tier: str | None = None) -> Call:
+    def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
         card = self.prices.resolve(call.provider, call.model)
-        bound = output_tokens(
-            call.max_output_tokens,
-            assumed_output_tokens or self._assumed_output_tokens,
-            card.max_output_tokens if card is not None else None,
-            call.choices,
-        )
-        return self.prices.quote(replace(call, output_tokens=bound), self._clock.now_ms(), service_tier=service_tier)
+        bound = self._output_tokens(call.max_output_tokens, assumed_output_tokens, card, call.choices)
+        return self.prices.quote(replace(call, output_tokens=bound), self._clock.now_ms())
+
+    def _output_tokens(self, limit: int | None, assumed: int | None, card: RateCard | None, choices: int) -> int:
+        model_max = card.max_output_tokens if card is not None else None
+        return output_tokens(limit, assumed or self._assumed_output_tokens, model_max, choices)

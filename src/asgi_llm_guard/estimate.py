@@ -220,9 +220,13 @@ def message_tokens(
 def output_tokens(max_output_tokens: int | None, assumed: int | None, model_max: int | None, choices: int = 1) -> int:
     """The most output tokens over all choices: the request's own limit, else the policy's assumption, else the
     model's maximum, else `DEFAULT_OUTPUT_TOKENS`; times the choices. From 0 to 2^53 - 1."""
-    each = next(
-        (limit for limit in (max_output_tokens, assumed, model_max) if limit is not None), DEFAULT_OUTPUT_TOKENS
-    )
+    each = max_output_tokens
+    if each is None:
+        each = assumed if assumed is not None else model_max
+    if each is None:
+        each = DEFAULT_OUTPUT_TOKENS
+    if 0 <= each <= MAX_AMOUNT and choices == 1:
+        return each
     return min(max(each, 0) * max(choices, 1), MAX_AMOUNT)
 
 

@@ -48,9 +48,9 @@ def ask(
     """
     request_claims: list[Claim] = []
     call_claims: list[Claim] = []
+    parts: list[tuple[list[Claim], tuple[Claim, ...]]] = []
     shadow: list[Refusal] = []
     cache: CacheDirective | None = None
-    seen: dict[str, tuple[list[Claim], int]] = {}
     for policy in policies:
         if policy.counts == "calls":
             if not calls:
@@ -67,7 +67,22 @@ def ask(
             shadow.append(verdict.shadow_refusal)
         if verdict.cache is not None:
             cache = verdict.cache
-        for claim in verdict.claims:
+        parts.append((claims, verdict.claims))
+        claims += verdict.claims
+    keys = {claim.meter.key for claim in call_claims}
+    keys.update([claim.meter.key for claim in request_claims])
+    if taken or len(keys) < len(call_claims) + len(request_claims):
+        request_claims.clear()
+        call_claims.clear()
+        _add_each(parts, taken)
+    return Asked(tuple(request_claims), tuple(call_claims), None, tuple(shadow), cache)
+
+
+def _add_each(parts: Iterable[tuple[list[Claim], tuple[Claim, ...]]], taken: AbstractSet[str]) -> None:
+    """Add the claims of each part to its list, one by one: without those in `taken`, and merged where they meet."""
+    seen: dict[str, tuple[list[Claim], int]] = {}
+    for claims, more in parts:
+        for claim in more:
             key = claim.meter.key
             if key in taken:
                 continue
@@ -78,7 +93,6 @@ def ask(
             else:
                 where, index = earlier
                 where[index] = _merge(where[index], claim)
-    return Asked(tuple(request_claims), tuple(call_claims), None, tuple(shadow), cache)
 
 
 def _merge(one: Claim, other: Claim) -> Claim:
