@@ -72,6 +72,7 @@ OVERFLOW_SESSION: Final = "\x00overflow"
 _NONE: AbstractSet[str] = frozenset()
 _METERS_KEPT: Final = 4096
 _FIRST_PAUSE_S: Final = 0.005
+_SLOTS: Final = Unit.SLOTS  # kept: looking it up costs more than the rest of the loop that asks for it
 
 _UNAVAILABLE: Final = Refusal(
     policy="guard",
@@ -253,7 +254,9 @@ class Engine:
             return hold
         bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms))
         try:
-            answer = await self._waiting(lambda: self.storage.amend(self.owner, bundle))
+            answer = await self.storage.amend(self.owner, bundle)
+            if isinstance(answer, Refused) and self.hold_wait_s:
+                answer = await self._waiting(answer, lambda: self.storage.amend(self.owner, bundle))
         except StorageError as error:
             self._storage_failed(error)
             return self._denied(context, call, refuse(_UNAVAILABLE, statuses=self.statuses, now_ms=now_ms))
@@ -316,7 +319,9 @@ class Engine:
         if not bundles:
             return Granted((), self.clock.now_ms())
         try:
-            answer = await self._waiting(lambda: self.storage.reserve(self.owner, (bundles,)))
+            answer = await self.storage.reserve(self.owner, (bundles,))
+            if isinstance(answer, Refused) and self.hold_wait_s:
+                answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, (bundles,)))
         except StorageError as error:
             # The outcome is unknown: if it was granted it is given back, if it comes late it is refused.
             self._cancel(bundles)
@@ -333,11 +338,8 @@ class Engine:
             return _UNAVAILABLE
         return answer
 
-    async def _waiting(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Ask; where only holds of others stand in the way, wait for them up to `hold_wait_s`."""
-        answer = await attempt()
-        if not isinstance(answer, Refused) or not self.hold_wait_s or not held_by_others(answer.states[0]):
-            return answer
+    async def _waiting(self, answer: Answer, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Where only holds of others stand in the way, wait for them up to `hold_wait_s`, and ask again."""
         if len(self._waiters) >= self.max_waiting:
             return answer
         loop = asyncio.get_running_loop()
@@ -371,20 +373,20 @@ class Engine:
     def _granted(
         self, asked: Asked, bundles: tuple[Bundle, ...], granted: Granted, context: Context, call: Call | None
     ) -> Reserved:
-        holds = []
+        call_hold = request_hold = None
         first = 0
         for bundle in bundles:
             last = first + len(bundle.claims)
-            holds.append(Hold(bundle.call_id, bundle.claims, granted.receipts[first:last], bundle.draft))
+            hold = Hold(bundle.call_id, bundle.claims, granted.receipts[first:last], bundle.draft)
             first = last
-        call_hold = holds.pop(0) if bundles and bundles[0].draft is not None else None
-        request_hold = holds[0] if holds else None
-        for hold in (call_hold, request_hold):
-            if hold is not None:
-                for claim in hold.claims:
-                    if claim.meter.unit is Unit.SLOTS:
-                        self._slots[hold.call_id] = hold
-                        break
+            if bundle.draft is not None:
+                call_hold = hold
+            else:
+                request_hold = hold
+            for claim in bundle.claims:
+                if claim.meter.unit is _SLOTS:
+                    self._slots[hold.call_id] = hold
+                    break
         if self.observers:
             self._observe(context, call, granted)
         return Reserved(request_hold, call_hold, call, granted, asked.cache)
