@@ -18,11 +18,11 @@ from tests.storage.values import (
     take,
 )
 
-from asgi_llm_guard.claims import Claim, Granted
+from asgi_llm_guard.claims import Bundle, Ended, Granted
 from asgi_llm_guard.storage.base import LAPSE_MS, Storage
 from asgi_llm_guard.storage.cells import GRACE_MS
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Bucket, Distinct, Rolling
+from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Slots
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +32,28 @@ async def test_a_limit_lowered_to_zero_blocks_known_ids_too(storage: Storage) ->
     await take(storage, "a", claim(meter(Distinct(HOUR_MS), 2), 1, "x"))
     (state,) = await refuse(storage, "b", claim(meter(Distinct(HOUR_MS), 0), 1, "x"))
     assert (state.used, state.fits, state.resets_at_ms) == (0, False, None)
+
+
+async def test_a_hold_that_a_lapsed_owner_took_over_expires_with_it(mortal: Storage, clock: FrozenClock) -> None:
+    """An owner that had lapsed when it amended a hold of another is registered anew; should it die, the hold expires."""
+    on = meter(Slots(), 1)
+    await mortal.heartbeat(OTHER)
+    clock.advance(ms=LAPSE_MS)
+    await take(mortal, "a", claim(on))
+    await mortal.heartbeat(ME)
+    assert isinstance(await mortal.amend(OTHER, Bundle("a", (claim(on),))), Granted)
+    clock.advance(ms=LAPSE_MS)
+    assert isinstance(await ask(mortal, "b", claim(on)), Granted)
+    assert isinstance(await ask(mortal, "a", claim(on)), Ended)
+
+
+async def test_amend_by_a_lapsed_owner_does_not_revive_its_holds(mortal: Storage, clock: FrozenClock) -> None:
+    """A process that lapsed learns by its next amend, as by its next reserve, that its older holds are gone."""
+    on = meter(Slots(), 5)
+    await take(mortal, "a", claim(on))
+    clock.advance(ms=LAPSE_MS)
+    assert await mortal.amend(ME, Bundle("a", (claim(on, 2),))) == Ended("a", "expired", clock.now_ms())
+    assert await level(mortal, on) == (0, 0)
 
 
 async def fill_with_others(storage: Storage, number: int = 20) -> None:

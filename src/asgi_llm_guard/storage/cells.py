@@ -878,6 +878,9 @@ def amend(state: State, owner: str, bundle: Bundle, now_ms: int) -> Granted | Re
     Raises:
         ValueError: two claims on one meter, or a `Distinct` claim without a member.
     """
+    mine = state.owners.get(owner)
+    if mine is not None and mine.lapse_at_ms <= now_ms:
+        sweep(state, now_ms)  # as in `reserve`
     while True:
         hold = state.holds.get(bundle.call_id)
         if hold is None:
@@ -887,8 +890,10 @@ def amend(state: State, owner: str, bundle: Bundle, now_ms: int) -> Granted | Re
             hold.receipts = answer.receipts
             hold.draft = bundle.draft
             hold.owner = owner
-            if owner not in state.owners:
+            if mine is None:
                 state.owners[owner] = Owner(now_ms + state.lapse_ms)
+            elif mine.lapse_at_ms <= now_ms:
+                mine.lapse_at_ms = now_ms + state.lapse_ms
             return answer
         if not any_lapsed(state, now_ms):
             return answer
