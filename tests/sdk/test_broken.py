@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import httpx2
@@ -159,3 +160,33 @@ async def test_provider_that_does_not_answer_in_time() -> None:
 
     assert (response.status_code, response.json()["error"]["message"]) == (504, "The provider did not answer in time.")
     assert (record.outcome, record.cost_nanousd) == ("unknown", record.estimate_nanousd)
+
+
+async def test_caller_that_leaves_a_json_call(storage: str) -> None:
+    """A JSON answer that nobody waits for any more is generated and billed all the same, and charged exactly."""
+    async with example(storage, *policies()) as service:
+        service.provider.script(Behaviour.hang())
+        leaving = asyncio.create_task(service.ask("async", retries=0))
+        await service.provider.until(lambda: service.provider.open == 1)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        service.provider.release()
+
+        billed, charged, held = await bounds(service)
+        assert 0 < billed == charged < held
+        assert (await service.the_record()).outcome == "measured"
+
+
+async def test_loop_of_broken_streams_ends(storage: str) -> None:
+    """Streams that break off count as calls: a session that retries them for ever is stopped."""
+    async with example(storage, Iterations(2)) as service:
+        service.provider.script(*[Behaviour.cut(after_chunks=1)] * 9)
+        for _ in range(2):
+            with pytest.raises(openai.APIError, match="broke off"):
+                await service.ask("async stream", session="s")
+        with pytest.raises(openai.RateLimitError, match="has used up its calls"):
+            await service.ask("async stream", session="s")
+
+        assert (service.requests.count, service.provider.calls) == (3, 2)
+        assert len(await service.records()) == 2
