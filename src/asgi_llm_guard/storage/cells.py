@@ -986,7 +986,11 @@ def _read(state: State, meter: Meter, now_ms: int) -> Reading:
     if meter.kind == SLIDING:
         size = window.period_ms // window.buckets
         used, held = _live(cell, max(cell.start, now_ms // size) - window.buckets)
-        return Reading(used, held, (cell.start + window.buckets + 1) * size if used or held else None)
+        if not used and not held:
+            return Reading(0, 0, None)
+        parts: Any = cell.parts
+        newest = next(index for index in reversed(parts) if any(parts[index]))
+        return Reading(used, held, (newest + window.buckets + 1) * size)
     if now_ms >= cell.end:
         return Reading(0, 0, None)
     return Reading(cell.used, cell.held, cell.end)
