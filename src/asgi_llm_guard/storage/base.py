@@ -23,14 +23,19 @@ expires every hold of lapsed owners, and so does a `reserve` that would otherwis
 held amounts become used ones (meters with `expiry_charge="nothing"`: are given back), slots are
 freed, and one record with outcome `expired` and the held cost is appended for each hold that has
 a draft. Expiring is idempotent. A settlement that comes after it debits `actual - held` where
-positive, and puts its record, flagged `late`, in the place of the estimate.
+positive, and puts its record, flagged `late`, in the place of the estimate. A `reserve` or
+`amend` by an owner that has itself lapsed expires first, then registers the owner anew; its next
+heartbeat still tells it so, for a day after the lapse.
 
 Rule 6: settling a call id that was never reserved leaves a tombstone, so that a reserve that was
 overtaken by its own cancellation is refused. With receipts, the actuals are charged (`lost`).
-Tombstones live for `tombstone_ms`; the ledger's unique call id guards beyond that.
+Tombstones live for `tombstone_ms`; the ledger's unique call id guards beyond that: a call id that
+only the ledger knows has been settled.
 
 Rule 7: the storage's own clock decides. A clock that steps back never reopens a window instance
-and never refills a bucket.
+and never refills a bucket. What has ended may be forgotten: windows that hold nothing ten minutes
+after their end, tombstones and distinct ids at once. A clock that steps back across that much finds
+either.
 
 Rule 8: a hold handed over by `settle` is settled before any later `reserve` of the same process
 is decided.
@@ -121,8 +126,8 @@ class Storage(Protocol):
     async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended:
         """Replace the claims (and the draft) of the open hold `bundle.call_id`, or change nothing.
 
-        A claim on the same meter with the same amount, under no lower limit, keeps its receipt and
-        its pinned window.
+        The hold is then `owner`'s. A claim that was taken on the same meter with the same amount, under
+        no lower limit, keeps its receipt and its pinned window.
         A claim on the same meter with another amount or a lower limit is judged and changed in the
         pinned window if that is still the current one, else taken whole from the current one. Meters that are no longer
         claimed are given back. Fitting is judged as if the old hold were not there.
@@ -155,7 +160,11 @@ class Storage(Protocol):
         ...
 
     async def reset(self, meters: Sequence[Meter]) -> None:
-        """Set the used amount of each meter to 0 and start its window anew. Open holds stay held."""
+        """Set the used amount of each meter to 0 and start its window anew. Open holds stay held.
+
+        An instance (or sub-bucket) of which something is held keeps its pin, so what was pinned to it
+        still settles into it; one of which nothing is held is over.
+        """
         ...
 
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
