@@ -8,6 +8,7 @@
 --   tombstones   one row per call id that has ended without a row in the ledger, or that expired;
 --                for ten minutes
 --   owners       one row per process: until when its last heartbeat keeps its holds
+--   turns        one row per recent transaction: which rows it changed that other processes may remember
 --   templates    what meters have in common: policy, limit, window; as many as were ever configured
 --   ledger       one row per finished call: what reports read
 --
@@ -59,6 +60,12 @@ CREATE TABLE owners (
     lapse_at_ms INTEGER NOT NULL,
     lapsed_ms INTEGER NOT NULL
 ) WITHOUT ROWID;
+
+-- `changed` is MessagePack: keys of cells, then call ids of holds. NULL: whatever is remembered is in doubt.
+CREATE TABLE turns (
+    turn INTEGER PRIMARY KEY,
+    changed BLOB
+);
 
 CREATE TABLE templates (
     id INTEGER PRIMARY KEY,

@@ -4,8 +4,9 @@ What the operations of a turn need is read in a few statements, the functions of
 on it in the order of the operations, and what differs afterwards is written: one row per changed
 meter and turn, however many operations changed it.
 
-What was read or written stays in memory for the next turn, for as long as no other connection
-has changed the file (`PRAGMA data_version`). A rollback forgets all of it.
+What was read or written stays in memory for the next turn. If another connection has changed the
+file meanwhile (`PRAGMA data_version`), the table `turns` says which rows are to be read again. A
+rollback forgets all of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
 from asgi_llm_guard.storage.sqlite_members import SqliteMembers
 from asgi_llm_guard.storage.sqlite_tables import (
     CELL_COLUMNS,
+    DELETE_CELL,
+    DELETE_HOLD,
+    DELETE_OWNER,
+    DELETE_TOMBSTONE,
+    DELETE_TURN,
+    INSERT_TURN,
     UPSERT_CELL,
     UPSERT_HOLD,
     UPSERT_OWNER,
@@ -40,6 +47,7 @@ from asgi_llm_guard.storage.sqlite_tables import (
     row_of_cell,
     tombstone_of_row,
     tombstone_row,
+    write_rows,
 )
 from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
 from asgi_llm_guard.usage import UsageRecord
@@ -64,7 +72,16 @@ _TIDY_ROWS: Final = 4096
 """How many rows of each table that is: more than as many operations make."""
 
 _MAX_CACHED: Final = 50_000
-"""How many cells, or written holds, are kept in memory at most."""
+"""How many cells, or holds, are kept in memory at most."""
+
+_KEPT_TURNS: Final = 64
+"""Who has missed more turns than that reads everything anew."""
+
+_ALONE: Final = 16
+"""After so many turns in a row, nobody is told any more what changes in them: the first to come reads everything anew."""
+
+_encode_changed = msgspec.msgpack.Encoder().encode
+_decode_changed = msgspec.msgpack.Decoder(tuple[list[str], list[str]]).decode
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -257,12 +274,13 @@ class SqliteDatabase:
         self._ledger = _Ledger()
         self._state = State(members=self._members, ledger=self._ledger, lapse_ms=lapse_ms, tombstone_ms=tombstone_ms)
         self._version = -1
+        self._turn = -1
+        self._turns_alone = 0
+        self._changed: tuple[list[str], list[str]] = ([], [])
         # Cells as they are in the file, and the keys of those that no other process can have changed.
         self._cell_rows: dict[str, tuple[object, ...]] = {}
         self._trusted: set[str] = set()
         self._owner_rows: dict[str, tuple[int, int]] = {}
-        # Holds that this process wrote, and as what: found unchanged, they need no decoding.
-        self._written: dict[str, tuple[bytes, Hold]] = {}
         self._untidied = 0
         self._tidied_to = ""
 
@@ -274,8 +292,7 @@ class SqliteDatabase:
                 if isinstance(group, _Group):
                     replies += self._decide(group, now_ms)
                 else:
-                    self._forget()
-                    replies.append(group.run(self._connection, self._codec))
+                    replies.append(self._run(group))
         self._untidied += len(operations)
         return replies
 
@@ -296,6 +313,15 @@ class SqliteDatabase:
         self._connection.close()
         self._queue.close()
 
+    def _run(self, operation: TableOperation[object]) -> object:
+        changes = self._connection.total_changes
+        reply = operation.run(self._connection, self._codec)
+        if self._connection.total_changes != changes:
+            self._forget()
+            self._turns_alone = _ALONE  # in this turn more has changed than could be told
+            self._changed[0].append("")
+        return reply
+
     # ---------------------------------------------------------------------------- transaction
 
     @contextmanager
@@ -313,15 +339,19 @@ class SqliteDatabase:
                 raise
             try:
                 version = self._connection.execute("PRAGMA data_version").fetchone()[0]
-                if len(self._cell_rows) > _MAX_CACHED or len(self._written) > _MAX_CACHED:
+                if len(self._cell_rows) > _MAX_CACHED or len(self._state.holds) > _MAX_CACHED:
                     self._forget()
-                elif version != self._version:
-                    self._distrust()
+                if version != self._version or self._turn < 0:
+                    self._catch_up()
+                else:
+                    self._turns_alone += 1
                 self._version = version
                 yield self._clock.now_ms()
+                self._tell_changes()
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._forget()
+                self._turn = -1
                 self._codec = HoldCodec(self._connection)
                 if self._connection.in_transaction:  # some errors have rolled it back already
                     self._connection.execute("ROLLBACK")
@@ -339,21 +369,57 @@ class SqliteDatabase:
     def _locked(self) -> str:
         return f"{self._path}: other processes kept it locked for more than {self._timeout_s} s; the operation had no effect"
 
-    def _distrust(self) -> None:
-        """Another process has written: what is known has to be looked up again."""
-        self._trusted.clear()
-        self._state.holds.clear()
+    def _catch_up(self) -> None:
+        """Other connections have written: what they changed has to be looked up again."""
+        self._turns_alone = 0
+        turns = self._connection.execute(
+            "SELECT turn, changed FROM turns WHERE turn > ? ORDER BY turn", (self._turn,)
+        ).fetchall()
+        if not turns or turns[0][0] != self._turn + 1 or not all(changed for _, changed in turns):
+            self._distrust()
+            if turns or self._turn < 0:
+                self._turn = turns[-1][0] if turns else 0
+            return
+        self._turn = turns[-1][0]
+        for _, changed in turns:
+            keys, calls = _decode_changed(changed)
+            self._trusted.difference_update(keys)
+            for call_id in calls:
+                self._state.holds.pop(call_id, None)
+        self._look_again()
+
+    def _tell_changes(self) -> None:
+        """Note for other processes what this turn has changed of what they may remember."""
+        keys, calls = self._changed
+        if not keys and not calls:
+            return
+        self._turn += 1
+        data = _encode_changed(self._changed) if self._turns_alone < _ALONE else None
+        self._many(INSERT_TURN, [(self._turn, data)])
+        self._many(DELETE_TURN, [(self._turn - _KEPT_TURNS,)])
+        keys.clear()
+        calls.clear()
+
+    def _look_again(self) -> None:
+        """Forget what is so little that its changes are not noted."""
         self._state.owners.clear()
         self._owner_rows.clear()
         self._members.forget()
+
+    def _distrust(self) -> None:
+        """Whatever is known has to be looked up again."""
+        self._trusted.clear()
+        self._state.holds.clear()
+        self._look_again()
 
     def _forget(self) -> None:
         self._distrust()
         self._state.cells.clear()
         self._state.ended.clear()
         self._cell_rows.clear()
-        self._written.clear()
         self._ledger.clear()
+        for changed in self._changed:
+            changed.clear()
 
     # ------------------------------------------------------------------------------- deciding
 
@@ -405,9 +471,7 @@ class SqliteDatabase:
 
     def _known_hold(self, call_id: str, data: bytes) -> None:
         if call_id not in self._state.holds:
-            written = self._written.get(call_id)
-            known = written is not None and written[0] == data
-            self._state.holds[call_id] = written[1] if known and written is not None else self._codec.decode(data)
+            self._state.holds[call_id] = self._codec.decode(data)
 
     def _read_cells(self, keys: set[str]) -> None:
         rows, found = self._cell_rows, self._state.cells
@@ -443,21 +507,23 @@ class SqliteDatabase:
                     known[key] = row
                     rows.append(row)
         self._many(UPSERT_CELL, rows)
+        self._changed[0].extend([row[0] for row in rows])
 
     def _write_holds(self, before: dict[str, Hold | None], amended: set[str]) -> None:
         rows, gone = [], []
+        changed = self._changed[1]
         for call_id, old in before.items():
             hold = self._state.holds.get(call_id)
             if hold is None:
                 if old is not None:
                     gone.append((call_id,))
-                    self._written.pop(call_id, None)
             elif hold is not old or call_id in amended:
-                row = hold_row(hold, self._codec)
-                self._written[call_id] = (row[2], hold)
-                rows.append(row)
+                rows.append(hold_row(hold, self._codec))
+                if old is not None:
+                    changed.append(call_id)
         self._many(UPSERT_HOLD, rows)
-        self._many("DELETE FROM holds WHERE call_id = ?", gone)
+        self._many(DELETE_HOLD, gone)
+        changed.extend([call_id for (call_id,) in gone])
 
     def _write_ended(self, before: dict[str, Tombstone]) -> None:
         rows, gone = [], [(call_id,) for call_id in before.keys() - self._state.ended.keys()]
@@ -471,7 +537,7 @@ class SqliteDatabase:
                 continue
             rows.append(tombstone_row(call_id, tombstone, self._codec))
         self._many(UPSERT_TOMBSTONE, rows)
-        self._many("DELETE FROM tombstones WHERE call_id = ?", gone)
+        self._many(DELETE_TOMBSTONE, gone)
 
     def _write_owners(self) -> None:
         rows, owners = [], self._state.owners
@@ -484,7 +550,7 @@ class SqliteDatabase:
         for name in gone:
             del self._owner_rows[name]
         self._many(UPSERT_OWNER, rows)
-        self._many("DELETE FROM owners WHERE owner = ?", [(name,) for name in gone])
+        self._many(DELETE_OWNER, [(name,) for name in gone])
 
     def _write_records(self, rows: dict[int, tuple[object, ...]]) -> None:
         added = self._ledger.added.values()
@@ -492,7 +558,7 @@ class SqliteDatabase:
 
     def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
         if rows:
-            self._connection.executemany(statement, rows)
+            write_rows(self._connection, statement, rows)
 
     # -------------------------------------------------------------------------------- tidying
 
@@ -508,8 +574,9 @@ class SqliteDatabase:
         ).fetchall()
         self._tidied_to = last[0] if last else ""
         gone = [(key,) for key, cell in map(cell_of_row, rows) if cells.disposable(cell, now_ms)]
-        self._many("DELETE FROM cells WHERE key = ?", gone)
+        self._many(DELETE_CELL, gone)
         for (key,) in gone:
+            self._changed[0].append(key)
             self._state.cells.pop(key, None)
             self._cell_rows.pop(key, None)
             self._trusted.discard(key)
