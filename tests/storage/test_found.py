@@ -8,6 +8,7 @@ from tests.storage.values import (
     HOUR_MS,
     ME,
     OTHER,
+    START_MS,
     Make,
     ask,
     claim,
@@ -18,11 +19,11 @@ from tests.storage.values import (
     take,
 )
 
-from asgi_llm_guard.claims import Bundle, Ended, Granted
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Reading
 from asgi_llm_guard.storage.base import LAPSE_MS, Storage
 from asgi_llm_guard.storage.cells import GRACE_MS
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Slots
+from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Sliding, Slots
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +55,16 @@ async def test_amend_by_a_lapsed_owner_does_not_revive_its_holds(mortal: Storage
     clock.advance(ms=LAPSE_MS)
     assert await mortal.amend(ME, Bundle("a", (claim(on, 2),))) == Ended("a", "expired", clock.now_ms())
     assert await level(mortal, on) == (0, 0)
+
+
+async def test_a_reading_names_when_the_last_use_leaves(storage: Storage, clock: FrozenClock) -> None:
+    """A sub-bucket in which nothing is left puts off no reset."""
+    on = meter(Sliding(10_000, 10), 10)
+    await take(storage, "a", claim(on, 3))
+    clock.advance(ms=5_000)
+    await take(storage, "b", claim(on, 2))
+    await settle(storage, "b", 0)
+    assert await storage.read((on,)) == (Reading(0, 3, START_MS + 11_000),)
 
 
 async def fill_with_others(storage: Storage, number: int = 20) -> None:
