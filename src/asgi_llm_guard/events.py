@@ -92,7 +92,11 @@ Event = Admission | Refused | ShadowMisfit | SettledCall | Expired | SlotOverrun
 
 
 class Observer(Protocol):
-    """Is told every event, in order, on the path that caused it: be quick, or hand it on."""
+    """Is told every event, on the path that caused it: be quick, or hand it on.
+
+    That may be a thread of the storage (`SettledCall`, with SQLite) or of synchronous code: be safe to call
+    from any.
+    """
 
     def __call__(self, event: Event, /) -> None: ...
 

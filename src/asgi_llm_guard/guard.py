@@ -79,7 +79,8 @@ class Guard:
         assumed_input_tokens: the input of a call that is described without its text.
         assumed_output_tokens: the output of a call without a limit of its own; `None`: the model's maximum.
         counter: an exact token counter in place of the bound by bytes.
-        max_body_bytes: the longest request body that is read where a dialect is declared; longer ones get a 413.
+        max_body_bytes: the longest request body that is read where a dialect is known or a session
+            extractor needs it, in bytes; longer ones get a 413.
 
     Raises:
         ConfigurationError: an argument is wrong; here, never at request time.
@@ -306,7 +307,7 @@ class Guard:
         self._draining = False
 
     async def aclose(self) -> None:
-        """Drain, give back what this process still holds, and let go of the storage."""
+        """Drain without waiting, settle what the storage did not take before, and let go of the storage."""
         await self.drain(0)
         await self._engine.close()
 

@@ -48,7 +48,7 @@ class Route:
     """Ask the provider for usage on streams, and take the extra chunk out for clients that did not ask.
     Changes the body."""
     assumed_output_tokens: int | None = None
-    """Held for a request without an output limit of its own; `None`: the model's maximum."""
+    """Held for a request without an output limit of its own; `None`: the guard's, else the model's maximum."""
     release_on_4xx: bool = False
     """Charge nothing when the response is a 4xx and no call was seen."""
     session: Any = None

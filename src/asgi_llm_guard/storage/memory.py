@@ -1,4 +1,4 @@
-"""Storage in the memory of one process: for tests, for single-process services, and as the local fallback.
+"""Storage in the memory of one process: for tests, and for services of a single process.
 
 Exact over threads and event loops of this process; nothing is shared with others and nothing
 survives it. What is over is forgotten a few entries at a time, in every operation that adds some.
