@@ -153,3 +153,19 @@ async def test_turns_that_are_over_are_not_kept(path: Path) -> None:
         assert connection.execute("SELECT count(*), count(changed) FROM turns").fetchone() == (64, 4)
     await storage.aclose()
     await other.aclose()
+
+
+async def test_one_who_missed_more_turns_than_are_kept_sees_them_all(path: Path) -> None:
+    """What has changed in turns whose notes are gone is read anew, also where the notes that are left name nothing of it."""
+    early, late = money(None, "early"), money(None, "late")
+    mine, others = SqliteStorage(path), [SqliteStorage(path), SqliteStorage(path)]
+    assert await used(mine, early) == 0
+    assert type(await take(mine, "call", Claim(early, CENT))) is Granted
+    (settled,) = await others[0].settle([Settlement("call", (2 * CENT,))])
+    assert settled.status == "settled"
+    for number in range(MANY):  # by turns, so that each notes all for the other
+        await spend(others[number % 2], f"late-{number}", late)
+    assert await used(mine, early) == 2 * CENT
+    assert (await mine.settle([Settlement("call", (CENT,))]))[0].status == "duplicate"
+    for storage in (mine, *others):
+        await storage.aclose()
