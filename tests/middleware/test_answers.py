@@ -533,3 +533,25 @@ async def test_slots_are_free_after_the_response() -> None:
     with pytest.raises(KeyError):
         await ask(guarded(raises(KeyError), guard))
     assert (await ask(guarded(Provider(), guard))).status == 200
+
+
+async def test_calls_of_one_request_at_the_same_time() -> None:
+    """Ten guarded calls at once inside one request are ten: one adopts what the request claimed, nine claim their own."""
+    guard = new_guard(Iterations(10), Budget("$1/1d", per="caller"))
+    call = guarded_function(**BOUND)(once_more)
+
+    async def handler(request: Request) -> PlainTextResponse:
+        together = asyncio.Barrier(10)
+        await asyncio.gather(*(call(together) for _ in range(10)))
+        return PlainTextResponse("an answer")
+
+    app = Starlette(routes=[Path("/agents", handler, methods=["POST"])])
+    app.add_middleware(GuardMiddleware, guard=guard)
+    assert (await ask(app, path="/agents")).status == 200
+    assert (await ask(app, path="/agents")).status == 429
+    assert len(await ledger(guard)) == 10
+
+
+async def once_more(together: asyncio.Barrier) -> None:
+    """Every call is open while all others are."""
+    await together.wait()
