@@ -463,6 +463,58 @@ def test_mistral_names() -> None:
     assert answer.text_bytes == len("hmyes")
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"object": "chat.completion", "model": "m", "service_tier": "flex"},
+        {"object": "error", "message": "no"},
+        {"object": 7},
+        {"error": None},
+        {"error": {"message": "no"}},
+        {"model": "m" * 300, "service_tier": "\n"},
+        {"model": ["m"]},
+        {"choices": []},
+        {"choices": {}},
+        {"choices": [None, {"message": {"content": "one"}}]},
+        {"choices": [{"message": None}, {"message": {"content": "ä", "refusal": "no"}}]},
+        {"choices": [{"delta": {"content": "d"}, "message": {"content": "longer"}}]},
+        {"choices": [{"message": {"content": [{"text": "part"}]}}]},
+        {"choices": [{"message": {"content": None, "reasoning": "why"}}]},
+        {"choices": [{"message": {"content": None, "reasoning_content": "why"}}]},
+        {"choices": [{"message": {"audio": {"transcript": "hum"}}}]},
+        {"choices": [{"message": {"function_call": {"name": "f", "arguments": "{}"}}}]},
+        {"choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}, {"type": "x"}]}}]},
+        {"choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}}]},
+        {"usage": None},
+        {"usage": {"prompt_tokens": 4}},
+        {"usage": {"prompt_tokens": -4, "completion_tokens": 2}},
+        {"usage": {"prompt_tokens": 4.0, "completion_tokens": 2}},
+        {"usage": {"prompt_tokens": 2**31, "completion_tokens": 2}},
+        {"usage": {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 9}},
+        {"usage": {"prompt_tokens": 4, "completion_tokens": 2, "num_cached_tokens": 3}},
+        {"usage": {"prompt_tokens": 4, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 5}}},
+        {
+            "usage": {
+                "prompt_tokens": 9,
+                "completion_tokens": 8,
+                "prompt_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 1, "audio_tokens": 2},
+                "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 4},
+            }
+        },
+        {"usage": None, "x_groq": {"usage": {"prompt_tokens": 4, "completion_tokens": 2}}},
+    ],
+)
+def test_plain_completions_are_read_the_same(members: dict[str, object]) -> None:
+    """A plain completion with status 200, which is read in a shorter way, gives the same answer as any other."""
+    usual: dict[str, object] = {
+        "choices": [{"index": 0, "message": {"content": "yes"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 4, "completion_tokens": 2},
+    }
+    body = msgspec.json.encode(usual | members)
+    assert CHAT.read_response(200, body) == CHAT.read_response(201, body)
+
+
 def test_everything_generated_is_text() -> None:
     """Refusals, reasoning under either name, tool calls, old function calls and transcripts count, reasoning once."""
     message = {
