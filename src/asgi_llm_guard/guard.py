@@ -57,7 +57,8 @@ class Guard:
     """Policies over a storage: what decides before a call is made, and settles after it.
 
     Args:
-        policies: asked in this order; the first that refuses is named in the refusal.
+        policies: asked in this order; the first that refuses is named in the refusal, those that count calls
+            before those that count requests.
         storage: `memory://`, `sqlite:///path/to/file.db`, or a `Storage`.
         identity: who is verified (`ApiKeys`, `ScopeUser`, …). `None`: everybody is the shared
             anonymous caller, and start-up warns of it.
