@@ -99,7 +99,7 @@ def test_unpriced_model_is_refused() -> None:
         "user",
         "alice",
     )
-    assert "'odd'" in refusal.message
+    assert "'openai/odd'" in refusal.message
     assert len(claims(Budget("5 tokens/1d"), ALICE, call(usd=None))) == 1
     assert claims(Budget("$5/1d", per="agent"), NOBODY, call(usd=None)) == ()
 

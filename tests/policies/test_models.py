@@ -77,7 +77,10 @@ def test_refusal_names_model_and_policy() -> None:
     refusal = ModelAllow(["gpt-5"], status=404).plan(ALICE, call("o3"), 0).refusal
     assert refusal is not None
     assert (refusal.policy, refusal.status, refusal.scope) == ("models", 404, "global")
-    assert refusal.message == "The model 'openai/o3' is not allowed."
+    assert (
+        refusal.message
+        == "models: the model 'openai/o3' is not allowed. Ask for another one, or have it put on the list."
+    )
 
 
 def test_empty_list_allows_nothing() -> None:

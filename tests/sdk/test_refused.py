@@ -95,7 +95,10 @@ CASES = {
         error=openai.PermissionDeniedError,
         status=403,
         code="model_not_allowed",
-        message=["^Error code: 403 - .*The model 'gpt-4o' is not allowed for the department 'research'"],
+        message=[
+            "^Error code: 403 - quota: the model 'openai/gpt-4o' is not allowed for the department 'research'",
+            "Ask for another one",
+        ],
         model="gpt-4o",
     ),
     "models": Case(
@@ -104,7 +107,7 @@ CASES = {
         error=openai.PermissionDeniedError,
         status=403,
         code="model_not_allowed",
-        message=["^Error code: 403 - .*The model 'openai/gpt-4o' is not allowed"],
+        message=["^Error code: 403 - models: the model 'openai/gpt-4o' is not allowed", "Ask for another one"],
         model="gpt-4o",
     ),
     "slow rate": Case(

@@ -189,7 +189,8 @@ class NamedPolicy:
     def _unpriced(self, call: Call, *, scope: str, subject: str) -> Verdict:
         return self._refuse(
             "model_unpriced",
-            f"No price is known for the model {quoted(call.model)}, and {self.name} limits what a call may cost.",
+            f"{self.name}: no price is known for the model {quoted(qualified(call.provider, call.model))}, and what "
+            "a call may cost is limited. Ask for another model, or have its price added.",
             scope=scope,
             subject=subject,
         )

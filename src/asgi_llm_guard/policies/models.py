@@ -121,7 +121,8 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         whose = f" for {self.per} {quoted(subject.name)}" if subject.name else ""
         return self._refuse(
             "model_not_allowed",
-            f"The model {quoted(qualified(call.provider, call.model))} is not allowed{whose}.",
+            f"{self.name}: the model {quoted(qualified(call.provider, call.model))} is not allowed{whose}. "
+            "Ask for another one, or have it put on the list.",
             scope=self.per,
             subject=subject.name,
         )

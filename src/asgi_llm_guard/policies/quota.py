@@ -17,6 +17,7 @@ from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, ScopedPolicy,
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import cents, whole
 from asgi_llm_guard.policies.models import ModelList
+from asgi_llm_guard.policies.providers import qualified
 from asgi_llm_guard.windows import Calendar
 
 __all__ = ["DepartmentQuota", "Quota", "QuotaBook"]
@@ -203,14 +204,15 @@ class Quota(ScopedPolicy[_Departments]):
         if not department.known:
             return self._refuse(
                 "quota_exceeded",
-                f"No quota is set for the department {quoted(department.name)}.",
+                f"{self.name}: no quota is set for the department {quoted(department.name)}. Have one set.",
                 scope="department",
                 subject=department.name,
                 status=403,
             )
         return self._refuse(
             "model_not_allowed",
-            f"The model {quoted(call.model)} is not allowed for the department {quoted(department.name)}.",
+            f"{self.name}: the model {quoted(qualified(call.provider, call.model))} is not allowed for the department "
+            f"{quoted(department.name)}. Ask for another one, or have it put on the department's list.",
             scope="department",
             subject=department.name,
         )
