@@ -52,6 +52,7 @@ HOSTILE: dict[str, tuple[bytes, str | None]] = {
     "max_tokens twice": (b'{"model":"m","max_tokens":1,"max_tokens":100000}', "max_tokens"),
     "messages twice": (b'{"model":"m","messages":[],"messages":[1]}', "messages"),
     "any key twice": (b'{"model":"m","seed":1,"seed":2}', None),
+    "the shortest member twice": (b'{"n":1,"n":1}', "n"),
     "metadata twice": (b'{"model":"m","metadata":{},"metadata":{"session_id":"s"}}', "metadata"),
     "key in another case": (b'{"model":"m","MAX_TOKENS":100000}', "max_tokens"),
     "key with a Kelvin sign": ('{"model":"m","max_to\u212aens":100000}'.encode(), "max_tokens"),

@@ -373,6 +373,8 @@ def _parts(path: str) -> list[str]:
 
 def _deployment(path: str) -> str | None:
     """The model in `/openai/deployments/{model}/chat/completions`."""
+    if "deployments" not in path:
+        return None
     parts = _parts(path)[-4:]
     return parts[1] if len(parts) == 4 and parts[0] == "deployments" and _name(parts[1]) else None
 
