@@ -177,7 +177,7 @@ async def test_clamp_cannot_help() -> None:
 
 
 async def test_clamped_stream_of_calls_never_exceeds_the_budget() -> None:
-    """Conformance 69: calls that each use all they may get smaller, then are refused; the bill stays under the cap."""
+    """Calls that each use all they may get smaller, then are refused; the bill stays under the cap."""
     guard = new_guard(Budget("$0.001/1d", per="caller"))
     billed = 0
 

@@ -1,0 +1,98 @@
+"""Every promise that has a number is named by at least one test, so that none is lost when tests are rewritten."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+ROWS = {
+    "A": {1, 2, 3, 4, 5, 9},
+    "B": {1, 2, 3, 4, 6, 8},
+    "C": {5, 6, 7, 8, 10},
+    "T": {1, 2, 3, 9, 10, 16, 17, 20, 24},
+    "Conformance ": {
+        *range(1, 20),
+        *range(21, 27),
+        *(29, 30, 32, 33, 34, 35),
+        *range(38, 44),
+        48,
+        *range(50, 59),
+        *(60, 61, 62, 63, 65, 66, 67),
+        69,
+        74,
+    },
+}
+"""The promises that are kept."""
+
+LATER = {
+    27: "deployments cannot be added or removed at run time",
+    28: "there is no Redis storage",
+    31: "the only dialect is OpenAI's chat completions",
+    36: "nothing routes a call to another model after it was reserved",
+    37: "there is no scope above the department",
+    44: "no policy counts by two subjects at once, such as a team and its user",
+    45: "there is no Redis storage",
+    47: "there is no Redis storage",
+    59: "there is no Redis storage",
+    64: "no limit can be raised for a while",
+    68: "there is no gateway",
+    70: "there is no gateway",
+    71: "shown by the tests of calendar windows; the number stands for the gateway's budgets",
+    72: "periods of thousands of minutes are shown by the grammar's tests; the number stands for the gateway's budgets",
+    73: "there is no job that resets budgets",
+    **dict.fromkeys(range(75, 83), "there is no gateway and no router"),
+}
+"""Numbers that nothing can be shown for, and why."""
+
+VOID = {20, 46, 49}
+
+_ROW = re.compile(r"\b([ABCT])(\d+)\b")
+_CONFORMANCE = re.compile(r"\b[Cc]onformance (\d+(?:(?:, | and |, and |-)\d+)*)")
+
+
+def docstrings() -> Iterator[str]:
+    """The docstrings of all tests, and of checks that tests run."""
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith(("test_", "check_")):
+                yield ast.get_docstring(node) or ""
+
+
+@functools.cache
+def named() -> frozenset[str]:
+    """The rows that docstrings name."""
+    rows: set[str] = set()
+    for text in docstrings():
+        rows |= {f"{letter}{number}" for letter, number in _ROW.findall(text)}
+        for numbers in _CONFORMANCE.findall(text):
+            rows |= {f"Conformance {number}" for number in _numbers(numbers)}
+    return frozenset(rows)
+
+
+def _numbers(text: str) -> Iterator[int]:
+    for part in re.split(r", and |, | and ", text):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_row_is_named(kind: str) -> None:
+    """Each promise is named in the docstring of a test."""
+    seen = named()
+    assert [f"{kind}{number}" for number in sorted(ROWS[kind]) if f"{kind}{number}" not in seen] == []
+
+
+def test_numbers_are_complete() -> None:
+    """Each conformance number is a kept promise, one for later with its reason, about identity, or void."""
+    identity = {83, 84}
+    kept = ROWS["Conformance "]
+    assert kept | LATER.keys() | VOID | identity == set(range(1, 85))
+    assert not kept & LATER.keys()
+    assert all(LATER.values())
