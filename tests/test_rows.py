@@ -25,8 +25,7 @@ ROWS = {
         48,
         *range(50, 59),
         *(60, 61, 62, 63, 65, 66, 67),
-        69,
-        74,
+        *(69, 71, 72, 74),
     },
 }
 """The promises that are kept."""
@@ -44,8 +43,6 @@ LATER = {
     64: "no limit can be raised for a while",
     68: "there is no gateway",
     70: "there is no gateway",
-    71: "shown by the tests of calendar windows; the number stands for the gateway's budgets",
-    72: "periods of thousands of minutes are shown by the grammar's tests; the number stands for the gateway's budgets",
     73: "there is no job that resets budgets",
     **dict.fromkeys(range(75, 83), "there is no gateway and no router"),
 }
