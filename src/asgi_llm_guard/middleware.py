@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Final, Literal
 
@@ -24,7 +25,7 @@ from asgi_llm_guard.marks import unwrapped
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named
-from asgi_llm_guard.wire.base import Answer, Dialect, StreamMeter
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, StreamMeter
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered, render, websocket_close
@@ -267,6 +268,7 @@ class GuardMiddleware:
             refusal = _refusal_behind(error)
             if refusal is None or closed:
                 raise
+            admission.end(complete=False)
             code, reason = websocket_close(refusal)
             await send({"type": "websocket.close", "code": code, "reason": reason})
         finally:
@@ -347,6 +349,7 @@ class _Exchange:
     __slots__ = (
         "accept",
         "admission",
+        "ask",
         "body",
         "call",
         "context",
@@ -354,7 +357,9 @@ class _Exchange:
         "dialect",
         "done",
         "guard",
+        "headers",
         "kept",
+        "left",
         "meter",
         "middleware",
         "plan",
@@ -389,12 +394,15 @@ class _Exchange:
         self.call: Call | None = None
         self.context: Context | None = None
         self.admission: Admission | None = None
+        self.ask: Ask | None = None
         self.replayed = False
         self.done = False
         self.status = 0
         self.strip = False
         self.meter: StreamMeter | None = None
         self.kept: bytearray | None = None
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
+        self.left: int | None = None
         self.streaming = False
 
     # -------------------------------------------------------------------------------- admit
@@ -436,8 +444,7 @@ class _Exchange:
         if denied is not None:
             return denied
         self.admission = admission
-        if ask is not None and (route.clamp or route.inject_usage):
-            self._rewrite(wants_usage=ask.wants_usage, stream=ask.stream)
+        self.ask = ask
         return None
 
     def _refused(self, refusal: Refusal) -> Denied:
@@ -500,6 +507,8 @@ class _Exchange:
         receive = self.receive if self.body is None else self._replay
         page = _ErrorPage(admission, self._send)
         try:
+            if self.ask is not None and (self.plan.route.clamp or self.plan.route.inject_usage):
+                self._rewrite(wants_usage=self.ask.wants_usage, stream=self.ask.stream)
             await self.middleware.app(self.scope, receive, page.send)
             await page.flush()
         except Exception as error:
@@ -507,6 +516,9 @@ class _Exchange:
             if refusal is None or page.started:
                 await page.flush()
                 raise
+            if not self.done:  # before the client sees the refusal, and asks again
+                self.done = True
+                admission.end(status=refusal.status, complete=False)
             await self.refuse(refusal)
         finally:
             leave(token)
@@ -527,7 +539,7 @@ class _Exchange:
         if kind == "http.response.body":
             if self.meter is not None or self.kept is not None:
                 message = self._metered(message)
-            if not message.get("more_body", False) and not self.done:
+            if not self.done and (not message.get("more_body", False) or self._is_whole(message)):
                 # Handed over before the client can see the end: its next request finds this one settled.
                 self._end()
         elif kind == "http.response.start":
@@ -538,6 +550,7 @@ class _Exchange:
 
     def _start(self, message: Message) -> None:
         self.status = message["status"]
+        self.left = None
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
         headers = list(message.get("headers", ()))
@@ -551,6 +564,15 @@ class _Exchange:
                 admission.receipts, self.guard.clock.now_ms(), disclose=self.guard.engine.disclose
             )
             message["headers"] = headers
+        self.headers = headers
+
+    def _is_whole(self, message: Message) -> bool:
+        """Whether the client has all of a body whose length it was told, though the end is still to be sent."""
+        if self.left is None:
+            lengths = [value for name, value in self.headers if name.lower() == b"content-length"]
+            self.left = int(lengths[0]) if len(lengths) == 1 and lengths[0].isdigit() else sys.maxsize
+        self.left -= len(message.get("body", b""))
+        return self.left <= 0
 
     def _start_meter(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Read the body as it passes, if it is in a form that can be read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,7 +246,6 @@ async def test_every_point(stage: Stage, job: Job, error: type[BaseException]) -
 
 
 async def nothing_is_held(stage: Stage, when: str) -> None:
-    gc.collect()
     await asyncio.sleep(0)  # generators that were left are closed by a task
     assert await stage.storage.open_holds() == 0, when
     records = await stage.storage.records()
@@ -268,12 +266,14 @@ async def test_while_waiting_for_the_holds_of_others(stage: Stage, error: type[B
 
     for late in (False, True):
         for stop_at in range(6):
-            async with stage.guard.open(CONTEXT, extra=[_dear(stage)]):
-                async with stage.guard.call(**stage.describe("first")) as first:
-                    first.release()
-                    assert await drive(waiting(), stop_at, error, late=late)
-                    assert stage.guard.engine.waiting == 0
-                    assert await stage.storage.open_holds() == 2
+            async with (
+                stage.guard.open(CONTEXT, extra=[_dear(stage)]),
+                stage.guard.call(**stage.describe("first")) as first,
+            ):
+                first.release()
+                assert await drive(waiting(), stop_at, error, late=late)
+                assert stage.guard.engine.waiting == 0
+                assert await stage.storage.open_holds() == 2
     await nothing_is_held(stage, "at the end")
 
 
