@@ -26,7 +26,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -58,6 +58,12 @@ class _State(Enum):
     OPEN = "open"
     ADOPTED = "adopted"
     ENDED = "ended"
+
+
+# Kept, because looking a member up costs more than what is done with it, and every request does.
+_OPEN: Final = _State.OPEN
+_ENDED: Final = _State.ENDED
+_SLOTS: Final = Unit.SLOTS
 
 
 class Admission:
@@ -256,7 +262,7 @@ class ActiveCall:
         """The meters of rates and slots that this scope and those around it hold."""
         self.task: asyncio.Task[Any] | None = None
         """The task in which it was claimed."""
-        self._state = _State.OPEN
+        self._state = _OPEN
         self._dispatched = False
         self._released = False
         self._answer: Answer | None = None
@@ -410,7 +416,7 @@ class ActiveCall:
     def record_if_known(self, result: object) -> None:
         """As `record`, for values that need not be a response: one of unknown shape says nothing."""
         answer = meter_object(result)
-        if answer is not None:
+        if answer is not None and not _says_nothing(answer):
             self._dispatched = True
             self._answer = answer
 
@@ -482,9 +488,9 @@ class ActiveCall:
 
     def _close(self) -> bool:
         with self._lock:
-            if self._state is not _State.OPEN:
+            if self._state is not _OPEN:
                 return False
-            self._state = _State.ENDED
+            self._state = _ENDED
         return self.hold is not None
 
     def _charge(self, error: BaseException | None, *, complete: bool = True) -> Charge:
@@ -492,8 +498,8 @@ class ActiveCall:
         if answer is None and self._items is not None:
             answer = self._items.answer()
         usage = answer.usage if answer is not None else None
-        if usage is not None and usage.total_tokens is not None:
-            return self._measured(usage)
+        if usage is not None and (tokens := usage.total_tokens) is not None:
+            return self._measured(usage, tokens)
         if self._released:
             return Charge(outcome="not_dispatched")
         if answer is not None:
@@ -510,15 +516,15 @@ class ActiveCall:
             return Charge(outcome=outcome)
         return Charge(outcome="unmetered" if complete and answer is None else "unknown")
 
-    def _measured(self, usage: Usage) -> Charge:
+    def _measured(self, usage: Usage, tokens: int) -> Charge:
         cost = self._cost(usage)
         if cost.nanousd is None and (self.call is None or self.call.cost_nanousd is not None):
             # Tokens are known and their price is not: tokens as measured, money as held.
-            return Charge(outcome="measured", usage=usage, tokens=usage.total_tokens)
+            return Charge(outcome="measured", usage=usage, tokens=tokens)
         return Charge(
             outcome="measured",
             usage=usage,
-            tokens=usage.total_tokens,
+            tokens=tokens,
             cost_nanousd=cost.nanousd or 0,
             price_source=cost.source,
             billed_model=cost.billed_model,
@@ -601,13 +607,13 @@ _MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
 
 
 def _says_nothing(answer: Answer) -> bool:
-    """An error in a response body is the application's word: a call may have been made and billed before it."""
+    """An error that the application answers is its own word: a call may have been made and billed before it."""
     return answer.kind == "error" and answer.usage is None and not answer.text_bytes
 
 
 def _request_settlement(hold: Hold) -> Settlement:
     """Rates stay as they were taken; slots are free again."""
-    amounts = tuple(0 if claim.meter.unit is Unit.SLOTS else None for claim in hold.claims)
+    amounts = tuple([0 if claim.meter.unit is _SLOTS else None for claim in hold.claims])
     return Settlement(hold.call_id, amounts, None, hold.receipts)
 
 
