@@ -671,3 +671,16 @@ async def test_concurrent_threads() -> None:
         answers = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(answer, LimitExceeded) for answer in answers) == 13
     assert await ledger(guard) == [("measured", USED)] * 7
+
+
+async def test_error_that_a_function_returns_is_its_own_word() -> None:
+    """An error body as a return value does not prove that no call was billed before it: the hold is charged."""
+    guard, options = outside(Iterations(5))
+
+    @guarded(**options)
+    async def answer() -> dict[str, object]:
+        return {"error": {"message": "no", "type": "server_error", "param": None, "code": None}}
+
+    await answer()
+    (record,) = await guard.storage.records()
+    assert (record.outcome, record.cost_nanousd) == ("unmetered", HELD)
