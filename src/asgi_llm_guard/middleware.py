@@ -62,6 +62,9 @@ class _Plan(msgspec.Struct, frozen=True):
 class GuardMiddleware:
     """Guards the requests of an ASGI application.
 
+    At start-up it refuses an application in which `@guarded` has no effect, and warns of a guard without an
+    identity; at shutdown it drains the guard, which stays open.
+
     Args:
         app: the application.
         guard: the guard.
