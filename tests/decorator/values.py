@@ -47,12 +47,12 @@ def new_guard(*policies: Policy, **options: Any) -> Guard:
     return Guard(policies, **{"prices": PRICES, "hold_wait_s": 0, **options})
 
 
-async def post(app: App, path: str, body: object = None, *, session: str = "s") -> Exchange:
-    """POST a JSON body in one session."""
+async def post(app: App, path: str, body: object = None, *, session: str = "s", method: str = "POST") -> Exchange:
+    """Send a JSON body in one session."""
     content = b"" if body is None else json.dumps(body).encode()
     length = (b"content-length", b"%d" % len(content))
     headers = (*JSON_HEADERS, length, (b"x-session-id", session.encode()))
-    return await request(path, headers=headers, body=content).run(app)
+    return await request(path, method=method, headers=headers, body=content).run(app)
 
 
 async def ledger(guard: Guard) -> list[tuple[str, int | None]]:
