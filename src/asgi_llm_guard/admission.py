@@ -70,13 +70,13 @@ class Admission:
     """One request or job: who asks, what was granted, and the calls made inside it."""
 
     __slots__ = (
-        "_calls",
         "_deferred",
         "_ended",
         "_handed",
         "_lock",
         "_pending",
         "cache",
+        "calls",
         "context",
         "engine",
         "hold",
@@ -111,7 +111,8 @@ class Admission:
         self._deferred: list[ActiveCall] = []
         self._ended = False
         self._pending: Pending[tuple[Settled, ...]] = _NOTHING
-        self._calls: set[ActiveCall] = set()
+        self.calls: set[ActiveCall] = set()
+        """Those inside it that hold something."""
         self._handed: list[Pending[tuple[Settled, ...]]] = []
 
     async def open(
@@ -189,10 +190,10 @@ class Admission:
         are still running go on.
         """
         self.end(complete=False)
-        if self._calls:
+        if self.calls:
             this = asyncio.current_task()
             loop = asyncio.get_running_loop()
-            for call in tuple(self._calls):
+            for call in tuple(self.calls):
                 task = call.task
                 if task is not None and (task is this or (task.done() and task.get_loop() is loop)):
                     call.end(complete=False)
@@ -214,7 +215,7 @@ class Admission:
     def abort(self) -> None:
         """End it and every call inside it, though they are still running: by what was seen of them."""
         self.end(complete=False)
-        for call in tuple(self._calls):
+        for call in tuple(self.calls):
             call.end(complete=False)
 
 
@@ -310,7 +311,7 @@ class ActiveCall:
         self.hold = hold
         with contextlib.suppress(RuntimeError):  # no event loop is running
             self.task = asyncio.current_task()
-        self.admission._calls.add(self)
+        self.admission.calls.add(self)
 
     def _keep_side(self, side: Hold | None) -> None:
         self.side = side
@@ -447,6 +448,11 @@ class ActiveCall:
         """Nothing was sent: give all of it back when the call ends."""
         self._released = True
 
+    def discard(self) -> None:
+        """Nobody will use it: give all of it back now."""
+        self.release()
+        self.end()
+
     # ---------------------------------------------------------------------------------- end
 
     def end(self, error: BaseException | None = None, *, complete: bool = True) -> Pending[tuple[Settled, ...]]:
@@ -459,7 +465,7 @@ class ActiveCall:
 
     def settlements(self, error: BaseException | None, *, complete: bool = True) -> list[Settlement]:
         """End this call, and give what the caller has to hand over for it."""
-        self.admission._calls.discard(self)
+        self.admission.calls.discard(self)
         settlements = []
         if self._close():
             settlements.append(self._settlement(self._charge(error, complete=complete)))

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 from asgi_llm_guard.errors import ContextError
@@ -73,7 +73,7 @@ class _Background:
     def let_go(self, heart: Beating) -> None:
         self._hearts.discard(heart)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], undo: Callable[[], object] | None) -> T:
         loop = self.loop()
         if threading.current_thread() is self._thread or _in_event_loop():
             work.close()
@@ -81,7 +81,20 @@ class _Background:
                 "the synchronous API was called on an event loop's thread, which it would block; "
                 "use `async with guard.call(...)` there, or call it from a worker thread"
             )
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
+        waiting = None
+        try:
+            waiting = asyncio.run_coroutine_threadsafe(work, loop)
+            return waiting.result()
+        except Exception:
+            raise
+        except BaseException:
+            # Interrupted (Ctrl-C): nobody takes the answer any more. In the loop's order: if the work is not done
+            # when it is cancelled, it undoes what it did itself.
+            if waiting is not None:
+                waiting.cancel()
+            if undo is not None:
+                loop.call_soon_threadsafe(undo)
+            raise
 
 
 def _in_event_loop() -> bool:
@@ -105,10 +118,12 @@ def let_go(heart: Beating) -> None:
     _background.let_go(heart)
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
+def run(work: Coroutine[Any, Any, T], *, undo: Callable[[], object] | None = None) -> T:
     """Run `work` on the background loop and wait for it. For synchronous code.
+
+    `undo`: called in the loop if the wait is interrupted (`KeyboardInterrupt`), for work that was done by then.
 
     Raises:
         ContextError: called on the thread of an event loop.
     """
-    return _background.run(work)
+    return _background.run(work, undo)

@@ -281,7 +281,7 @@ def _plain(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         run = work.prepare(function, args, kwargs)
-        background.run(run.claim())
+        background.run(run.claim(), undo=run.call.discard)
         token = enter(run.call)
         try:
             result = run.returned(function(*args, **kwargs))
@@ -339,7 +339,7 @@ def _generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         run = work.prepare(function, args, kwargs)
-        background.run(run.claim())
+        background.run(run.claim(), undo=run.call.discard)
         items: Generator[Any, Any, Any] = function(*args, **kwargs)
         step, given = items.send, None
         error: BaseException | None = None

@@ -359,7 +359,7 @@ class OpenAdmissionSync:
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Admission:
-        denied = background.run(self._admission.open(None, calls=False))
+        denied = background.run(self._admission.open(None, calls=False), undo=self._admission.end)
         if denied is not None:
             raise LimitExceeded(denied)
         self._guard.track(self._admission)
@@ -415,7 +415,7 @@ class OpenCallSync:
 
     def __enter__(self) -> ActiveCall:
         call = new_call(self._engine, self._described, self._extra)
-        background.run(call.claim())
+        background.run(call.claim(), undo=call.discard)
         self._call = call
         self._token = enter(call)
         return call

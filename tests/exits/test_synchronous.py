@@ -1,0 +1,126 @@
+"""Ways out of synchronous code: blocks, generators, and Ctrl-C while the guard decides."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from tests.exits.kit import CONTEXT, MAX_TOKENS, MODEL, PRICES, ApplicationError
+
+from asgi_llm_guard import Concurrency, Guard, Iterations, Usage, guarded
+from asgi_llm_guard.claims import Ended, Granted, Plan, Refused
+from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.testing import Gate
+
+
+class Thoughtful(MemoryStorage):
+    """Decides, and then waits for a gate before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.decided = threading.Semaphore(0)
+        self.interrupted = threading.Event()
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        answer = await super().reserve(owner, plans)
+        self.decided.release()
+        try:
+            await self.gate.step()
+        finally:
+            self.interrupted.set()
+        return answer
+
+
+def guard_over(storage: MemoryStorage) -> Guard:
+    return Guard((Iterations(100), Concurrency(1, per="global")), storage=storage, prices=PRICES)
+
+
+def left(storage: MemoryStorage) -> tuple[int, int]:
+    """Open holds and records."""
+    return asyncio.run(storage.open_holds()), len(asyncio.run(storage.records()))
+
+
+def open_block(guard: Guard) -> None:
+    with guard.open_sync(CONTEXT):
+        raise AssertionError
+
+
+def call_block(guard: Guard) -> None:
+    with guard.open_sync(CONTEXT), guard.call_sync(model=MODEL, max_output_tokens=MAX_TOKENS):
+        raise AssertionError
+
+
+def function(guard: Guard) -> None:
+    @guarded(model=MODEL, max_output_tokens=MAX_TOKENS, guard=guard)
+    def work() -> None:
+        raise AssertionError
+
+    work()
+
+
+@pytest.mark.parametrize("work, steps", [(open_block, 0), (call_block, 1), (function, 0)])
+def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps: int) -> None:
+    """Ctrl-C while the guard decides gives back what it had just taken."""
+    storage = Thoughtful()
+    guard = guard_over(storage)
+    storage.gate.release(steps)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        for _ in range(steps + 1):
+            assert storage.decided.acquire(timeout=10)
+        while sys._current_frames()[main].f_code.co_name != "wait":
+            time.sleep(0)  # until the main thread waits for the answer
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        work(guard)
+    thread.join()
+    assert storage.interrupted.wait(10)
+    asyncio.run(_until(lambda: storage.size()["holds"] == 0))
+    assert left(storage) == (0, 0)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the storage offers no event
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("error", [ApplicationError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_errors_in_blocks(error: type[BaseException]) -> None:
+    """Whatever leaves a block, its call and its slot are settled once."""
+    storage = MemoryStorage()
+    guard = guard_over(storage)
+    for _ in range(3):
+        with pytest.raises(error), guard.open_sync(CONTEXT), guard.call_sync(model=MODEL, max_output_tokens=5):
+            raise error
+    assert left(storage) == (0, 3)
+
+
+@pytest.mark.parametrize("taken", range(3))
+def test_generator_that_is_left(taken: int) -> None:
+    """A `@guarded` generator that is closed after any number of items is settled once; one never begun, not at all."""
+    storage = MemoryStorage()
+    guard = guard_over(storage)
+
+    @guarded(model=MODEL, max_output_tokens=MAX_TOKENS, guard=guard, context=CONTEXT)
+    def items() -> Iterator[Any]:
+        yield "one"
+        yield Usage(input_tokens=1, output_tokens=1)
+
+    stream = items()
+    for _ in range(taken):
+        next(stream)
+    del stream
+    assert left(storage) == (0, min(taken, 1))
