@@ -447,8 +447,7 @@ class Engine:
         more = []
         for settlement in settlements:
             self._slots.pop(settlement.call_id, None)
-            retaken = self._retaken.pop(settlement.call_id, None)
-            if retaken is not None:
+            if self._retaken and (retaken := self._retaken.pop(settlement.call_id, None)) is not None:
                 more.append(Settlement(retaken.call_id, (), None, retaken.receipts))
         return (*settlements, *more) if more else settlements
 

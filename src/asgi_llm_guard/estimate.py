@@ -181,7 +181,10 @@ def input_tokens(
     """
     body = request if isinstance(request, bytes) else request.body
     tokens = FRAMING_TOKENS
-    marks = set(_MARKS.findall(body))
+    found = _MARKS.findall(body)
+    if not found and not _HIDING.search(body):
+        return tokens + (len(body) if counter is None else counter.count(body))
+    marks = set(found)
     if not marks.isdisjoint(_TOOL_MARKS):
         tokens += TOOLS_TOKENS
     if marks <= _TOOL_MARKS and not _HIDING.search(body):

@@ -644,14 +644,16 @@ class _ErrorPage:
         self.started = False
         """Something was passed on."""
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         if self._held or (self._admission.refused and message.get("status") == 500 and not self.started):
-            self._held.append(message)
-            if message.get("more_body", False):
-                await self.flush()  # a stream, and no page
-            return
+            return self._hold(message)
         self.started = True
-        await self._send(message)
+        return self._send(message)
+
+    async def _hold(self, message: Message) -> None:
+        self._held.append(message)
+        if message.get("more_body", False):
+            await self.flush()  # a stream, and no page
 
     async def flush(self) -> None:
         """Pass on what was held back."""
@@ -722,7 +724,7 @@ def _rendered(denied: Denied, scope: Scope, dialect: str | None, fields: Sequenc
 
 def _request_id(scope: Scope) -> str | None:
     """The request's own id, if it sends one that may stand in records and answers as it is."""
-    ids = list(_headers(scope, b"x-request-id"))
+    ids: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]):
         return ids[0].decode("ascii")
     return None

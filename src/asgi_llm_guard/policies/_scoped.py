@@ -260,6 +260,8 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
 def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:
     """The same amount of every meter. A limit of 0 blocks what costs nothing, too."""
     if amount:
+        if len(meters) == 1:  # as it mostly is
+            return (Claim(meters[0], amount),)
         return tuple([Claim(meter, amount) for meter in meters])
     return tuple([Claim(meter, 1 if meter.limit == 0 else 0) for meter in meters])
 
