@@ -276,9 +276,11 @@ def _level(facts: Iterable[Fact], meter: Meter, now: int) -> Level:
     assert isinstance(window, Bucket)
     assert meter.limit is not None
     for fact in facts:
-        if fact.what == "close" and level.open[fact.call][0] == fact.amount:
-            del level.open[fact.call]  # as was held: the backlog goes on draining as it did
-            continue
+        if fact.what in {"give", "close"}:
+            actual = fact.amount if fact.what == "close" else 0
+            if level.open[fact.call][0] == actual:
+                del level.open[fact.call]  # as was held: the backlog goes on draining as it did
+                continue
         if fact.what == "reset" and level.at is None:
             continue
         at = level.drain(meter, fact.at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import ClassVar, Final, TypeVar
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, event, settings
+from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -134,6 +135,7 @@ some = st.integers(0, 10)
 class Storages(RuleBasedStateMachine):
     """Drives every storage and the oracle through one history."""
 
+    kinds: ClassVar[Sequence[str]] = tuple(FACTORIES)
     reached: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
@@ -141,7 +143,7 @@ class Storages(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.folder = tempfile.TemporaryDirectory()
         self.clock = FrozenClock(STARTS[0])
-        self.makes: dict[str, Make] = {name: build(Path(self.folder.name)) for name, build in FACTORIES.items()}
+        self.makes: dict[str, Make] = {name: FACTORIES[name](Path(self.folder.name)) for name in self.kinds}
         self.storages: dict[str, Storage] = {name: self.new(name) for name in self.makes}
         self.oracle = Oracle(lapse_ms=LAPSE_MS, tombstone_ms=TOMBSTONE_MS)
         self.families: list[Family] = []
@@ -222,10 +224,10 @@ class Storages(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------------------------- rules
 
-    @initialize(group=st.integers(0, len(FAMILIES) - 1), start=st.sampled_from(STARTS))
-    def begin(self, group: int, start: datetime) -> None:
-        # A few at a time, so that they fill up; each family plays with others in several groups.
-        self.families = [FAMILIES[(group + step) % len(FAMILIES)] for step in (0, 5, 11, 17)]
+    @initialize(dice=st.lists(st.integers(0, len(FAMILIES) - 1), min_size=3, max_size=3), start=st.sampled_from(STARTS))
+    def begin(self, dice: list[int], start: datetime) -> None:
+        # A few at a time, so that they fill up. Several dice, since hypothesis loves small numbers and repetitions.
+        self.families = [FAMILIES[(sum(dice) + step) % len(FAMILIES)] for step in (0, 5, 11, 17)]
         self.clock.set(start)
         self.start = self.latest = self.now
 
@@ -493,13 +495,14 @@ class Storages(RuleBasedStateMachine):
                 if wait > 1 or by == "heartbeat":
                     self.beat(owner)
         if by == "reserve":
-            meters = [r.claim.meter for r in hold.receipts if r.taken and r.claim.meter.limit is not None]
-            for on in meters[:2]:
-                call = f"call-{next(self.numbers)}"
+            for receipt in [r for r in hold.receipts if r.taken and not isinstance(r.claim.meter.window, Distinct)]:
+                on, call = receipt.claim.meter, f"call-{next(self.numbers)}"
                 self.asked.append((call,))
+                (reading,) = self.oracle.read([on], self.now)
                 room = on.window.burst if isinstance(on.window, Bucket) else on.limit or 0
-                member = "new" if isinstance(on.window, Distinct) else None
-                self.ask(others[-1], [(Bundle(call, (Claim(on, 1 if member else room, member),)),)])
+                # All that is free, and what the dead one holds: fits only if that is given back.
+                amount = receipt.claim.amount + max(0, room - reading.used - reading.held)
+                self.ask(others[-1], [(Bundle(call, (Claim(on, amount),)),)])
         if len(late) < 4:
             self.settle([self.settlement(hold.call, late, record=bool(which % 2), given=False)])
 
@@ -626,8 +629,8 @@ REACHED: Final[dict[str, int]] = {
     "refused": 200,
     "fits later": 100,
     "never fits": 50,
-    **{f"refused by {family.name}": 5 for family in FAMILIES if family.meters[0].enforce and family.name != "free"},
-    **{f"granted on {family.name}": 20 for family in FAMILIES},
+    **{f"refused by {family.name}": 3 for family in FAMILIES if family.meters[0].enforce and family.name != "free"},
+    **{f"granted on {family.name}": 10 for family in FAMILIES},
     "ended: settled": 20,
     "ended: cancelled": 3,
     "ended: expired": 5,
@@ -662,31 +665,36 @@ REACHED: Final[dict[str, int]] = {
 }
 
 
-def run(examples: int, steps: int, *, derandomize: bool) -> Counter[str]:
-    """Play so many histories; gives how often each state was reached."""
-    Storages.reached.clear()
-    run_state_machine_as_test(
-        Storages,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            derandomize=derandomize,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    return Counter(Storages.reached)
+def run(
+    examples: int, steps: int, seeds: Iterable[int], *, kinds: Sequence[str] = tuple(FACTORIES), shrink: bool = True
+) -> Counter[str]:
+    """Play so many histories for each seed to these kinds of storages; gives how often each state was reached."""
+    reached: Counter[str] = Counter()
+    for number in seeds:  # several short runs: within one, hypothesis keeps to the few rules that it began with
+        histories = type("Histories", (Storages,), {"kinds": kinds, "reached": reached})
+        run_state_machine_as_test(
+            seed(number)(histories),
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                derandomize=False,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+            ),
+        )
+    return reached
 
 
 def test_random_histories_are_answered_alike() -> None:
     """Memory and SQLite answer as the oracle does, whatever happens; and whatever matters does happen."""
-    reached = run(220, 40, derandomize=True)
+    reached = run(24, 40, range(10))
     assert {what: reached[what] for what, least in REACHED.items() if reached[what] < least} == {}
 
 
 @pytest.mark.slow
 def test_many_random_histories_are_answered_alike() -> None:
     """The same over other and longer histories on every run."""
-    reached = run(3_000, 60, derandomize=False)
+    reached = run(200, 60, random.sample(range(2**32), 20))
     assert {what: reached[what] for what, least in REACHED.items() if reached[what] < 5 * least} == {}
