@@ -320,3 +320,37 @@ async def test_release_on_4xx() -> None:
         app = guarded(Provider([b"{}"], status=404), guard, routes=[Route("/agents", release_on_4xx=release)])
         assert (await ask(app, path="/agents")).status == 404
         assert [outcome for outcome, _ in await ledger(guard)] == expected
+
+
+async def test_declared_dialect() -> None:
+    """A route may declare its dialect, whatever its path."""
+    guard = new_guard(BUDGET)
+    app = guarded(Provider(), guard, routes=[Route("/ask-me", dialect="openai")])
+    assert (await ask(app, path="/ask-me")).status == 200
+    assert await ledger(guard) == [("measured", USED)]
+
+
+async def test_too_long_in_one_piece() -> None:
+    """A body that is too long at once is a 413 as well, where no length was declared."""
+    app = guarded(Provider(), new_guard(max_body_bytes=100))
+    assert (await request(CHAT, body=b"x" * 101).run(app)).status == 413
+
+
+async def test_random_paths() -> None:
+    """T9: a flood of random paths is not remembered, and each is still recognised for what it is."""
+    guard = new_guard(Iterations(1))
+    app = guarded(Provider(), guard)
+    for number in range(1_000):
+        exchange = await ask(app, b"no json", path=f"/{number}/chat/completions", session=False)
+        assert exchange.status == 400
+    assert len(app._dialects) <= 200
+
+
+async def test_unlisted_requests_are_refused() -> None:
+    """With `unlisted="deny"` another path is a 403, before anything is read or claimed."""
+    guard, provider = new_guard(Iterations(1)), Provider()
+    app = guarded(provider, guard, routes=[Route(CHAT)], unlisted="deny", exempt=["/hook"])
+    exchange = await ask(app, path="/other")
+    assert (exchange.status, exchange.json["code"]) == (403, "route_not_listed")
+    assert [(await ask(app, path=path)).status for path in ("/hook", CHAT)] == [200, 200]
+    assert len(provider.bodies) == 2

@@ -70,7 +70,7 @@ async def test_million_session_ids() -> None:
     context = Context(caller="mallory")
 
     async def admitted(session: str) -> bool:
-        admission = guard.new_admission(replace(context, session=session))
+        admission = guard.new_admission(replace(context, session=session), opaque=True)
         denied = await admission.open(None)
         await admission.end()
         return denied is None
