@@ -51,7 +51,6 @@ from asgi_llm_guard.storage.sqlite_tables import (
 )
 from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.windows import DISTINCT
 
 __all__ = [
     "Amend",
@@ -176,15 +175,25 @@ class _Needs(Needs):
 
     __slots__ = ()
 
+    # Meters with a `Distinct` window are not left out: that one looks for a cell that is not there
+    # costs less than to ask each meter for its kind.
+
     def of_bundle(self, bundle: Bundle) -> None:
         self.calls.add(bundle.call_id)
-        self.keys.update([claim.meter.key for claim in bundle.claims if claim.meter.kind != DISTINCT])
+        self.keys.update([claim.meter.key for claim in bundle.claims])
+
+    def of_settlements(self, settlements: Iterable[Settlement]) -> None:
+        for settlement in settlements:
+            self.calls.add(settlement.call_id)
+            if settlement.receipts:
+                self.keys.update([receipt.claim.meter.key for receipt in settlement.receipts])
+            if settlement.debits:
+                self.keys.update([claim.meter.key for claim in settlement.debits])
 
     def of_hold(self, hold: Hold | None) -> None:
         if hold is not None:
             self.calls.add(hold.call_id)
-            meters = [receipt.claim.meter for receipt in hold.receipts]
-            self.keys.update([meter.key for meter in meters if meter.kind != DISTINCT])
+            self.keys.update([receipt.claim.meter.key for receipt in hold.receipts])
 
 
 class _Group:
@@ -497,12 +506,16 @@ class SqliteDatabase:
         return self._connection.execute(f"{query} IN ({','.join('?' * length)})", values).fetchall()
 
     def _write_cells(self, keys: Iterable[str]) -> None:
-        rows = []
+        rows: list[tuple[Any, ...]] = []
+        row: tuple[Any, ...]
         known, found = self._cell_rows, self._state.cells
         for key in keys:
             cell = found.get(key)
             if cell is not None:
-                row = row_of_cell(key, cell)
+                if cell.parts is None:  # as `row_of_cell`, whose call would cost as much as the row
+                    row = (key, cell.kind, cell.used, cell.held, cell.start, cell.end, None)
+                else:
+                    row = row_of_cell(key, cell)
                 if known.get(key) != row:
                     known[key] = row
                     rows.append(row)

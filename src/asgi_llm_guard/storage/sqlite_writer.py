@@ -55,8 +55,9 @@ class Job(Generic[T]):
         self._reply: object = None
         self._error: Exception | None = None
         self._decided = False
-        self.sleepers: list[tuple[asyncio.AbstractEventLoop, Future[None]]] = []
-        self.callbacks: list[Callable[[Job[T]], object]] = []
+        # Tuples, for most jobs have one sleeper and no callback: no lists to be made and collected.
+        self.sleepers: tuple[tuple[asyncio.AbstractEventLoop, Future[None]], ...] = ()
+        self.callbacks: tuple[Callable[[Job[T]], object], ...] = ()
 
     def done(self) -> bool:
         return self._decided
@@ -74,7 +75,7 @@ class Job(Generic[T]):
     def add_done_callback(self, callback: Callable[[Job[T]], object], /) -> None:
         with _deciding:
             if not self._decided:
-                self.callbacks.append(callback)
+                self.callbacks += (callback,)
                 return
         callback(self)
 
@@ -83,7 +84,7 @@ class Job(Generic[T]):
         with _deciding:
             sleeper: Future[None] | None = None if self._decided else loop.create_future()
             if sleeper is not None:
-                self.sleepers.append((loop, sleeper))
+                self.sleepers += ((loop, sleeper),)
         if sleeper is not None:
             yield from sleeper
         return self._outcome()
