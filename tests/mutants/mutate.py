@@ -55,13 +55,21 @@ def mutants(path: Path, functions: frozenset[str] | None = None) -> Iterator[Mut
             continue
         if functions is not None and top.name not in functions:
             continue
-        for node in ast.walk(top):
+        for node in _walk(top):
             for undo in _breaks(node):
                 before, after = undo
                 name = f"{path.name}::{top.name}::{before} -> {after}"
                 seen[name] += 1
                 number = f" #{seen[name]}" if seen[name] > 1 else ""
                 yield Mutant(name=name + number, line=getattr(node, "lineno", 0), source=ast.unparse(tree))
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, but for how classes are made (`frozen`, `slots`, `gc`), which is not behaviour."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.ClassDef) and (child in node.decorator_list or child in node.keywords)):
+            yield from _walk(child)
 
 
 def _breaks(node: ast.AST) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ class Target:
 
 _STORAGE = (
     ("tests/storage/test_contract.py", "tests/storage/test_found.py", "-k", "not sqlite"),
-    ("tests/storage/test_cells.py",),
+    ("tests/storage/test_cells.py", "tests/storage/test_memory.py"),
     ("tests/mutants/histories.py",),
 )
 TARGETS = (

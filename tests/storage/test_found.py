@@ -19,9 +19,9 @@ from tests.storage.values import (
     take,
 )
 
-from asgi_llm_guard.claims import Bundle, Ended, Granted, Reading
-from asgi_llm_guard.storage.base import LAPSE_MS, Storage
-from asgi_llm_guard.storage.cells import GRACE_MS
+from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Reading, Settlement
+from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
+from asgi_llm_guard.storage.cells import GRACE_MS, Needs
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Sliding, Slots
 
@@ -65,6 +65,54 @@ async def test_a_reading_names_when_the_last_use_leaves(storage: Storage, clock:
     await take(storage, "b", claim(on, 2))
     await settle(storage, "b", 0)
     assert await storage.read((on,)) == (Reading(0, 3, START_MS + 11_000),)
+
+
+async def test_an_open_call_is_replayed_though_its_id_was_spent_before(storage: Storage, clock: FrozenClock) -> None:
+    """An id that was cancelled, forgotten and reserved is open; a clock that steps back does not end it."""
+    on = meter(Slots(), 1)
+    await settle(storage, "a")
+    clock.advance(ms=TOMBSTONE_MS)
+    receipts = await take(storage, "a", claim(on))
+    clock.advance(ms=-1)
+    assert await ask(storage, "a", claim(on)) == Granted(receipts, clock.now_ms(), 0, replayed=True)
+
+
+async def test_a_plan_that_raises_takes_nothing_of_its_other_claims(storage: Storage) -> None:
+    """Whichever claim is wrong, the ones before it are given back, and the message names the meter."""
+    known, fresh, later = (meter(Rolling(DAY_MS), subject=name) for name in ("known", "fresh", "later"))
+    await take(storage, "before", claim(known, 1))
+    for wrong in ((claim(fresh), claim(fresh)), (claim(later), claim(fresh), claim(fresh))):
+        with pytest.raises(ValueError, match=f"two claims.*'{fresh.key}'"):
+            await ask(storage, "a", claim(known, 2), *wrong)
+    nameless = meter(Distinct(HOUR_MS))
+    with pytest.raises(ValueError, match="names its id"):
+        await ask(storage, "a", claim(known, 2), Claim(nameless, 1))
+    assert [await level(storage, on) for on in (known, fresh, later)] == [(0, 1), (0, 0), (0, 0)]
+
+
+async def test_a_sliding_refusal_counts_used_and_held_until_they_leave(storage: Storage, clock: FrozenClock) -> None:
+    """The instant at which a claim fits is found over what is used and what is held alike."""
+    on = meter(Sliding(10_000, 10), 10)
+    for name, actual in (("used", 4), ("held", None)):
+        await take(storage, name, claim(on, 4))
+        if actual is not None:
+            await settle(storage, name, actual)
+        clock.advance(ms=2_000)
+    (state,) = await refuse(storage, "a", claim(on, 7))
+    assert (state.used, state.held, state.resets_at_ms) == (4, 4, START_MS + 13_000)
+    (state,) = await refuse(storage, "a", claim(on, 6))
+    assert state.resets_at_ms == START_MS + 11_000
+    clock.set(START_MS + 10_999)  # the oldest sub-bucket is counted to its end
+    (state,) = await refuse(storage, "a", claim(on, 6))
+    assert (state.used, state.held, state.resets_at_ms) == (4, 4, START_MS + 11_000)
+
+
+def test_what_a_settlement_debits_is_fetched_before_it_runs() -> None:
+    """A store that loads only what a batch needs is told of the meters that a settlement debits."""
+    needs = Needs()
+    on = meter(Rolling(DAY_MS))
+    needs.of_settlements((Settlement("a", (), None, (), (claim(on, 5),)),))
+    assert (needs.calls, needs.keys) == ({"a"}, {on.key})
 
 
 async def fill_with_others(storage: Storage, number: int = 20) -> None:
