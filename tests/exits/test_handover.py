@@ -263,3 +263,47 @@ async def test_length_that_is_known_ends_the_response() -> None:
     for letter in case.storage.letters:
         letter.write()
     await case.task
+
+
+async def test_storage_that_loses_settlements_before_a_drain() -> None:
+    """What the storage did not take is handed over again before a drain gives up what is held."""
+    case = Case(answering)
+    assert await case.waits()
+    for letter in tuple(case.storage.letters):
+        letter.lose()
+    await case.task
+    draining = asyncio.create_task(case.guard.drain(0))
+    await turns()
+    assert case.guard.engine.unsettled == 0
+    case.storage.letters[-1].write()
+    await draining
+    assert await case.storage.open_holds() == 0
+    assert len(await case.storage.records()) == 1
+
+
+@pytest.mark.parametrize("end", ["websocket.close", "websocket.http.response.start", "websocket.disconnect"])
+async def test_websocket_is_settled_before_its_end_is_sent(end: str) -> None:
+    """What a connection holds is handed over before its client sees the end, or when its end is seen."""
+    log: list[str] = []
+    guard = Guard((Concurrency(1, per="global"),), storage=Post(log), prices=PRICES)
+    guard.hooked = True
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if end == "websocket.disconnect":
+            await receive()
+            log.append("seen")
+        else:
+            await send({"type": end})
+
+    async def receive() -> Message:
+        return {"type": "websocket.disconnect"}
+
+    async def send(message: Message) -> None:
+        log.append("sent")
+
+    task = asyncio.create_task(GuardMiddleware(app, guard)(scope_of("websocket"), receive, send))
+    await turns()
+    assert log == ["settle", "seen" if end == "websocket.disconnect" else "sent"]
+    assert isinstance(guard.storage, Post)
+    guard.storage.letters[0].write()
+    await task

@@ -226,6 +226,29 @@ async def test_drain_settles_what_does_not_end(stage: Stage) -> None:
     assert records == before
 
 
+async def test_drain_charges_what_outlives_its_request(stage: Stage) -> None:
+    """A call in a task that outlives its request is charged what it holds, and corrected when it ends after all."""
+    stage.provider.script(Behaviour.hang())
+    tasks = []
+
+    async def endpoint(request: Request) -> Response:
+        tasks.append(asyncio.create_task(stage.complete()))
+        await stage.provider.until(lambda: stage.provider.open == 1)
+        return PlainTextResponse("started")
+
+    async with stage.serve(app_of(stage, endpoint)) as server:
+        assert (await server.request("/")).status_code == 200
+        assert await stage.storage.open_holds() == 1
+        assert await stage.guard.drain(0) == 0
+        assert await stage.storage.open_holds() == 0
+        (record,) = await stage.storage.records()
+        assert (record.outcome, record.cost_nanousd) == ("expired", record.estimate_nanousd)
+        stage.provider.release()
+        await stage.settlements.until(1)
+        (record,) = await stage.storage.records()
+    assert (record.outcome, record.late, record.cost_nanousd) == ("measured", True, stage.provider.total_nanousd)
+
+
 async def test_closing_charges_what_is_open(tmp_path: Path) -> None:
     """A guard that is closed while calls are open leaves nothing held: they are charged, and end in silence later."""
     path = tmp_path / "guard.db"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.exits.kit import CONTEXT, MAX_TOKENS, MODEL, PRICES, ApplicationError
 
-from asgi_llm_guard import Concurrency, Guard, Iterations, Usage, guarded
+from asgi_llm_guard import Concurrency, Guard, Iterations, Usage, background, guarded
 from asgi_llm_guard.claims import Ended, Granted, Plan, Refused
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import Gate
@@ -124,3 +124,19 @@ def test_generator_that_is_left(taken: int) -> None:
         next(stream)
     del stream
     assert left(storage) == (0, min(taken, 1))
+
+
+def test_interrupt_when_the_work_is_done() -> None:
+    """Ctrl-C that comes when the work is done, before its answer is taken, has it undone."""
+    main = threading.main_thread().ident
+    assert main is not None
+    undone = threading.Event()
+
+    async def work() -> None:
+        while sys._current_frames()[main].f_code.co_name != "wait":
+            pass  # until the main thread waits; nothing else has to run in this loop
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        background.run(work(), undo=undone.set)
+    assert undone.wait(10)
