@@ -51,18 +51,18 @@ def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
     cost_nanousd, tokens = charge.cost_nanousd, charge.tokens
     if charge.outcome == "provider_error":
         cost_nanousd = tokens = 0
-    amounts: list[int | None] = []
-    for claim in claims:
-        unit = claim.meter.unit
-        if unit is _NANOUSD:
-            amounts.append(cost_nanousd)
-        elif unit is _TOKENS:
-            amounts.append(tokens)
-        elif unit is _SLOTS:
-            amounts.append(0)
-        else:
-            amounts.append(None)
-    return tuple(amounts)
+    return tuple(
+        [
+            cost_nanousd
+            if (unit := claim.meter.unit) is _NANOUSD
+            else tokens
+            if unit is _TOKENS
+            else 0
+            if unit is _SLOTS
+            else None
+            for claim in claims
+        ]
+    )
 
 
 def draft(call_id: str, context: Context, call: Call | None, at_ms: int) -> UsageRecord:

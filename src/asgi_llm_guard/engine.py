@@ -71,6 +71,8 @@ OVERFLOW_SESSION: Final = "\x00overflow"
 
 _NONE: AbstractSet[str] = frozenset()
 _METERS_KEPT: Final = 4096
+_MOST_UNSETTLED: Final = 10_000
+"""How many cancellations are kept while the storage does not answer."""
 _FIRST_PAUSE_S: Final = 0.005
 _SLOTS: Final = Unit.SLOTS  # kept: looking it up costs more than the rest of the loop that asks for it
 
@@ -383,10 +385,8 @@ class Engine:
                 call_hold = hold
             else:
                 request_hold = hold
-            for claim in bundle.claims:
-                if claim.meter.unit is _SLOTS:
-                    self._slots[hold.call_id] = hold
-                    break
+            if _SLOTS in [claim.meter.unit for claim in bundle.claims]:
+                self._slots[hold.call_id] = hold
         if self.observers:
             self._observe(context, call, granted)
         return Reserved(request_hold, call_hold, call, granted, asked.cache)
@@ -468,7 +468,10 @@ class Engine:
         if self._closed:
             return  # `retire` has charged what was open; there is nobody to try it
         self._storage_failed(error)
-        self._unsettled.extend(settlements)
+        for settlement in settlements:
+            # A cancellation undoes what was never granted, most likely; what calls have used is kept whatever comes.
+            if len(self._unsettled) < _MOST_UNSETTLED or settlement.record is not None or settlement.receipts:
+                self._unsettled.append(settlement)
 
     # ---------------------------------------------------------------------------- heartbeat
 

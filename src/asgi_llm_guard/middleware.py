@@ -456,9 +456,9 @@ class _Exchange:
 
     async def _read_body(self) -> bytes:
         limit = self.guard.max_body_bytes
-        for name, value in self.scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value[:20]) > limit:
-                raise body_too_large(limit)
+        length_sent: bytes = dict(self.scope["headers"]).get(b"content-length", b"")
+        if length_sent.isdigit() and int(length_sent[:20]) > limit:  # else it is counted as it comes
+            raise body_too_large(limit)
         message = await self.receive()
         if message["type"] == "http.disconnect":
             raise _ClientLeft
@@ -724,6 +724,8 @@ def _rendered(denied: Denied, scope: Scope, dialect: str | None, fields: Sequenc
 
 def _request_id(scope: Scope) -> str | None:
     """The request's own id, if it sends one that may stand in records and answers as it is."""
+    if b"x-request-id" not in dict(scope["headers"]):
+        return None
     ids: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]):
         return ids[0].decode("ascii")

@@ -173,6 +173,8 @@ def scan(headers: Headers, table: Mapping[bytes, bytes]) -> dict[bytes, tuple[by
         IdentityError: one of them is there twice, in the same spelling or in two.
     """
     found: dict[bytes, tuple[bytes, bytes]] = {}
+    if table.keys().isdisjoint(dict(headers)):
+        return found
     for name, value in headers:
         if name in table:
             canonical = table[name]

@@ -36,8 +36,9 @@ _CALENDAR_S: Final = {"hour": 3600, "day": 86_400, "week": 604_800}  # months an
 
 _KEPT: Final = 4096
 _members: dict[str, tuple[Meter, str, str, int, int, str]] = {}
-"""A pure function's memory, and bounded. By the meter's key: the meter, its member of the policy field, the head and the tail of its member of the
-other field, its capacity, how many of its units make one shown unit, and the text for a full window."""
+"""A pure function's memory, and bounded. By the meter's key: the meter, its member of the policy field (empty where
+it is never shown), the head of its member of the other field, its capacity, how many of its units make one shown
+unit, and the text for a full window."""
 
 
 def rate_limit_headers(
@@ -53,13 +54,11 @@ def rate_limit_headers(
     for receipt in receipts:
         claim = receipt.claim
         meter = claim.meter
-        if not meter.enforce or (not meter.owned and disclose == "owned") or meter.limit is None:
-            continue
         kept = _members.get(meter.key)
         if kept is None or (kept[0] is not meter and kept[0] != meter):
             kept = _keep(meter)
         _, policy, head, most, divisor, full = kept
-        if not policy:
+        if not policy or (disclose == "owned" and not meter.owned):
             continue
         left = most - receipt.used - receipt.held
         if receipt.taken:
@@ -94,7 +93,7 @@ def _keep(meter: Meter) -> tuple[Meter, str, str, int, int, str]:
 
 
 def _member(meter: Meter) -> tuple[Meter, str, str, int, int, str]:
-    if meter.rule is Rule.IDS or meter.limit is None:
+    if meter.rule is Rule.IDS or meter.limit is None or not meter.enforce:
         return meter, "", "", 0, 1, ""
     divisor = 1000 if meter.unit is Unit.NANOUSD else 1
     length_s = _length_s(meter)
