@@ -48,6 +48,7 @@ MEMO_SIZE: Final = 4096
 _PART_LENGTH: Final = 200
 _DIGEST: Final = "sha256~"
 _OWNED: Final = frozenset({"session", "user", "caller"})
+_SHARED: Final = (ANONYMOUS,)  # the parts of a subject that nobody owns: all who are not verified
 
 V = TypeVar("V")
 
@@ -218,7 +219,7 @@ class NamedPolicy:
             window=window,
             enforce=self._enforce,
             expiry_charge=expiry_charge,
-            owned=scope in _OWNED,
+            owned=scope in _OWNED and subject.parts != _SHARED,
             status=self.status,
         )
 
