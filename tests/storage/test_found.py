@@ -20,8 +20,10 @@ from tests.storage.values import (
 )
 
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Reading, Settlement
+from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
-from asgi_llm_guard.storage.cells import GRACE_MS, Needs
+from asgi_llm_guard.storage.cells import GRACE_MS, Needs, State
+from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Sliding, Slots
 
@@ -113,6 +115,81 @@ def test_what_a_settlement_debits_is_fetched_before_it_runs() -> None:
     on = meter(Rolling(DAY_MS))
     needs.of_settlements((Settlement("a", (), None, (), (claim(on, 5),)),))
     assert (needs.calls, needs.keys) == ({"a"}, {on.key})
+
+
+async def test_a_bucket_refuses_to_the_last_unit_ms(storage: Storage, clock: FrozenClock) -> None:
+    """A claim does not fit while the smallest part of a unit is too much, and fits a millisecond later."""
+    on = meter(Bucket(1_000, 5), 1)
+    await take(storage, "a", claim(on, 5))
+    clock.advance(ms=999)
+    (state,) = await refuse(storage, "b", claim(on, 1))
+    assert state.resets_at_ms == START_MS + 1_000
+    clock.advance(ms=1)
+    await take(storage, "b", claim(on, 1))
+
+
+async def test_a_bucket_gives_back_to_the_last_unit_ms(storage: Storage, clock: FrozenClock) -> None:
+    """The smallest part of a unit that has not drained is given back, too."""
+    on = meter(Bucket(1_000, 2), 1)
+    await take(storage, "a", claim(on, 1))
+    await take(storage, "b", claim(on, 1))
+    clock.advance(ms=999)
+    await settle(storage, "a", 0)
+    await take(storage, "c", claim(on, 1))
+
+
+def test_a_bucket_that_was_lost_is_charged_what_is_above_the_hold() -> None:
+    """With its cell gone, only an overage is left to be charged; nothing is made of what was not."""
+    on = meter(Bucket(1_000, 20), 10)
+    for actual, backlog in ((9, 5_000), (4, None), (1, None)):
+        state = State(members=MemoryMembers(), ledger=MemoryLedger())
+        cells.reserve(state, ME, ((Bundle("a", (claim(on, 4),)),),), START_MS)
+        state.cells.clear()
+        cells.settle(state, (Settlement("a", (actual,)),), START_MS)
+        assert {key: cell.used for key, cell in state.cells.items()} == ({on.key: backlog} if backlog else {})
+
+
+async def test_a_bucket_without_a_rate_never_drains(storage: Storage, clock: FrozenClock) -> None:
+    """A limit of 0 blocks the shortest of buckets too; what is debited to it stays, for no time drains it."""
+    on = meter(Bucket(1, 5), 0)
+    await refuse(storage, "a", claim(on, 1))
+    await storage.settle((Settlement("b", (), None, (), (claim(on, 3),)),))
+    clock.advance(ms=60_000)
+    assert await storage.read((on,)) == (Reading(3, 0, None),)
+
+
+async def test_a_refused_id_is_told_when_the_first_one_expires(storage: Storage, clock: FrozenClock) -> None:
+    """The reset of a refused id is the end of the oldest one; under a limit of 1 who is known is let in."""
+    two, one = meter(Distinct(HOUR_MS), 2), meter(Distinct(HOUR_MS), 1)
+    await take(storage, "a", claim(two, 1, "x"))
+    (state,) = await refuse(storage, "b", claim(one, 1, "y"))
+    assert state.resets_at_ms == START_MS + HOUR_MS
+    clock.advance(ms=1_000)
+    await take(storage, "b", claim(two, 1, "y"))
+    (state,) = await refuse(storage, "c", claim(two, 1, "z"))
+    assert state.resets_at_ms == START_MS + HOUR_MS
+    await take(storage, "d", claim(one, 1, "x"))
+
+
+async def test_debits_come_with_late_and_with_lost_settlements(storage: Storage) -> None:
+    """What a call turned out to use besides its hold is charged, however its settlement comes, and once."""
+    on, other = meter(Rolling(DAY_MS), subject="held"), meter(Rolling(DAY_MS), subject="debited")
+    debits = (claim(other, 5),)
+    receipts = await take(storage, "late", claim(on, 1))
+    await storage.retire(ME)
+    for call_id, status in (("late", "late"), ("late", "duplicate"), ("lost", "lost"), ("lost", "duplicate")):
+        (settled,) = await storage.settle((Settlement(call_id, (1,), None, receipts, debits),))
+        assert settled.status == status
+    assert [await level(storage, m) for m in (on, other)] == [(2, 0), (10, 0)]
+
+
+async def test_a_settlement_finds_no_tombstone_once_its_time_is_over(storage: Storage, clock: FrozenClock) -> None:
+    """To the millisecond: a second cancellation is a duplicate before the tombstone ends, and the first one after."""
+    await settle(storage, "a")
+    clock.advance(ms=TOMBSTONE_MS - 1)
+    assert (await settle(storage, "a")).status == "duplicate"
+    clock.advance(ms=1)
+    assert (await settle(storage, "a")).status == "cancelled"
 
 
 async def fill_with_others(storage: Storage, number: int = 20) -> None:

@@ -982,7 +982,7 @@ def _read(state: State, meter: Meter, now_ms: int) -> Reading:
     if meter.kind == BUCKET:
         _, backlog = _drained(cell, meter, now_ms)
         used, held = _in_units(cell, meter, backlog)
-        return Reading(used, held, cell.end if backlog else None)
+        return Reading(used, held, cell.end if backlog and meter.limit else None)
     if meter.kind == SLIDING:
         size = window.period_ms // window.buckets
         used, held = _live(cell, max(cell.start, now_ms // size) - window.buckets)
