@@ -227,7 +227,7 @@ class Engine:
                 context = msgspec.structs.replace(context, session=OVERFLOW_SESSION)
                 shared = True
                 continue
-            denied = self._deny(answer, call)
+            denied = self._deny(_in_order(answer, policies), call)
             if clamps and call is not None and denied.fits_max_tokens:
                 call = self.describer.clamped(call, denied.fits_max_tokens)
                 clamps -= 1
@@ -265,7 +265,7 @@ class Engine:
         if isinstance(answer, Ended):
             return None
         if isinstance(answer, Refused):
-            return self._denied(context, call, self._deny(answer, call))
+            return self._denied(context, call, self._deny(_in_order(answer, policies), call))
         amended = Hold(hold.call_id, claims, answer.receipts, bundle.draft)
         self._observe(context, call, answer)
         return amended
@@ -556,6 +556,16 @@ class Engine:
 
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _in_order(answer: Refused, policies: Sequence[Policy]) -> Refused:
+    """The same refusal with its claims in the order of the policies: in storage those of a call come first."""
+    order = {policy.name: place for place, policy in reversed(tuple(enumerate(policies)))}
+    states = tuple(
+        tuple(sorted(receipts, key=lambda receipt: order.get(receipt.claim.meter.policy, -1)))
+        for receipts in answer.states
+    )
+    return Refused(states, answer.now_ms)
 
 
 def _overflows(answer: Refused) -> bool:

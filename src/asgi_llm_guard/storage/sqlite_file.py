@@ -81,7 +81,7 @@ def check_file_system(path: Path, kind: str) -> None:
     if kind in _NETWORK:
         raise ConfigurationError(
             f"{path}: lies on a network file system ({kind}), where SQLite's locks are not reliable; "
-            "use a local disk, or redis:// for several hosts"
+            "use a local disk: its counters are for the processes of one host"
         )
 
 
