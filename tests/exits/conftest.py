@@ -32,4 +32,6 @@ async def storage(request: pytest.FixtureRequest, clock: FrozenClock, tmp_path: 
 async def stage(storage: Storage, clock: FrozenClock) -> AsyncIterator[Stage]:
     provider = FakeProvider(prices=BILL)
     async with provider.serve() as base_url:
-        yield new_stage(storage, provider, base_url, clock)
+        stage = new_stage(storage, provider, base_url, clock)
+        yield stage
+        await stage.guard.aclose()

@@ -27,7 +27,7 @@ def policies(budget: str, slots: int) -> tuple[Iterations, Budget, Concurrency]:
 
 
 def application(path: Path, base_url: str, budget: str, slots: int) -> Starlette:
-    """`/call` makes one call, `/stream` streams one, `/background` makes one after its answer."""
+    """`/call` makes one call, `/stream` streams one, `/detached` makes one in a task of its own."""
     storage = SqliteStorage(path)
     guard = Guard(policies(budget, slots), storage=storage, prices=PRICES, hold_wait_s=0)
     stage = Stage(storage, FakeProvider(), base_url, guard, Settlements())

@@ -57,8 +57,10 @@ async def storage(request: pytest.FixtureRequest, clock: FrozenClock, tmp_path: 
 
 
 @pytest.fixture
-async def stage(storage: Storage, clock: FrozenClock) -> Stage:
-    return new_stage(storage, FakeProvider(), "http://nowhere", clock, hold_wait_s=60)
+async def stage(storage: Storage, clock: FrozenClock) -> AsyncIterator[Stage]:
+    stage = new_stage(storage, FakeProvider(), "http://nowhere", clock, hold_wait_s=60)
+    yield stage
+    await stage.guard.aclose()
 
 
 # ------------------------------------------------------------------------------------- jobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -87,6 +88,7 @@ async def test_four_processes(tmp_path: Path) -> None:
         await provider.until(lambda: provider.calls == 10, timeout_s=30)
         provider.release()
         statuses = Counter(response.status_code for response in await asyncio.gather(*requests))
+        await asyncio.gather(*(running.end(signal.SIGTERM) for running in services))
     assert statuses == {200: 10, 429: 190}
     assert provider.calls == 10
     holds, records = await left_behind(path)

@@ -238,6 +238,8 @@ async def test_drain_charges_what_outlives_its_request(stage: Stage) -> None:
 
     async with stage.serve(app_of(stage, endpoint)) as server:
         assert (await server.request("/")).status_code == 200
+        assert stage.watch is not None
+        await stage.watch.idle()
         assert await stage.storage.open_holds() == 1
         assert await stage.guard.drain(0) == 0
         assert await stage.storage.open_holds() == 0
@@ -245,6 +247,7 @@ async def test_drain_charges_what_outlives_its_request(stage: Stage) -> None:
         assert (record.outcome, record.cost_nanousd) == ("expired", record.estimate_nanousd)
         stage.provider.release()
         await stage.settlements.until(1)
+        await stage.provider.idle()
         (record,) = await stage.storage.records()
     assert (record.outcome, record.late, record.cost_nanousd) == ("measured", True, stage.provider.total_nanousd)
 
