@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from tests.storage.values import (
     DAY_MS,
@@ -83,9 +85,11 @@ async def test_a_plan_that_raises_takes_nothing_of_its_other_claims(storage: Sto
     """Whichever claim is wrong, the ones before it are given back, and the message names the meter."""
     known, fresh, later = (meter(Rolling(DAY_MS), subject=name) for name in ("known", "fresh", "later"))
     await take(storage, "before", claim(known, 1))
-    for wrong in ((claim(fresh), claim(fresh)), (claim(later), claim(fresh), claim(fresh))):
+    for wrong in itertools.permutations((claim(fresh), claim(fresh), claim(later))):
         with pytest.raises(ValueError, match=f"two claims.*'{fresh.key}'"):
             await ask(storage, "a", claim(known, 2), *wrong)
+        with pytest.raises(ValueError, match=f"two claims.*'{fresh.key}'"):
+            await storage.amend(ME, Bundle("before", wrong))
     nameless = meter(Distinct(HOUR_MS))
     with pytest.raises(ValueError, match="names its id"):
         await ask(storage, "a", claim(known, 2), Claim(nameless, 1))

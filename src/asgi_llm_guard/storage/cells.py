@@ -433,7 +433,8 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                 refused = True
     if len(fresh) > 1 and len({key for key, _ in fresh}) < len(fresh):
         _give_back(cells, receipts, turn)
-        raise _claimed_twice(fresh[-1][0])
+        keys = [key for key, _ in fresh]
+        raise _claimed_twice(next(key for key in keys if keys.count(key) > 1))
     if refused:
         _give_back(cells, receipts, turn)
         return False, _not_taken(receipts)
@@ -902,8 +903,9 @@ def amend(state: State, owner: str, bundle: Bundle, now_ms: int) -> Granted | Re
 
 def _amend(state: State, hold: Hold, bundle: Bundle, now_ms: int) -> Granted | Refused:
     before = {receipt.claim.meter.key: receipt for receipt in hold.receipts if receipt.taken}
-    if len({claim.meter.key for claim in bundle.claims}) < len(bundle.claims):
-        raise _claimed_twice(bundle.claims[0].meter.key)
+    keys = [claim.meter.key for claim in bundle.claims]
+    if len(set(keys)) < len(keys):
+        raise _claimed_twice(next(key for key in keys if keys.count(key) > 1))
     kept: dict[str, Receipt] = {}
     for claim in bundle.claims:
         old = before.get(claim.meter.key)
