@@ -63,6 +63,7 @@ class _State(Enum):
 # Kept, because looking a member up costs more than what is done with it, and every request does.
 _OPEN: Final = _State.OPEN
 _ENDED: Final = _State.ENDED
+_ADOPTED: Final = _State.ADOPTED
 _SLOTS: Final = Unit.SLOTS
 
 
@@ -87,6 +88,7 @@ class Admission:
         "release_on_4xx",
         "root",
         "seen",
+        "shared",
     )
 
     def __init__(self, engine: Engine, context: Context, policies: Sequence[Policy], *, opaque: bool = False) -> None:
@@ -104,7 +106,9 @@ class Admission:
         """Everything that was granted when it was opened."""
         self.cache: CacheDirective | None = None
         self.seen = False
-        """A call was seen inside it."""
+        """A call was seen inside it: granted, and made."""
+        self.shared = False
+        """Its session counts together with others: the caller has too many."""
         self.refused = False
         """A call was refused inside it."""
         self._lock = threading.Lock()
@@ -125,6 +129,7 @@ class Admission:
         if isinstance(answer, Denied):
             return answer
         self.hold = answer.request
+        self.shared = answer.shared
         self.receipts = answer.granted.receipts
         self.cache = answer.cache
         if answer.call is not None:
@@ -141,6 +146,11 @@ class Admission:
     def scope(self) -> Scope:
         """Where calls inside this admission start looking for a hold to adopt."""
         return self.root or self
+
+    def refusal_answered(self) -> None:
+        """The response to this request is a refusal of a call inside it: nothing was sent that nobody saw."""
+        if self.root is not None:
+            self.root.release()
 
     def defer(self, call: ActiveCall) -> None:
         """End `call` with this admission at the latest: its response is still streaming."""
@@ -234,12 +244,14 @@ class ActiveCall:
         "_dispatched",
         "_first_ms",
         "_items",
+        "_left",
         "_lock",
         "_released",
         "_started_ms",
         "_state",
         "admission",
         "call",
+        "function",
         "hold",
         "parent",
         "policies",
@@ -263,6 +275,9 @@ class ActiveCall:
         """The meters of rates and slots that this scope and those around it hold."""
         self.task: asyncio.Task[Any] | None = None
         """The task in which it was claimed."""
+        self.function = False
+        """It stands for a function, which may do more than make its call: an error need not be the provider's."""
+        self._left = False
         self._state = _OPEN
         self._dispatched = False
         self._released = False
@@ -287,17 +302,18 @@ class ActiveCall:
         if admission.hold is not None and not admission.ended:
             outer |= {claim.meter.key for claim in admission.hold.claims}
         self.taken = outer
-        admission.seen = True
         donor = self._donor()
         try:
             if donor is not None and await self._adopt(donor, requests=requests):
                 return
             requests = requests and self.side is None
-            answer = await engine.reserve(self.policies, admission.context, self.call, requests=requests, taken=outer)
+            answer = await engine.reserve(
+                self.policies, admission.context, self.call, requests=requests, taken=outer, shared=admission.shared
+            )
             if isinstance(answer, Denied):
                 raise LimitExceeded(answer)  # noqa: TRY301 - handled as one of `_adopt`'s
         except BaseException as error:
-            self._state = _State.ENDED
+            self._state = _ENDED
             if self.side is not None:
                 admission.settle([_request_settlement(self.side)])
                 self.side = None
@@ -309,6 +325,7 @@ class ActiveCall:
 
     def _begin(self, hold: Hold | None) -> None:
         self.hold = hold
+        self.admission.seen = True
         with contextlib.suppress(RuntimeError):  # no event loop is running
             self.task = asyncio.current_task()
         self.admission.calls.add(self)
@@ -329,16 +346,19 @@ class ActiveCall:
     def lend(self) -> bool:
         """Let a call inside take over the hold, if it is free. True for exactly one of those who ask."""
         with self._lock:
-            if self._state is not _State.OPEN or self._dispatched or self.hold is None or self.admission.ended:
+            if self._state is not _OPEN or self._dispatched or self.hold is None or self.admission.ended:
                 return False
-            self._state = _State.ADOPTED
+            self._state = _ADOPTED
             return True
 
     def _take_back(self) -> None:
         """The adopter was refused: this call has its hold again, and settles it if its admission is over."""
         with self._lock:
-            self._state = _State.OPEN
-        if self.admission.ended:
+            self._state = _OPEN
+            left, self._left = self._left, False
+        if left:  # its block was left meanwhile
+            self.admission.settle(self.settlements(None, complete=False))
+        elif self.admission.ended:
             settlement = self.close_unseen(None, status=None, complete=False)
             if settlement is not None:
                 self.admission.settle([settlement])
@@ -351,7 +371,13 @@ class ActiveCall:
         try:
             if requests:
                 answer = await engine.reserve(
-                    self.policies, context, self.call, requests=True, calls=False, taken=self.taken
+                    self.policies,
+                    context,
+                    self.call,
+                    requests=True,
+                    calls=False,
+                    taken=self.taken,
+                    shared=self.admission.shared,
                 )
                 if isinstance(answer, Denied):
                     donor._take_back()
@@ -359,14 +385,19 @@ class ActiveCall:
                 side = answer.request
             if self.call is None:
                 self.call = donor.call
-            amended = await engine.amend(hold, self.policies, context, self.call)
+            amended = await engine.amend(hold, self.policies, context, self.call, shared=self.admission.shared)
         except LimitExceeded:
             raise
         except BaseException:
-            # Cancelled on the way: nothing was sent, so all of it is given back, whichever claims it has.
+            # Cancelled on the way: this call was not sent. Whether the hold has its claims already is not known, so
+            # it cannot go on with either; what it stood for may have made a call of its own.
             with donor._lock:
-                donor._state = _State.ENDED
-            back = [Settlement(hold.call_id, ())]
+                donor._state = _ENDED
+            if donor.parent is None and not self.admission.opaque:
+                back = [Settlement(hold.call_id, ())]
+            else:
+                lost = donor._record(hold, Charge(outcome="unknown"), engine.clock.now_ms())
+                back = [Settlement(hold.call_id, (None,), lost)]
             if side is not None:
                 back.append(Settlement(side.call_id, (), None, side.receipts))
             self.admission.settle(back)
@@ -379,7 +410,7 @@ class ActiveCall:
         self._keep_side(side)
         if amended is None:  # it expired meanwhile and is charged; this call claims its own
             with donor._lock:
-                donor._state = _State.ENDED
+                donor._state = _ENDED
             return False
         self._begin(amended)
         return True
@@ -399,15 +430,15 @@ class ActiveCall:
         """
         self._dispatched = True
         if isinstance(response, Usage):
-            self._answer = Answer(kind="success", usage=response, model=response.model, finished=True)
-            return
-        answer = meter_object(response)
-        if answer is None and _error_status(response):  # a proxy's page in front of the provider, for example
-            answer = Answer(kind="error")
+            answer: Answer | None = Answer(kind="success", usage=response, model=response.model, finished=True)
+        else:
+            answer = meter_object(response)
+            if answer is None and _error_status(response):  # a proxy's page in front of the provider, for example
+                answer = Answer(kind="error")
         if answer is None:
             _log.warning("call.record: no usage is known in a %s; the call is charged what it holds", type(response))
             return
-        self._answer = answer
+        self._answer = _together(self._answer, answer)
 
     @property
     def recorded(self) -> bool:
@@ -485,6 +516,7 @@ class ActiveCall:
             return self._settlement(self._charge(None, complete=complete))
         admission = self.admission
         released = admission.release_on_4xx and status is not None and 400 <= status < 500
+        released |= admission.refused and status is not None and status >= 400  # a refusal, answered by the application
         if released or admission.seen or not admission.opaque:
             # Calls are seen here, and none took this hold over: it was not needed.
             hold = self.hold
@@ -495,6 +527,7 @@ class ActiveCall:
     def _close(self) -> bool:
         with self._lock:
             if self._state is not _OPEN:
+                self._left = self._state is _ADOPTED
                 return False
             self._state = _ENDED
         return self.hold is not None
@@ -504,9 +537,11 @@ class ActiveCall:
         if answer is None and self._items is not None:
             answer = self._items.answer()
         usage = answer.usage if answer is not None else None
+        if answer is not None and usage is not None and not usage.output_tokens and answer.text_bytes:
+            usage = None  # text that cost no tokens: some servers fill in zeros where they do not count
         if usage is not None and (tokens := usage.total_tokens) is not None:
             return self._measured(usage, tokens)
-        if self._released:
+        if self._released and answer is None:
             return Charge(outcome="not_dispatched")
         if answer is not None:
             if answer.kind == "error" and not answer.text_bytes:
@@ -516,7 +551,7 @@ class ActiveCall:
             if answer.finished and complete:
                 return Charge(outcome="unmetered")
         if error is not None:
-            outcome = outcome_of(error)
+            outcome = outcome_of(error, of_client=self.function)
             if outcome == "not_dispatched" and self._dispatched and isinstance(error, LimitExceeded):
                 outcome = "unknown"  # a later call was refused; this one is on its way
             return Charge(outcome=outcome)
@@ -612,6 +647,28 @@ Scope = Admission | ActiveCall
 _MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
 
 
+def _together(before: Answer | None, answer: Answer) -> Answer:
+    """What two answers of one call say: an attempt that failed takes nothing away, two that were billed add up."""
+    if before is None or before.usage is None:
+        return answer
+    if answer.usage is None:
+        return before
+    one, other = before.usage, answer.usage
+    summed = {
+        name: None
+        if getattr(one, name) is None and getattr(other, name) is None
+        else (getattr(one, name) or 0) + (getattr(other, name) or 0)
+        for name in _COUNTS
+    }
+    for name in ("input_tokens", "output_tokens"):
+        if getattr(one, name) is None or getattr(other, name) is None:
+            summed[name] = None  # one of the two is not known, so the sum is not
+    return msgspec.structs.replace(answer, usage=msgspec.structs.replace(other, **summed))
+
+
+_COUNTS = tuple(name for name in Usage.__struct_fields__ if name.endswith("_tokens"))
+
+
 def _says_nothing(answer: Answer) -> bool:
     """An error that the application answers is its own word: a call may have been made and billed before it."""
     return answer.kind == "error" and answer.usage is None and not answer.text_bytes
@@ -626,21 +683,26 @@ def _request_settlement(hold: Hold) -> Settlement:
 _NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})
 
 
-def outcome_of(error: BaseException) -> Outcome:
+def outcome_of(error: BaseException, *, of_client: bool = False) -> Outcome:
     """What an exception says about the call that raised it, by its shape; `unknown` unless it says so.
 
     A status of 400 or above is the provider's answer. A connection that was never made, and a
-    refusal of ours, mean that nothing was sent.
+    refusal of ours, mean that nothing was sent. `of_client`: only what a provider's client library
+    raises counts; an error of another service proves nothing.
     """
     seen: BaseException | None = error
     for _ in range(8):  # causes may form a ring
         if seen is None:
             break
-        if isinstance(seen, LimitExceeded) or type(seen).__name__ in _NEVER_SENT:
+        if isinstance(seen, LimitExceeded):
             return "not_dispatched"
-        if _error_status(seen) and (hasattr(seen, "response") or hasattr(seen, "body")):
+        if type(seen).__name__ in _NEVER_SENT and (not of_client or seen is not error):
+            return "not_dispatched"  # client libraries raise their own error from it
+        if _error_status(seen) and hasattr(seen, "response") and hasattr(seen, "body"):
             return "provider_error"
-        if _error_status(getattr(seen, "response", None)):  # of `raise_for_status`, in httpx and requests
+        if not of_client and _error_status(seen) and (hasattr(seen, "response") or hasattr(seen, "body")):
+            return "provider_error"
+        if not of_client and _error_status(getattr(seen, "response", None)):  # of `raise_for_status`
             return "provider_error"
         seen = seen.__cause__
     return "unknown"

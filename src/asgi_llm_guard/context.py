@@ -78,6 +78,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """The request's own limit for one choice; `None`: it has none."""
     choices: int = 1
     stream: bool = False
+    service_tier: str | None = None
+    """The tier that the request asks for, where prices differ by it."""
     cost_nanousd: int | None = None
     """At most this cost; `None`: no price is known for the model."""
     input_nanousd: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
@@ -18,6 +19,7 @@ import msgspec
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, current_scope, enter, leave
 from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.describe import check_description
 from asgi_llm_guard.errors import ConfigurationError, ContextError
 from asgi_llm_guard.estimate import message_tokens
 from asgi_llm_guard.guard import Guard
@@ -74,6 +76,8 @@ def guarded(
     described = {"provider": provider, "max_output_tokens": max_output_tokens, "choices": choices}
     if model is None and (provider, max_output_tokens, input, input_tokens, choices) != (None, None, None, None, 1):
         raise ConfigurationError("@guarded: provider, max_output_tokens, input and choices need a model")
+    if model is not None:
+        check_description(model, input_tokens=input_tokens, max_output_tokens=max_output_tokens, choices=choices)
     if context is not None and guard is None:
         raise ConfigurationError("@guarded: context= is for use with guard=; inside a request the caller is known")
     work = _Work(policies, model, described, input, input_tokens, guard, context)
@@ -127,6 +131,7 @@ class _Work:
         inherited = parent.policies if parent is not None else admission.policies
         described = None if self.model is None else self._describe(admission, args, kwargs)
         call = ActiveCall(admission, parent, (*inherited, *self._extra(admission)), described)
+        call.function = True
         return _Run(call, own)
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
@@ -176,8 +181,16 @@ class _Run:
         self.deferred = True
         self.call.admission.defer(self.call)
         streamed = self._stream_sync(body) if isinstance(body, Iterator) else self._stream(body)
+        # A response that nobody sends never runs its body, and so never comes to the end of it.
+        weakref.finalize(streamed, self._abandoned).atexit = False
         result.body_iterator = streamed  # type: ignore[attr-defined]
         return result
+
+    def _abandoned(self) -> None:
+        self.deferred = False
+        self.call.end(complete=False)
+        if self.own is not None:
+            self.own.end(complete=False)
 
     def end(self, error: BaseException | None = None) -> None:
         if self.deferred and error is None:

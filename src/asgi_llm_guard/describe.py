@@ -16,7 +16,32 @@ from asgi_llm_guard.pricing.cards import RateCard
 from asgi_llm_guard.wire.base import Ask
 from asgi_llm_guard.wire.peek import BodyView
 
-__all__ = ["Describer"]
+__all__ = ["Describer", "check_description"]
+
+
+def check_description(
+    model: object,
+    *,
+    input_tokens: object = None,
+    max_output_tokens: object = None,
+    choices: object = 1,
+    assumed_output_tokens: object = None,
+) -> None:
+    """Check what a call is described with.
+
+    Raises:
+        ConfigurationError: not a model's name, or a number that is not whole and large enough.
+    """
+    if not isinstance(model, str) or not model:
+        raise ConfigurationError(f"model: expected a model's name such as 'openai/gpt-5.6-mini', got {model!r}")
+    for name, value, least in (
+        ("input_tokens", input_tokens, 0),
+        ("max_output_tokens", max_output_tokens, 0),
+        ("choices", choices, 1),
+        ("assumed_output_tokens", assumed_output_tokens, 1),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigurationError(f"{name}: expected a whole number from {least}, got {value!r}")
 
 
 class Describer:
@@ -66,16 +91,13 @@ class Describer:
         Raises:
             ConfigurationError: not a model's name, or a number that is not whole and positive.
         """
-        if not isinstance(model, str) or not model:
-            raise ConfigurationError(f"model: expected a model's name such as 'openai/gpt-5.6-mini', got {model!r}")
-        for name, value, least in (
-            ("input_tokens", input_tokens, 0),
-            ("max_output_tokens", max_output_tokens, 0),
-            ("choices", choices, 1),
-            ("assumed_output_tokens", assumed_output_tokens, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ConfigurationError(f"{name}: expected a whole number from {least}, got {value!r}")
+        check_description(
+            model,
+            input_tokens=input_tokens,
+            max_output_tokens=max_output_tokens,
+            choices=choices,
+            assumed_output_tokens=assumed_output_tokens,
+        )
         if input_tokens is None:
             input_tokens = self.assumed_input_tokens
             if input is not None:
@@ -100,6 +122,7 @@ class Describer:
         provider = found or provider
         card = self.prices.resolve(provider, bare)
         window = card.context_window if card is not None else None
+        tier = view.get("service_tier") if "service_tier" in view else None
         call = Call(
             provider=provider,
             model=bare,
@@ -110,9 +133,9 @@ class Describer:
             max_output_tokens=ask.max_output_tokens,
             choices=ask.choices,
             stream=ask.stream,
+            service_tier=tier if isinstance(tier, str) else None,
         )
-        tier = view.get("service_tier") if "service_tier" in view else None
-        return self.prices.quote(call, self._clock.now_ms(), service_tier=tier if isinstance(tier, str) else None)
+        return self.prices.quote(call, self._clock.now_ms(), service_tier=call.service_tier)
 
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
@@ -121,7 +144,8 @@ class Describer:
     def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
         card = self.prices.resolve(call.provider, call.model)
         bound = self._output_tokens(call.max_output_tokens, assumed_output_tokens, card, call.choices)
-        return self.prices.quote(replace(call, output_tokens=bound), self._clock.now_ms())
+        bounded = replace(call, output_tokens=bound)
+        return self.prices.quote(bounded, self._clock.now_ms(), service_tier=call.service_tier)
 
     def _output_tokens(self, limit: int | None, assumed: int | None, card: RateCard | None, choices: int) -> int:
         model_max = card.max_output_tokens if card is not None else None

@@ -102,6 +102,8 @@ class Reserved(msgspec.Struct, frozen=True):
     described: Call | None
     """The call as it was held for, after clamping."""
     granted: Granted
+    shared: bool
+    """The session counts together with others: its caller has too many."""
     cache: CacheDirective | None = None
 
 
@@ -175,6 +177,8 @@ class Engine:
         Raises:
             ConfigurationError: something else is among them.
         """
+        if isinstance(policies, Policy) or not isinstance(policies, Sequence):
+            raise ConfigurationError(f"policies: expected a list such as [Iterations(25)], got {policies!r}")
         bound: list[Policy] = []
         for policy in policies:
             if not isinstance(policy, Policy):
@@ -199,32 +203,33 @@ class Engine:
         calls: bool = True,
         taken: AbstractSet[str] = _NONE,
         clamp: bool = False,
+        shared: bool = False,
     ) -> Reserved | Denied:
         """Ask the policies, and take what they claim in one step. A `Denied` has changed nothing.
 
         `requests`, `calls`: which policies are asked. `taken`: meters that an enclosing scope
-        holds. `clamp`: where only the output bound does not fit, hold for what does.
+        holds. `clamp`: where only the output bound does not fit, hold for what does. `shared`: the
+        session is one of those beyond its caller's bound, which count as one.
         """
         if not self._alive:
             self._alive = True
             keep_alive(self)
-        shared = False
         clamps = 2 if clamp else 0
         while True:
             now_ms = self.clock.now_ms()
-            asked = ask(policies, context, call, now_ms, requests=requests, calls=calls, taken=taken)
+            counted = _counted_as(context, shared=shared)
+            asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
             if asked.shadow_refusals:
                 self._shadow_refused(asked, context, call)
             if asked.refusal is not None:
                 return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
-            bundles = self._bundles(asked, context, call, now_ms, calls=calls)
+            bundles = self._bundles(asked, context, call, now_ms, calls=calls, shared=shared)
             answer = await self._ask_storage(bundles)
             if isinstance(answer, Granted):
-                return self._granted(asked, bundles, answer, context, call)
+                return self._granted(asked, bundles, answer, context, call, shared=shared)
             if isinstance(answer, Refusal):
                 return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
             if self.session_overflow == "share" and not shared and _overflows(answer):
-                context = msgspec.structs.replace(context, session=OVERFLOW_SESSION)
                 shared = True
                 continue
             denied = self._deny(_in_order(answer, policies), call)
@@ -242,10 +247,11 @@ class Engine:
         call: Call | None,
         *,
         taken: AbstractSet[str] = _NONE,
+        shared: bool = False,
     ) -> Hold | Denied | None:
         """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired)."""
         now_ms = self.clock.now_ms()
-        asked = ask(policies, context, call, now_ms, requests=False, taken=taken)
+        asked = ask(policies, _counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
         if asked.shadow_refusals:
             self._shadow_refused(asked, context, call)
         if asked.refusal is not None:
@@ -271,10 +277,10 @@ class Engine:
         return amended
 
     def _bundles(
-        self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool
+        self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool, shared: bool
     ) -> tuple[Bundle, ...]:
         request_claims, call_claims = asked.requests, asked.calls
-        if context.session is not None and context.session != OVERFLOW_SESSION:
+        if context.session is not None and not shared:
             ids = self._session_claim(context, call_claims, request_claims)
             if ids is not None and calls:
                 call_claims = (ids, *call_claims)
@@ -373,7 +379,14 @@ class Engine:
                 loop.call_soon_threadsafe(_set, future)
 
     def _granted(
-        self, asked: Asked, bundles: tuple[Bundle, ...], granted: Granted, context: Context, call: Call | None
+        self,
+        asked: Asked,
+        bundles: tuple[Bundle, ...],
+        granted: Granted,
+        context: Context,
+        call: Call | None,
+        *,
+        shared: bool,
     ) -> Reserved:
         call_hold = request_hold = None
         first = 0
@@ -389,7 +402,7 @@ class Engine:
                 self._slots[hold.call_id] = hold
         if self.observers:
             self._observe(context, call, granted)
-        return Reserved(request_hold, call_hold, call, granted, asked.cache)
+        return Reserved(request_hold, call_hold, call, granted, shared, asked.cache)
 
     def _observe(self, context: Context, call: Call | None, granted: Granted) -> None:
         emit(self.observers, Admission(context, call, granted))
@@ -556,6 +569,10 @@ class Engine:
 
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _counted_as(context: Context, *, shared: bool) -> Context:
+    return msgspec.structs.replace(context, session=OVERFLOW_SESSION) if shared else context
 
 
 def _in_order(answer: Refused, policies: Sequence[Policy]) -> Refused:

@@ -32,6 +32,7 @@ from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.engine import Engine
@@ -47,18 +48,24 @@ from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.windows import duration_ms
 
-__all__ = ["Guard"]
+__all__ = ["DRAINING", "Guard"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
 _DRAIN_S: Final = 5.0
+
+DRAINING: Final = Refusal(
+    policy="guard",
+    code="guard_draining",
+    message="This instance is shutting down and takes no new calls. Try again in a moment.",
+)
+"""The refusal of everything that begins after `Guard.drain`."""
 
 
 class Guard:
     """Policies over a storage: what decides before a call is made, and settles after it.
 
     Args:
-        policies: asked in this order; the first that refuses is named in the refusal, those that count calls
-            before those that count requests.
+        policies: asked in this order; the first that refuses is named in the refusal.
         storage: `memory://`, `sqlite:///path/to/file.db`, or a `Storage`.
         identity: who is verified (`ApiKeys`, `ScopeUser`, …). `None`: everybody is the shared
             anonymous caller, and start-up warns of it.
@@ -111,6 +118,11 @@ class Guard:
         counter: Counter | None = None,
         max_body_bytes: int = 8 * 1024 * 1024,
     ) -> None:
+        if identity is not None and not callable(identity):
+            raise ConfigurationError(
+                f"identity: expected a resolver such as ApiKeys(...) or ScopeUser(), got {identity!r}"
+            )
+        _extractor("session", session)
         _one_of("disclose", disclose, "owned", "all")
         _one_of("session_overflow", session_overflow, "deny", "share")
         for name, value in (
@@ -333,6 +345,7 @@ class OpenAdmission:
         self._token: Token[Scope | None] | None = None
 
     async def __aenter__(self) -> Admission:
+        _refuse_while_draining(self._guard, self._admission)
         denied = await self._admission.open(None, calls=False)
         if denied is not None:
             raise LimitExceeded(denied)
@@ -359,6 +372,7 @@ class OpenAdmissionSync:
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Admission:
+        _refuse_while_draining(self._guard, self._admission)
         denied = background.run(self._admission.open(None, calls=False), undo=self._admission.end)
         if denied is not None:
             raise LimitExceeded(denied)
@@ -459,6 +473,16 @@ def _one_of(name: str, value: object, *allowed: str) -> None:
         raise ConfigurationError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
+def _refuse_while_draining(guard: Guard, admission: Admission) -> None:
+    if guard.draining:
+        raise LimitExceeded(admission.engine.refused(admission.context, None, DRAINING))
+
+
+def _extractor(name: str, value: object) -> None:
+    if not callable(getattr(value, "extract", None)):
+        raise ConfigurationError(f"{name}: expected an extractor such as header('x-session-id'), got {value!r}")
+
+
 def _whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AMOUNT:
         raise ConfigurationError(f"{name}: expected a whole number from 1, got {value!r}")
@@ -470,4 +494,9 @@ def _agents(agents: Mapping[str, Mapping[str, object]] | None) -> Mapping[str, M
             raise ConfigurationError(
                 f"agents.{agent}: expected limits such as {{'max_iterations': 25}}, got {limits!r}"
             )
+        for name in limits:
+            if name != "max_iterations" and not str(name).startswith("x_"):
+                raise ConfigurationError(
+                    f"agents.{agent}: {name!r} is no limit; known is max_iterations, and names of your own begin with x_"
+                )
     return dict(agents or {})

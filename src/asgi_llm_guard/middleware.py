@@ -19,7 +19,7 @@ from asgi_llm_guard.admission import Admission, enter, leave
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
-from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import unwrapped
 from asgi_llm_guard.policies.base import Policy
@@ -103,6 +103,11 @@ class GuardMiddleware:
             self._plan(route)
             if route.dialect not in {None, "auto"}:
                 dialect_named(str(route.dialect))
+            elif (route.clamp or route.inject_usage) and dialect_for(normalise(route.path)) is None:
+                raise ConfigurationError(
+                    f"Route {route.path}: clamp and inject_usage change the body, and no dialect is known by this path; "
+                    "name it: dialect='openai'"
+                )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -271,6 +276,7 @@ class GuardMiddleware:
             refusal = _refusal_behind(error)
             if refusal is None or closed:
                 raise
+            admission.refusal_answered()
             admission.end(complete=False)
             code, reason = websocket_close(refusal)
             await send({"type": "websocket.close", "code": code, "reason": reason})
@@ -287,7 +293,7 @@ class GuardMiddleware:
             return guard.engine.refused(Context(route=route.path), None, _malformed(error)), nobody
         admission = guard.new_admission(context, extra=plan.extra, opaque=_opaque(guard, route))
         if guard.draining:
-            return guard.engine.refused(context, None, _DRAINING), admission
+            return guard.engine.refused(context, None, DRAINING), admission
         return await admission.open(None), admission
 
     # ----------------------------------------------------------------------------- lifespan
@@ -440,7 +446,7 @@ class _Exchange:
             return self._refused(_malformed(error))
         self.context = context
         if guard.draining:
-            return self._refused(_DRAINING)
+            return self._refused(DRAINING)
         admission = guard.new_admission(context, extra=self.plan.extra, opaque=_opaque(guard, route))
         admission.release_on_4xx = route.release_on_4xx
         denied = await admission.open(self.call, clamp=route.clamp)
@@ -519,6 +525,7 @@ class _Exchange:
             if refusal is None or page.started:
                 await page.flush()
                 raise
+            admission.refusal_answered()
             if not self.done:  # before the client sees the refusal, and asks again
                 self.done = True
                 admission.end(status=refusal.status, complete=False)
@@ -664,12 +671,6 @@ class _ErrorPage:
 
 
 # --------------------------------------------------------------------------------- helpers
-
-_DRAINING: Final = Refusal(
-    policy="guard",
-    code="guard_draining",
-    message="This instance is shutting down and takes no new calls. Try again in a moment.",
-)
 
 
 def _malformed(error: IdentityError) -> Refusal:

@@ -22,6 +22,7 @@ _PARAMETER: Final = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_
 _ONE_SEGMENT: Final = frozenset({None, ":str", ":int", ":float", ":uuid"})
 _ODD: Final = re.compile(r"//|/\.|[\\\x00-\x20\x7f]|/\Z")
 _INVISIBLE: Final = re.compile(r"[\x00-\x20\x7f]")
+_METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 _UNGUARDED_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -64,6 +65,13 @@ class Route:
         if isinstance(self.methods, str):
             raise ConfigurationError(
                 f"Route {self.path}: methods must be a list such as ['POST'], got {self.methods!r}"
+            )
+        for method in self.methods or ():
+            if not isinstance(method, str) or method.upper() not in _METHODS:
+                raise ConfigurationError(f"Route {self.path}: expected methods such as POST, got {method!r}")
+        if self.session is not None and not callable(getattr(self.session, "extract", None)):
+            raise ConfigurationError(
+                f"Route {self.path}: session must be an extractor such as header('x-session-id'), got {self.session!r}"
             )
         if self.calls not in {"auto", "hooked", "opaque"}:
             raise ConfigurationError(f"Route {self.path}: calls must be auto, hooked or opaque, got {self.calls!r}")
@@ -115,12 +123,21 @@ class RouteTable:
         for path in exempt:
             if not path.startswith("/"):
                 raise ConfigurationError(f"exempt: a path must start with '/', got {path!r}")
+            if _PARAMETER.search(path):
+                raise ConfigurationError(f"exempt: paths are taken exactly, without parameters; got {path!r}")
         self.unlisted = unlisted
         self.routes = tuple(routes) if routes is not None else None
         self._exempt = frozenset(exempt)
         self._exact: dict[str, list[tuple[Route, frozenset[str] | None]]] = {}
         self._templates: list[tuple[re.Pattern[str], Route, frozenset[str] | None]] = []
+        seen: set[tuple[str, str | None]] = set()
         for route in self.routes or ():
+            if not isinstance(route, Route):
+                raise ConfigurationError(f"routes: expected Route('/path'), got {route!r}")
+            for method in route.methods or (None,):
+                if (place := (normalise(route.path), method and method.upper())) in seen:
+                    raise ConfigurationError(f"routes: {route.path} is there twice for {method or 'all methods'}")
+                seen.add(place)
             if _PARAMETER.search(route.path):
                 self._templates.append((_template(route.path), route, _methods(route)))
             else:

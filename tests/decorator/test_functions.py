@@ -464,25 +464,43 @@ class Status(Exception):  # noqa: N818 - as SDKs name them
     def __init__(self, status_code: int) -> None:
         self.status_code = status_code
         self.body: object = None
+        self.response: object = None
 
 
 class ConnectError(Exception):
     pass
 
 
+class APIConnectionError(Exception):
+    """As a provider's client library raises it."""
+
+    def __init__(self) -> None:
+        self.__cause__ = ConnectError()
+
+
+class HTTPStatusError(Exception):
+    """As httpx raises it, for whatever service was called."""
+
+    def __init__(self, status_code: int) -> None:
+        self.response = Status(status_code)
+
+
 @pytest.mark.parametrize(
     "error, expected",
     [
         (Status(500), [("provider_error", 0)]),
-        (ConnectError(), []),
+        (APIConnectionError(), []),
+        (ConnectError(), [("unknown", HELD)]),
+        (HTTPStatusError(500), [("unknown", HELD)]),
         (TimeoutError(), [("unknown", HELD)]),
         (KeyError("a bug"), [("unknown", HELD)]),
         (asyncio.CancelledError(), [("unknown", HELD)]),
     ],
-    ids=["provider's error", "never sent", "timeout", "bug", "cancelled"],
+    ids=["provider's error", "never sent", "another service", "another's error", "timeout", "bug", "cancelled"],
 )
 async def test_exceptions(error: BaseException, expected: list[tuple[str, int]]) -> None:
-    """An exception passes unchanged, and is charged by what its shape says about the call."""
+    """An exception passes unchanged, and is charged by what it says about the call: only a provider's client library
+    says anything, as a function may call other services too."""
     guard, options = outside()
 
     @guarded(**options)

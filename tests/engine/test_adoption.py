@@ -155,10 +155,72 @@ async def test_request_whose_only_call_was_refused_is_charged_nothing(new_guard:
     with pytest.raises(LimitExceeded):
         await guard.call(model=MODEL, input_tokens=1_000_000, max_output_tokens=1).__aenter__()
     leave(token)
+    admission.refusal_answered()
     await admission.end()
 
     assert await used(guard) == [("iterations", 0, 0), ("user_budget", 0, 0)]
     assert await guard.storage.records() == []
+
+
+@pytest.mark.parametrize(("status", "charged"), [(200, 1), (429, 0), (503, 0)])
+async def test_refusal_that_the_application_handles(new_guard: NewGuard, status: int, charged: int) -> None:
+    """On an opaque route, an answer of success after a refused call may rest on one that nobody saw: the request is
+    charged what it holds. An answer of failure is the refusal, in the application's words."""
+    guard = new_guard(Iterations(5), Budget("$0.001/1d"))
+    admission = await opened(guard)
+    admission.opaque = True
+    token = enter(admission.scope)
+    with pytest.raises(LimitExceeded):
+        await guard.call(model=MODEL, input_tokens=1_000_000, max_output_tokens=1).__aenter__()
+    leave(token)
+    await admission.end(status=status)
+
+    assert await used(guard) == [("iterations", charged, 0), ("user_budget", 0, 0)]
+
+
+@pytest.mark.parametrize("opaque", [True, False], ids=["opaque", "hooked"])
+async def test_call_cancelled_while_it_adopts(new_guard: NewGuard, *, opaque: bool) -> None:
+    """A call that is cancelled while it takes over a hold leaves nothing held, and does not make the request free."""
+    guard = new_guard(Iterations(5), Budget("$0.0003/1d"), hold_wait_s=30)
+    admission = await opened(guard, described=True)
+    admission.opaque = opaque
+    async with guard.open(CONTEXT), guard.call(model=MODEL, input_tokens=50, max_output_tokens=0) as other:
+        other.release()
+        token = enter(admission.scope)
+        waiting = asyncio.ensure_future(guard.call(model=MODEL, input_tokens=300, max_output_tokens=0).__aenter__())
+        leave(token)
+        for _ in range(10_000):
+            if guard.engine.waiting:
+                break
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await admission.end(status=200)
+
+    assert await used(guard) == [("iterations", int(opaque), 0), ("user_budget", 200_000 * opaque, 0)]
+    assert await guard.storage.open_holds() == 0
+
+
+async def test_block_left_while_its_hold_is_lent(new_guard: NewGuard) -> None:
+    """A block that is left while a call inside it asks for its hold settles when that one is refused: nothing leaks."""
+    guard = new_guard(Iterations(5), Budget("$0.0003/1d"), hold_wait_s=0.05)
+    async with guard.open(CONTEXT):
+        outer = guard.call(model=MODEL, input_tokens=200, max_output_tokens=0)
+        async with guard.call(model=MODEL, input_tokens=50, max_output_tokens=0) as other:
+            other.dispatched()
+            call = await outer.__aenter__()
+            inner = asyncio.ensure_future(guard.call(model=MODEL, input_tokens=300, max_output_tokens=0).__aenter__())
+            for _ in range(10_000):
+                if guard.engine.waiting:
+                    break
+                await asyncio.sleep(0.001)
+            await outer.__aexit__(None, None, None)
+            with pytest.raises(LimitExceeded):
+                await inner
+            assert call.hold is not None
+            other.release()
+    assert await guard.storage.open_holds() == 0
+    assert [held for _, _, held in await used(guard)] == [0, 0]
 
 
 async def test_lower_limit_of_an_inner_scope_holds(new_guard: NewGuard) -> None:

@@ -37,6 +37,17 @@ def test_service_tier_of_the_request_is_priced() -> None:
     assert priority.cost_nanousd > standard.cost_nanousd  # type: ignore[attr-defined]
 
 
+def test_clamped_call_keeps_its_service_tier() -> None:
+    """A call that is clamped is priced again by the tier that it asks for."""
+    guard = Guard(prices=PriceBook.snapshot())
+    view = read_body(b'{"model":"gpt-5","messages":[],"max_tokens":1000,"service_tier":"priority"}')
+    describer = guard.engine.describer
+    call = describer.describe_body(
+        dialect_named("openai").read_request(view), view, provider=None, dialect="openai", assumed_output_tokens=None
+    )
+    assert describer.clamped(call, 1000).cost_nanousd == call.cost_nanousd
+
+
 def test_exact_counter_replaces_the_bound_by_bytes() -> None:
     """A counter of one's own is asked for the text, in bodies and in words."""
 

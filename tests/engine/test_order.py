@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.engine.conftest import NewGuard
 
 from asgi_llm_guard import Context, Iterations, RateLimit
 from asgi_llm_guard.policies.base import Policy
-from tests.engine.conftest import NewGuard
 
 pytestmark = pytest.mark.anyio
 

@@ -183,6 +183,48 @@ async def test_success_without_usage_keeps_the_hold(new_guard: NewGuard, respons
     assert (record.outcome, record.usage, record.cost_nanousd) == ("unmetered", None, HELD)
 
 
+async def test_failed_attempt_takes_no_usage_away(new_guard: NewGuard) -> None:
+    """An error that is recorded after a success, and a release after either, change nothing that was measured."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=10, output_tokens=5))
+        call.record({"error": {"message": "overloaded", "type": "server_error", "param": None, "code": None}})
+        call.release()
+    assert await charged(guard) == (1, 20_000)
+
+
+async def test_two_billed_attempts_add_up(new_guard: NewGuard) -> None:
+    """Two successes that are recorded on one call were both billed, and are both charged."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=10, output_tokens=5, cache_read_tokens=4))
+        call.record(Usage(input_tokens=1, output_tokens=2))
+    assert await charged(guard) == (1, 25_000)
+    usage = (await record_of(guard)).usage
+    assert usage is not None
+    assert (usage.input_tokens, usage.output_tokens, usage.cache_read_tokens) == (11, 7, 4)
+
+
+async def test_released_stream_is_charged_for_its_text(new_guard: NewGuard) -> None:
+    """A call that has streamed text was sent, whatever is said of it afterwards."""
+    guard = guarded(new_guard)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record_chunk(chunk("four"))
+        call.release()
+    assert await charged(guard) != (0, 0)
+
+
+async def test_zero_tokens_beside_text_are_not_believed(new_guard: NewGuard) -> None:
+    """Usage of no output tokens beside a text is a server that does not count: the hold is charged."""
+    guard = guarded(new_guard)
+    message = {"role": "assistant", "content": "plenty of words"}
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record({"object": "chat.completion", "model": "test-model", "choices": choices, "usage": usage})
+    assert await charged(guard) == (1, HELD)
+
+
 async def test_cut_stream_is_charged_for_the_text_so_far(new_guard: NewGuard) -> None:
     """A stream that is cut costs its input and the text so far: never nothing, never more than the hold."""
     guard = guarded(new_guard)

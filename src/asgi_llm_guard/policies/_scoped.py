@@ -46,6 +46,7 @@ MEMO_SIZE: Final = 4096
 """How many subjects a policy remembers the meters of. A flood of ids makes it forget, never grow."""
 
 _PART_LENGTH: Final = 200
+_SHADOW: Final = ".shadow"
 _DIGEST: Final = "sha256~"
 _OWNED: Final = frozenset({"session", "user", "caller"})
 _SHARED: Final = (ANONYMOUS,)  # the parts of a subject that nobody owns: all who are not verified
@@ -149,6 +150,8 @@ class NamedPolicy:
     def __init__(self, *, name: str, counts: Counts, status: int | None) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ConfigurationError(f"name: expected a non-empty text, got {name!r}")
+        if name.endswith(_SHADOW):
+            raise ConfigurationError(f"name: {_SHADOW!r} at the end is what shadows are called; got {name!r}")
         if counts not in get_args(Counts):
             raise ConfigurationError(f"{name}: counts must be 'calls' or 'requests', got {counts!r}")
         if status is not None:
@@ -165,7 +168,7 @@ class NamedPolicy:
         """A copy that only watches: meters of its own that refuse nothing, refusals that are events."""
         if not self._enforce:
             return self
-        return self._copy(name=f"{self.name}.shadow", _enforce=False)
+        return self._copy(name=f"{self.name}{_SHADOW}", _enforce=False)
 
     def _copy(self, **changes: object) -> Self:
         """A copy with these attributes changed, and nothing remembered."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from asgi_llm_guard.claims import Claim, Rule, Unit
+from asgi_llm_guard.claims import Claim, Meter, Rule, Unit
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.policies._scoped import NOTHING, Counts, Per, ScopedPolicy
+from asgi_llm_guard.policies._scoped import NOTHING, Counts, Per, ScopedPolicy, Subject
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import whole
 from asgi_llm_guard.windows import Slots
@@ -44,12 +44,17 @@ class Concurrency(ScopedPolicy[Verdict]):
         verdict = self._memo.get(key)
         if verdict is None:
             subjects = self._subjects(context, call)
-            claims = tuple(
-                Claim(
-                    self._meter(self.per, subject, unit=Unit.SLOTS, rule=Rule.SLOTS, limit=self._limit, window=Slots()),
-                    1,
-                )
-                for subject in subjects
-            )
+            claims = tuple(Claim(self._slots(subject), 1) for subject in subjects)
             verdict = self._keep(key, Verdict(claims) if claims else NOTHING, subjects)
         return verdict
+
+    def _slots(self, subject: Subject) -> Meter:
+        return self._meter(
+            self.per,
+            subject,
+            unit=Unit.SLOTS,
+            rule=Rule.SLOTS,
+            limit=self._limit,
+            window=Slots(),
+            key_suffix=("calls",) if self.counts == "calls" else (),  # what counts requests is another meter
+        )

@@ -141,6 +141,8 @@ class RateLimit(ScopedPolicy[_Meters]):
             key_suffix: tuple[str, ...] = (str(rate.amount),)
         else:
             window, key_suffix = Sliding(rate.period_ms, _sub_buckets(rate.period_ms)), ()
+        if self.counts == "calls" and rate.unit is Unit.CALLS:
+            key_suffix = (*key_suffix, "calls")  # what counts requests is another meter
         return self._meter(
             self.per,
             subject,
