@@ -52,6 +52,15 @@ async def test_a_hold_that_a_lapsed_owner_took_over_expires_with_it(mortal: Stor
     assert isinstance(await ask(mortal, "a", claim(on)), Ended)
 
 
+async def test_a_hold_that_a_new_owner_took_over_expires_with_it(mortal: Storage, clock: FrozenClock) -> None:
+    """An owner whose first sign of life is an amend lapses like any other, and its holds with it."""
+    on = meter(Slots(), 1)
+    await take(mortal, "a", claim(on))
+    await mortal.amend(OTHER, Bundle("a", (claim(on),)))
+    clock.advance(ms=LAPSE_MS)
+    assert (await mortal.heartbeat(ME)).expired == ("a",)
+
+
 async def test_amend_by_a_lapsed_owner_does_not_revive_its_holds(mortal: Storage, clock: FrozenClock) -> None:
     """A process that lapsed learns by its next amend, as by its next reserve, that its older holds are gone."""
     on = meter(Slots(), 5)
@@ -200,6 +209,44 @@ async def fill_with_others(storage: Storage, number: int = 20) -> None:
     """Use other meters, so that a storage which forgets what is over gets to it."""
     for n in range(number):
         await take(storage, f"other-{n}", claim(meter(Rolling(DAY_MS), subject=f"other-{n}")), owner=ME)
+
+
+async def test_a_lost_claim_counts_to_the_end_of_its_sub_bucket(make: Make, clock: FrozenClock) -> None:
+    """On a sliding window a lost hold is charged while its sub-bucket is counted, and not forgotten before it leaves."""
+    on = meter(Sliding(10_000, 10), 10)
+    receipts = await take(make(clock), "a", claim(on, 3))
+    storage = make(clock)
+    clock.set(START_MS + 10_999)
+    assert (await settle(storage, "a", 3, receipts=receipts)).status == "lost"
+    await fill_with_others(storage)
+    assert await level(storage, on) == (3, 0)
+    clock.advance(ms=1)
+    assert await level(storage, on) == (0, 0)
+
+
+async def test_an_older_lost_claim_makes_no_sub_bucket_new(make: Make, clock: FrozenClock) -> None:
+    """After a lost hold was charged to an old sub-bucket, a clock that steps back still finds the newest one."""
+    on = meter(Sliding(10_000, 10), 10)
+    receipts = await take(make(clock), "a", claim(on, 3))
+    storage = make(clock)
+    clock.advance(ms=5_000)
+    (newest,) = await take(storage, "b", claim(on, 1))
+    await settle(storage, "a", 3, receipts=receipts)
+    clock.advance(ms=-2_000)
+    (receipt,) = await take(storage, "c", claim(on, 1))
+    assert (receipt.pin, receipt.used, receipt.held) == (newest.pin, 3, 1)
+
+
+async def test_a_lost_claim_begins_its_window_where_another_has_just_ended(make: Make, clock: FrozenClock) -> None:
+    """A lost hold whose own window still runs is charged at the very end of the one that the store has instead."""
+    on = meter(Rolling(1_000), 10)
+    storage = make(clock)
+    await take(storage, "b", claim(on, 2))
+    clock.advance(ms=500)
+    receipts = await take(make(clock), "a", claim(on, 3))
+    clock.advance(ms=500)
+    await settle(storage, "a", 4, receipts=receipts)
+    assert await storage.read((on,)) == (Reading(4, 0, START_MS + 1_500),)
 
 
 async def test_a_hold_of_nothing_is_charged_however_long_it_was_open(storage: Storage, clock: FrozenClock) -> None:
