@@ -61,6 +61,30 @@ async def test_a_hold_that_a_new_owner_took_over_expires_with_it(mortal: Storage
     assert (await mortal.heartbeat(ME)).expired == ("a",)
 
 
+async def test_an_owner_is_told_of_its_lapse_for_a_day(make: Make, clock: FrozenClock) -> None:
+    """A process that wakes up within a day of its lapse is told so; after that it is a new one."""
+    for asleep_ms, told in ((LAPSE_MS + DAY_MS - 1, True), (LAPSE_MS + DAY_MS, False)):
+        storage = make(clock)
+        await storage.heartbeat(ME)
+        clock.advance(ms=asleep_ms)
+        await storage.heartbeat(OTHER)
+        assert (await storage.heartbeat(ME)).lapsed is told
+
+
+async def test_what_a_reset_left_held_leaves_a_sliding_window_in_time(storage: Storage, clock: FrozenClock) -> None:
+    """After a reset, held amounts leave with their sub-bucket, to the millisecond."""
+    on = meter(Sliding(10_000, 10), 10)
+    await take(storage, "a", claim(on, 6))
+    clock.advance(ms=1_000)
+    await storage.reset((on,))
+    clock.set(START_MS + 10_999)
+    (state,) = await refuse(storage, "b", claim(on, 5))
+    assert state.held == 6
+    clock.advance(ms=1)
+    (receipt,) = await take(storage, "b", claim(on, 5))
+    assert receipt.held == 0
+
+
 async def test_amend_by_a_lapsed_owner_does_not_revive_its_holds(mortal: Storage, clock: FrozenClock) -> None:
     """A process that lapsed learns by its next amend, as by its next reserve, that its older holds are gone."""
     on = meter(Slots(), 5)
