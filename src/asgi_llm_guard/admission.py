@@ -34,7 +34,7 @@ from asgi_llm_guard.charge import Charge, actuals, draft
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.engine import Engine, Hold
+from asgi_llm_guard.engine import Asking, Engine, Hold
 from asgi_llm_guard.errors import ContextError, LimitExceeded, StorageError
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import CacheDirective, Policy
@@ -368,6 +368,7 @@ class ActiveCall:
         hold = donor.hold
         assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it  # pragma: no branch
         side: Hold | None = None
+        asking = Asking()
         try:
             if requests:
                 answer = await engine.reserve(
@@ -385,22 +386,29 @@ class ActiveCall:
                 side = answer.request
             if self.call is None:
                 self.call = donor.call
-            amended = await engine.amend(hold, self.policies, context, self.call, shared=self.admission.shared)
+            amended = await engine.amend(
+                hold, self.policies, context, self.call, shared=self.admission.shared, asking=asking
+            )
         except LimitExceeded:
             raise
         except BaseException:
-            # Cancelled on the way: this call was not sent. Whether the hold has its claims already is not known, so
-            # it cannot go on with either; what it stood for may have made a call of its own.
-            with donor._lock:
-                donor._state = _ENDED
-            if donor.parent is None and not self.admission.opaque:
-                back = [Settlement(hold.call_id, ())]
+            # Cancelled on the way: this call was not sent.
+            back = [] if side is None else [Settlement(side.call_id, (), None, side.receipts)]
+            if not asking.unknown:
+                donor._take_back()
             else:
-                lost = donor._record(hold, Charge(outcome="unknown"), engine.clock.now_ms())
-                back = [Settlement(hold.call_id, (None,), lost)]
-            if side is not None:
-                back.append(Settlement(side.call_id, (), None, side.receipts))
-            self.admission.settle(back)
+                # Whether the hold has this call's claims already is not known, so nobody can go on with it: it is
+                # given back whole. What it stood for may have made a call of its own, unless all calls are seen;
+                # that is charged as it was held.
+                with donor._lock:
+                    donor._state = _ENDED
+                if donor.parent is None and not self.admission.opaque:
+                    back.append(Settlement(hold.call_id, ()))
+                else:
+                    lost = donor._record(hold, Charge(outcome="unknown"), engine.clock.now_ms())
+                    back.append(Settlement(hold.call_id, (), lost, (), hold.claims))
+            if back:
+                self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
             donor._take_back()

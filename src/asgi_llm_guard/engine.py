@@ -62,7 +62,7 @@ from asgi_llm_guard.storage.base import Completed, Pending, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import Distinct
 
-__all__ = ["OVERFLOW_SESSION", "Engine", "Hold", "Reserved"]
+__all__ = ["OVERFLOW_SESSION", "Asking", "Engine", "Hold", "Reserved"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -105,6 +105,15 @@ class Reserved(msgspec.Struct, frozen=True):
     shared: bool
     """The session counts together with others: its caller has too many."""
     cache: CacheDirective | None = None
+
+
+class Asking:
+    """Whether a question to the storage is without an answer."""
+
+    __slots__ = ("unknown",)
+
+    def __init__(self) -> None:
+        self.unknown = False
 
 
 class Engine:
@@ -248,8 +257,12 @@ class Engine:
         *,
         taken: AbstractSet[str] = _NONE,
         shared: bool = False,
+        asking: Asking | None = None,
     ) -> Hold | Denied | None:
-        """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired)."""
+        """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired).
+
+        `asking` says, should this be cancelled, whether the hold may have been changed.
+        """
         now_ms = self.clock.now_ms()
         asked = ask(policies, _counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
         if asked.shadow_refusals:
@@ -261,10 +274,11 @@ class Engine:
         if claims == hold.claims:
             return hold
         bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms))
+        asking = asking or Asking()
         try:
-            answer = await self.storage.amend(self.owner, bundle)
+            answer = await self._amend(bundle, asking)
             if isinstance(answer, Refused) and self.hold_wait_s:
-                answer = await self._waiting(answer, lambda: self.storage.amend(self.owner, bundle))
+                answer = await self._waiting(answer, lambda: self._amend(bundle, asking))
         except StorageError as error:
             self._storage_failed(error)
             return self._denied(context, call, refuse(_UNAVAILABLE, statuses=self.statuses, now_ms=now_ms))
@@ -275,6 +289,12 @@ class Engine:
         amended = Hold(hold.call_id, claims, answer.receipts, bundle.draft)
         self._observe(context, call, answer)
         return amended
+
+    async def _amend(self, bundle: Bundle, asking: Asking) -> Granted | Refused | Ended:
+        asking.unknown = True
+        answer = await self.storage.amend(self.owner, bundle)
+        asking.unknown = False
+        return answer
 
     def _bundles(
         self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool, shared: bool

@@ -261,7 +261,7 @@ def test_expiry_charge_and_status_reach_the_meters() -> None:
 def test_shared_anonymous_caller_owns_nothing() -> None:
     """What all unverified requests share is no caller's own: its limits are not to be shown to one of them."""
     for per in ("user", "caller"):
-        policy = Budget("$1/1d", per=per)  # type: ignore[arg-type]
+        policy = Budget("$1/1d", per=per)
         (claim,) = policy.plan(Context(), call(), 0).claims
         assert claim.meter.owned is False
         (claim,) = policy.plan(Context(caller="acme"), call(), 0).claims

@@ -146,7 +146,9 @@ def test_the_file_system_is_that_of_the_nearest_mount(folder: str, kind: str) ->
 def test_network_file_systems_are_refused() -> None:
     """Locks that do not hold across hosts are no ground for exact limits; the error names another storage."""
     check_file_system(Path("/srv/guard.db"), "ext4")
-    with pytest.raises(ConfigurationError, match=r"/srv/guard\.db: lies on a network file system \(nfs4\).*of one host"):
+    with pytest.raises(
+        ConfigurationError, match=r"/srv/guard\.db: lies on a network file system \(nfs4\).*of one host"
+    ):
         check_file_system(Path("/srv/guard.db"), "nfs4")
 
 
