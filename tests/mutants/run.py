@@ -56,8 +56,11 @@ _STORAGE = (
 )
 TARGETS = (
     Target(module="asgi_llm_guard.storage.cells", suites=_STORAGE),
-    Target(module="asgi_llm_guard.charge", suites=(("tests/engine/test_outcomes.py",), ("tests/engine",))),
-    Target(module="asgi_llm_guard.plan", suites=(("tests/engine",),)),
+    Target(
+        module="asgi_llm_guard.charge",
+        suites=(("tests/mutants/test_plan.py",), ("tests/engine/test_outcomes.py",), ("tests/engine",)),
+    ),
+    Target(module="asgi_llm_guard.plan", suites=(("tests/mutants/test_plan.py",), ("tests/engine",))),
 )
 
 
