@@ -193,7 +193,6 @@ def _shelves(facts: Iterable[Fact], window: Sliding, now: int) -> tuple[dict[int
                 shelf.used = 0
                 if not sum(shelf.open.values()):
                     del shelves[number]
-            latest = max(shelves, default=None)
         elif fact.pin in shelves:
             shelf = shelves[fact.pin]
             if fact.what in {"give", "close"}:
