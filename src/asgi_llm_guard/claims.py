@@ -23,10 +23,12 @@ from asgi_llm_guard.windows import Bucket, Window
 __all__ = [
     "Bundle",
     "Claim",
+    "Durable",
     "Ended",
     "Granted",
     "Heartbeat",
     "Meter",
+    "OnOutage",
     "Plan",
     "Reading",
     "Receipt",
@@ -38,6 +40,10 @@ __all__ = [
     "escape",
     "meter_key",
 ]
+
+
+OnOutage = Literal["deny", "allow", "local"]
+Durable = Literal["replica", "disk"]
 
 
 class Unit(StrEnum):
@@ -88,10 +94,19 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
     """The caller owns the scope (session, user, caller): a refusal may show limit, used and held."""
     status: int | None = None
     """The status of a refusal by this meter; `None`: by the table in `docs/denials.md`."""
+    on_outage: OnOutage = "deny"
+    """What becomes of claims on this meter while the store does not answer: see `docs/outages.md`."""
+    lease: int = 0
+    """Above 0: a worker may hold this much of the meter at a time and admit from it without a trip. See `docs/leases.md`."""
+    durable: Durable | None = None
+    """What must have a claim before it counts as granted: a `replica`, or the server's `disk`. `None`: its memory.
+    Stores that are not Redis keep their one promise and ignore it."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and not 0 <= self.limit <= MAX_AMOUNT:
             raise ConfigurationError(f"{self.policy}: limit must be from 0 to {MAX_AMOUNT}, got {self.limit}")
+        if not 0 <= self.lease <= MAX_AMOUNT:
+            raise ConfigurationError(f"{self.policy}: lease must be from 0 to {MAX_AMOUNT}, got {self.lease}")
         if isinstance(self.window, Bucket) and (self.limit is None or self.limit * self.window.period_ms > 2**52):
             raise ConfigurationError(
                 f"{self.policy}: a bucket's limit x period must be at most 2^52 to be exact, "

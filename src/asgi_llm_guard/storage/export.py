@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from asgi_llm_guard.claims import Claim, Meter, Receipt, Rule, Unit
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Receipt, Rule, Unit
 from asgi_llm_guard.errors import GuardError, StorageError
 from asgi_llm_guard.storage.cells import Cell, Hold, Owner, Tombstone
 from asgi_llm_guard.usage import UsageRecord
@@ -38,8 +38,23 @@ SCHEMA: Final = 1
 
 # Decoding straight into nested tuples makes a packed meter hashable, so that each one is built once.
 _PackedWindow = tuple[int | str | bool, ...]
+_Rest = tuple[bool, Literal["hold", "nothing"], bool, int | None, OnOutage, int, Durable | None]
 _PackedMeter = tuple[
-    str, str, str, str, str, str, int | None, _PackedWindow, bool, Literal["hold", "nothing"], bool, int | None
+    str,
+    str,
+    str,
+    str,
+    str,
+    str,
+    int | None,
+    _PackedWindow,
+    bool,
+    Literal["hold", "nothing"],
+    bool,
+    int | None,
+    OnOutage,
+    int,
+    Durable | None,
 ]
 _PackedReceipt = tuple[_PackedMeter, int, str | None, bool, bool, int, int, int, int | None]
 _PackedHold = tuple[str, str, int, int, tuple[_PackedReceipt, ...], UsageRecord | None]
@@ -80,12 +95,13 @@ def _receipt(flat: _PackedReceipt) -> Receipt:
 def _flat_meter(m: Meter) -> _PackedMeter:
     window = _flat_window(m.window)
     head = (m.key, m.policy, m.scope, m.subject, m.unit.value, m.rule.value, m.limit, window)
-    return (*head, m.enforce, m.expiry_charge, m.owned, m.status)
+    return (*head, m.enforce, m.expiry_charge, m.owned, m.status, m.on_outage, m.lease, m.durable)
 
 
 @lru_cache(maxsize=4096)
 def _meter(flat: _PackedMeter) -> Meter:
-    key, policy, scope, subject, unit, rule, limit, window, enforce, expiry_charge, owned, status = flat
+    key, policy, scope, subject, unit, rule, limit, window, *rest = flat
+    enforce, expiry_charge, owned, status, on_outage, lease, durable = cast("_Rest", tuple(rest))
     return Meter(
         key=key,
         policy=policy,
@@ -99,6 +115,9 @@ def _meter(flat: _PackedMeter) -> Meter:
         expiry_charge=expiry_charge,
         owned=owned,
         status=status,
+        on_outage=on_outage,
+        lease=lease,
+        durable=durable,
     )
 
 

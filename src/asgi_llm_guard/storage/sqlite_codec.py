@@ -22,7 +22,20 @@ __all__ = ["LEDGER_COLUMNS", "HoldCodec", "record_of_row", "row_of_record"]
 _WINDOWS: Final[dict[int, type[Window]]] = {
     window.kind: window for window in (Lifetime, Rolling, Calendar, Sliding, Bucket, Slots, Distinct)
 }
-_TEMPLATE: Final = ("policy", "scope", "unit", "rule", "limit", "enforce", "expiry_charge", "owned", "status")
+_TEMPLATE: Final = (
+    "policy",
+    "scope",
+    "unit",
+    "rule",
+    "limit",
+    "enforce",
+    "expiry_charge",
+    "owned",
+    "status",
+    "on_outage",
+    "lease",
+    "durable",
+)
 _MAX_METERS: Final = 10_000
 """How many meters are remembered in their written form; policies make one per subject and share it."""
 
