@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+from tests.servers import OwnRedis, RedisServer, shared_redis, shared_valkey, unique_namespace
 
 # The same examples on every run: a red test is the change's doing. `make check-full` searches for new ones.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
@@ -13,3 +17,30 @@ hypothesis.settings.load_profile("default")
 def anyio_backend() -> str:
     """Servers and SDKs of the tests are built on asyncio; one loop kind for all of them."""
     return "asyncio"
+
+
+# Shared servers start when the first test asks, and end with the process. A test that needs to stop, flush or
+# reconfigure a server asks for one of its own.
+
+
+@pytest.fixture
+def redis_server() -> RedisServer:
+    return shared_redis()
+
+
+@pytest.fixture
+def valkey_server() -> RedisServer:
+    return shared_valkey()
+
+
+@pytest.fixture
+def own_redis() -> Iterator[OwnRedis]:
+    """Starts servers for one test, which may do to them what it likes: `own_redis(program="valkey", appendonly=True)`."""
+    with contextlib.ExitStack() as servers:
+        yield lambda **options: servers.enter_context(RedisServer(**options))
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that nobody else has on a shared server."""
+    return unique_namespace()
