@@ -18,7 +18,7 @@ import msgspec
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.windows import Bucket, Window
+from asgi_llm_guard.windows import Bucket, Distinct, Slots, Window
 
 __all__ = [
     "Bundle",
@@ -107,6 +107,8 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"{self.policy}: limit must be from 0 to {MAX_AMOUNT}, got {self.limit}")
         if not 0 <= self.lease <= MAX_AMOUNT:
             raise ConfigurationError(f"{self.policy}: lease must be from 0 to {MAX_AMOUNT}, got {self.lease}")
+        if self.lease and isinstance(self.window, (Slots, Distinct)):
+            raise ConfigurationError(f"{self.policy}: slots and ids are taken one by one; leave lease out")
         if isinstance(self.window, Bucket) and (self.limit is None or self.limit * self.window.period_ms > 2**52):
             raise ConfigurationError(
                 f"{self.policy}: a bucket's limit x period must be at most 2^52 to be exact, "
@@ -226,6 +228,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     expired: tuple[str, ...]
     """The call ids of all holds (of any owner) that this heartbeat expired."""
     now_ms: int
+    owners: int = 1
+    """How many owners are alive, this one included: by it a process divides what is left while the store is away."""
 
 
 class Reading(msgspec.Struct, frozen=True):

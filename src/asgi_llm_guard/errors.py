@@ -6,6 +6,7 @@
     ├── IdentityError         a request's ids or credentials are malformed or unknown (`identity.base`)
     ├── BodyError             a request's body is refused (`wire.peek`)
     ├── StorageError          the store did not answer, or its answer is unknown
+    │   └── DataLost          the store answers, but what it knew is gone
     ├── NotInstalledError     an optional dependency is missing; names the extra to install
     └── LimitExceeded         a call was refused in code; carries the decision as `.denied`
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigurationError",
     "ContextError",
+    "DataLost",
     "GuardError",
     "LimitExceeded",
     "NotInstalledError",
@@ -44,6 +46,15 @@ class ContextError(GuardError, RuntimeError):
 
 class StorageError(GuardError):
     """The store failed, or its outcome is unknown. Never to be taken for a refusal."""
+
+    sent: bool = True
+    """`False`: the operation surely did not reach the store, so there is nothing to take back."""
+
+
+class DataLost(StorageError):
+    """The store answers, but it was flushed or rolled back. Nothing was taken; see `Guard(on_data_loss=...)`."""
+
+    sent = False
 
 
 class NotInstalledError(GuardError, ImportError):

@@ -15,6 +15,8 @@ from asgi_llm_guard.usage import UsageRecord
 
 __all__ = [
     "Admission",
+    "BacklogFull",
+    "DataLost",
     "Event",
     "Expired",
     "Observer",
@@ -36,6 +38,8 @@ class Admission(msgspec.Struct, frozen=True):
     context: Context
     call: Call | None
     granted: Granted
+    degraded: bool = False
+    """The storage did not answer, and this process decided by itself: see `docs/outages.md`."""
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -88,7 +92,36 @@ class StorageRecovered(msgspec.Struct, frozen=True):
     """The storage answers again."""
 
 
-Event = Admission | Refused | ShadowMisfit | SettledCall | Expired | SlotOverrun | StorageFailed | StorageRecovered
+class DataLost(msgspec.Struct, frozen=True):
+    """The storage answers, but what it knew is gone. Sent once for each loss."""
+
+    error: str
+    decision: str
+    """What the guard does about it: `deny`, `accept` or `rebuild`."""
+
+
+class BacklogFull(msgspec.Struct, frozen=True):
+    """So many settlements wait for the storage that cancellations are dropped. Sent once per outage.
+
+    What was used is kept, however much it is. A dropped cancellation leaves its hold, if there is one, until
+    this process ends; then it is charged.
+    """
+
+    waiting: int
+
+
+Event = (
+    Admission
+    | Refused
+    | ShadowMisfit
+    | SettledCall
+    | Expired
+    | SlotOverrun
+    | StorageFailed
+    | StorageRecovered
+    | DataLost
+    | BacklogFull
+)
 
 
 class Observer(Protocol):

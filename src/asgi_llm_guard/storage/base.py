@@ -50,12 +50,15 @@ storage.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, runtime_checkable
 
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
 from asgi_llm_guard.usage import UsageRecord
 
-__all__ = ["LAPSE_MS", "TOMBSTONE_MS", "Bundle", "Completed", "Pending", "Plan", "Storage"]
+if TYPE_CHECKING:
+    from asgi_llm_guard.policies.base import Policy
+
+__all__ = ["LAPSE_MS", "TOMBSTONE_MS", "Bundle", "Completed", "Pending", "Plan", "Selective", "Storage"]
 
 LAPSE_MS: Final = 15_000
 """An owner lapses this long after its last heartbeat; heartbeats come every third of it."""
@@ -191,4 +194,17 @@ class Storage(Protocol):
 
     async def aclose(self) -> None:
         """Finish what was handed over, then let go of files and threads. The storage cannot be used again."""
+        ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A storage that keeps only some kinds of meters. A guard shows it every policy when it is bound."""
+
+    def check(self, policies: Sequence[Policy], /) -> None:
+        """Accept the policies.
+
+        Raises:
+            ConfigurationError: names the first policy that it cannot keep, and why.
+        """
         ...
