@@ -23,7 +23,7 @@ LAYERS = {
     "rules": "charge denials describe estimate marks plan pricing routes storage.cells policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "cache identity ledger storage telemetry",
-    "engine": "admission background engine guard",
+    "engine": "admission background engine guard moment",
     "skins": "admin decorator gateway httpx integrations middleware",
     "roots": "__init__ cli settings testing",
 }
@@ -64,7 +64,7 @@ LIBRARIES = {
     "pydantic": "settings",
     "pydantic_core": "settings",
     "pydantic_settings": "settings",
-    "redis": "storage.redis",
+    "redis": "storage.redis storage.limits",
     "starlette": "admin decorator gateway identity integrations middleware testing",
     "tiktoken": "estimate",
     "uvicorn": "testing",

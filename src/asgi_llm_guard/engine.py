@@ -58,7 +58,7 @@ from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.plan import Asked, ask
 from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
-from asgi_llm_guard.storage.base import Completed, Pending, Storage
+from asgi_llm_guard.storage.base import Completed, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import Distinct
 
@@ -139,6 +139,7 @@ class Engine:
         jitter: Callable[[int], int] | None = None,
     ) -> None:
         self.storage = storage
+        self._selective = storage if isinstance(storage, Selective) else None
         self.describer = describer
         self.clock = clock
         self.observers = tuple(observers)
@@ -184,7 +185,7 @@ class Engine:
         """`policies`, told of the agents and of where session ids come from.
 
         Raises:
-            ConfigurationError: something else is among them.
+            ConfigurationError: something else is among them, or one that the storage cannot keep.
         """
         if isinstance(policies, Policy) or not isinstance(policies, Sequence):
             raise ConfigurationError(f"policies: expected a list such as [Iterations(25)], got {policies!r}")
@@ -198,6 +199,8 @@ class Engine:
             if isinstance(known, SessionAware):
                 known = known.with_sources(self._sources)
             bound.append(known)
+        if bound and self._selective is not None:
+            self._selective.check(bound)
         return tuple(bound)
 
     # ------------------------------------------------------------------------------ reserve

@@ -18,6 +18,7 @@ __all__ = [
     "DeploymentFilter",
     "Eligibility",
     "Policy",
+    "Sampled",
     "SessionAware",
     "Verdict",
 ]
@@ -84,6 +85,15 @@ class SessionAware(Protocol):
 
     def with_sources(self, sources: Sequence[str], /) -> Policy:
         """This policy with the names of the headers and fields."""
+        ...
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A policy that can tell beforehand what it claims on. Storages that keep only some kinds of meters ask for it."""
+
+    def samples(self) -> tuple[Meter, ...]:
+        """One meter of each kind that it may claim on, of a subject without a name; none where it never claims."""
         ...
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final, Self
 
-from asgi_llm_guard.claims import escape
+from asgi_llm_guard.claims import Meter, escape
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import Memo, NamedPolicy, caller_subject
@@ -85,6 +85,10 @@ class CacheScope(NamedPolicy):
             return Verdict(cache=self._directive(context))
         key = (context.caller, context.user)
         return self._memo.get(key) or self._memo.keep(key, Verdict(cache=self._directive(context)))
+
+    def samples(self) -> tuple[Meter, ...]:
+        """None: it never claims."""
+        return ()
 
     def _copy(self, **changes: object) -> Self:
         return super()._copy(_memo=Memo(), **changes)

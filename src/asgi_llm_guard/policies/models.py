@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from asgi_llm_guard.claims import Meter
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Per, ScopedPolicy, Subject, quoted
@@ -112,6 +113,10 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
             if models is None or not models.allows(call):
                 return self._forbidden(call, subject)
         return NOTHING
+
+    def samples(self) -> tuple[Meter, ...]:
+        """None: it never claims."""
+        return ()
 
     def _list(self, subject: Subject) -> ModelList | None:
         # Unverified callers have no name that an entry could mean.

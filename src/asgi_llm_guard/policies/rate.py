@@ -109,7 +109,7 @@ class RateLimit(ScopedPolicy[_Meters]):
         self._burst = None if burst is None else whole(burst, name=f"{name}.burst")
         if self._burst == 0:
             raise ConfigurationError(f"{name}.burst: at least 1; a rate of 0 blocks everything")
-        keys = [self._rate_meter(Subject("", ()), rate).key for rate in self._rates]  # also checks what meters demand
+        keys = [meter.key for meter in self.samples()]  # also checks what meters demand
         if len(set(keys)) < len(keys):
             raise ConfigurationError(f"{name}: two rates over the same period; keep the lower one, got {rates!r}")
 
@@ -123,6 +123,10 @@ class RateLimit(ScopedPolicy[_Meters]):
         if call is None or not meters.tokens:
             return meters.constant
         return Verdict(meters.constant.claims + amounts(meters.tokens, call.total_tokens))
+
+    def samples(self) -> tuple[Meter, ...]:
+        """One meter for each rate."""
+        return tuple(self._rate_meter(Subject("", ()), rate) for rate in self._rates)
 
     def _build(self, subjects: tuple[Subject, ...]) -> _Meters:
         meters = [self._rate_meter(subject, rate) for subject in subjects for rate in self._rates]

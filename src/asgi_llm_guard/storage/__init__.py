@@ -13,6 +13,7 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
     """The storage that a URL names: `memory://`, `sqlite:///file.db` (relative) or `sqlite:////var/lib/file.db`.
 
     `sqlite:///file.db?synchronous=FULL` also survives a loss of power without losing the last commits.
+    `limits+memcached://host:11211?strategy=fixed`: a store of the `limits` package, for rates of requests only.
 
     Raises:
         ConfigurationError: not a URL of a known storage, or an option that it does not have.
@@ -32,6 +33,10 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
 
         path, _, query = rest.partition("?")
         return SqliteStorage(_sqlite_path(path, url), clock=clock, synchronous=_synchronous(query, url))
+    if scheme.startswith("limits+"):
+        from asgi_llm_guard.storage.limits import LimitsStorage
+
+        return LimitsStorage.from_url(url.removeprefix("limits+"))
     raise ConfigurationError(f"storage: expected memory:// or sqlite:///path, got the scheme {scheme!r}")
 
 

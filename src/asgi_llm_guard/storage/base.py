@@ -58,7 +58,18 @@ from asgi_llm_guard.usage import UsageRecord
 if TYPE_CHECKING:
     from asgi_llm_guard.policies.base import Policy
 
-__all__ = ["LAPSE_MS", "TOMBSTONE_MS", "Bundle", "Completed", "Pending", "Plan", "Selective", "Storage"]
+__all__ = [
+    "LAPSE_MS",
+    "TOMBSTONE_MS",
+    "Bundle",
+    "Completed",
+    "Interruptible",
+    "LossAware",
+    "Pending",
+    "Plan",
+    "Selective",
+    "Storage",
+]
 
 LAPSE_MS: Final = 15_000
 """An owner lapses this long after its last heartbeat; heartbeats come every third of it."""
@@ -206,5 +217,39 @@ class Selective(Protocol):
 
         Raises:
             ConfigurationError: names the first policy that it cannot keep, and why.
+        """
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A storage that knows by itself whether it is there: one behind a wire, which finds out in the background."""
+
+    def available(self) -> bool:
+        """Whether asking is worth while. Cheap, never waits; from any thread.
+
+        `False`: no operation would reach the store now, so none is tried for a request.
+        """
+        ...
+
+
+@runtime_checkable
+class LossAware(Protocol):
+    """A storage that notices when its data was flushed or rolled back.
+
+    From then on `reserve` and `amend` raise `DataLost` and take nothing, until `accept_loss`. `settle` goes on:
+    what a call has used is charged to the data that there is.
+    """
+
+    @property
+    def epoch(self) -> str:
+        """Names the data that this storage goes by: another one after each accepted loss."""
+        ...
+
+    async def accept_loss(self) -> None:
+        """Go by the data that there is. Where nothing was lost, nothing changes.
+
+        Raises:
+            StorageError: the store does not answer; nothing was accepted.
         """
         ...
