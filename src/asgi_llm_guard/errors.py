@@ -51,7 +51,7 @@ class StorageError(GuardError):
     """`False`: the operation surely did not reach the store, so there is nothing to take back."""
 
 
-class DataLost(StorageError):
+class DataLost(StorageError):  # noqa: N818 - what happened, as with `LimitExceeded`
     """The store answers, but it was flushed or rolled back. Nothing was taken; see `Guard(on_data_loss=...)`."""
 
     sent = False
