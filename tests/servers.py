@@ -29,11 +29,22 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 import hiredis
 
-__all__ = ["OwnRedis", "RedisServer", "ServerError", "shared_redis", "shared_valkey", "unique_namespace"]
+__all__ = [
+    "OwnRedis",
+    "RedisCluster",
+    "RedisSentinel",
+    "RedisServer",
+    "ServerError",
+    "shared_cluster",
+    "shared_redis",
+    "shared_sentinel",
+    "shared_valkey",
+    "unique_namespace",
+]
 
 HOST: Final = "127.0.0.1"
 READY_S: Final = 20.0
@@ -41,6 +52,16 @@ READY_S: Final = 20.0
 POLL_S: Final = 0.002
 
 Program = Literal["redis", "valkey"]
+
+
+class Servers(Protocol):
+    """One server, or several that belong together."""
+
+    def start(self) -> Self: ...
+    def close(self) -> None: ...
+
+
+Started = TypeVar("Started", bound=Servers)
 
 
 class ServerError(Exception):
@@ -281,11 +302,7 @@ class RedisServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self.close()
-            raise
+        return _entered(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
@@ -388,13 +405,313 @@ class OwnRedis(Protocol):
     def __call__(self, **options: Any) -> RedisServer: ...
 
 
+# ------------------------------------------------------------------------------- cluster and Sentinel
+
+SLOTS: Final = 16_384
+
+
+class RedisCluster:
+    """Three masters, and replicas if asked for, that share the slots evenly; up in about 2 s.
+
+    A lost master is noticed after 1 s. Its slots are then refused, those of the others are still served; with
+    a replica it is replaced after about 2 s.
+    """
+
+    def __init__(self, *, program: Program = "redis", replicas: int = 0, password: str | None = None) -> None:
+        """`replicas`: how many each master has."""
+        config = ["cluster-require-full-coverage no", "cluster-replica-validity-factor 0"]
+        self.password = password
+        self.masters = [RedisServer(program=program, cluster=True, password=password, config=config) for _ in range(3)]
+        """Those that began as masters, by their slots: 0-5460, 5461-10922, 10923-16383."""
+        self.replicas = [
+            RedisServer(program=program, cluster=True, password=password, config=config)
+            for _ in self.masters * replicas
+        ]
+        """Replica number i follows master number i modulo 3."""
+
+    @property
+    def nodes(self) -> list[RedisServer]:
+        return [*self.masters, *self.replicas]
+
+    @property
+    def url(self) -> str:
+        return _several("redis+cluster", self.password, self.nodes)
+
+    def start(self) -> Self:
+        for node in self.nodes:
+            node.start()
+        first = self.masters[0]
+        edges = [SLOTS * n // len(self.masters) for n in range(len(self.masters) + 1)]
+        for n, node in enumerate(self.masters):
+            node.call("CLUSTER", "ADDSLOTSRANGE", edges[n], edges[n + 1] - 1)
+        for n, node in enumerate(self.nodes, 1):
+            node.call("CLUSTER", "SET-CONFIG-EPOCH", n)
+        for node in self.nodes[1:]:
+            first.call("CLUSTER", "MEET", node.host, node.port, node.cluster_port)
+        self._wait(self._all_know_each_other, "every node of the cluster knows every other")
+        for n, node in enumerate(self.replicas):
+            node.call("CLUSTER", "REPLICATE", _text(self.masters[n % len(self.masters)].call("CLUSTER", "MYID")))
+        self.wait_ok()
+        return self
+
+    def wait_ok(self) -> None:
+        """Until every node that runs serves, every slot has a running master, and replicas are in step."""
+        self._wait(lambda: all(map(self._is_ok, self.running())), "the cluster is up")
+
+    def running(self) -> list[RedisServer]:
+        return [node for node in self.nodes if node.running]
+
+    def node_of(self, slot: int) -> RedisServer:
+        """The master that has the slot, as a running node knows it.
+
+        Raises:
+            ServerError: nobody has it.
+        """
+        for low, high, (_, port, *_), *_ in self.running()[0].call("CLUSTER", "SLOTS"):
+            if low <= slot <= high:
+                return next(node for node in self.nodes if node.port == port)
+        raise ServerError(f"no node has slot {slot}\n{self.log_tail()}")
+
+    def slot_of(self, key: str | bytes) -> int:
+        return int(self.running()[0].call("CLUSTER", "KEYSLOT", key))
+
+    def begin_move(self, slot: int, to: RedisServer) -> None:
+        """From now on the slot's node answers -ASK for keys that it does not have, and `to` those who say ASKING."""
+        source = self.node_of(slot)
+        to.call("CLUSTER", "SETSLOT", slot, "IMPORTING", _text(source.call("CLUSTER", "MYID")))
+        source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", _text(to.call("CLUSTER", "MYID")))
+
+    def move_keys(self, slot: int, to: RedisServer) -> None:
+        """Move all keys of a slot whose move has begun."""
+        source = self.node_of(slot)
+        auth = () if self.password is None else ("AUTH", self.password)
+        while keys := source.call("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.call("MIGRATE", to.host, to.port, "", 0, 5_000, *auth, "KEYS", *keys)
+
+    def finish_move(self, slot: int, to: RedisServer) -> None:
+        """From now on every other node answers -MOVED for the slot."""
+        owner = _text(to.call("CLUSTER", "MYID"))
+        masters = [node for node in self.running() if node.call("ROLE")[0] == b"master"]
+        for node in sorted(masters, key=lambda node: node is not to):
+            node.call("CLUSTER", "SETSLOT", slot, "NODE", owner)
+
+    def move_slot(self, slot: int, to: RedisServer) -> None:
+        """Begin a move, move the keys, and finish it."""
+        self.begin_move(slot, to)
+        self.move_keys(slot, to)
+        self.finish_move(slot, to)
+
+    def flush(self) -> None:
+        for node in self.running():
+            if node.call("ROLE")[0] == b"master":
+                node.flush()
+
+    def log_tail(self) -> str:
+        return "\n".join(node.log_tail(8) for node in self.nodes)
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+    def __enter__(self) -> Self:
+        return _entered(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _all_know_each_other(self) -> bool:
+        return all(int(_info(node, "CLUSTER", "INFO")["cluster_known_nodes"]) == len(self.nodes) for node in self.nodes)
+
+    def _is_ok(self, node: RedisServer) -> bool:
+        role = node.call("ROLE")
+        state = _info(node, "CLUSTER", "INFO")
+        return (
+            (role[0] == b"master" or role[3] == b"connected")
+            and (state["cluster_state"], int(state["cluster_slots_ok"])) == ("ok", SLOTS)
+            and (
+                not self.replicas
+                or b"fail" not in node.call("CLUSTER", "NODES")
+                or len(self.running()) < len(self.nodes)
+            )
+        )
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        wait_until(done, what, log=self.log_tail)
+
+
+class _Sentinel(RedisServer):
+    """One Sentinel process; it keeps what it learns in its configuration file, but not its pace."""
+
+    # What takes Sentinel one second or more by default. After a failover it forgets its connections, and comes
+    # back in a ping period: with the usual second, a new master is down at once if `down_after_ms` is less.
+    _PACE: Final = {
+        "PING-PERIOD": 100,
+        "ASK-PERIOD": 100,
+        "INFO-PERIOD": 500,
+        "PUBLISH-PERIOD": 200,
+        "TILT-TRIGGER": 10_000,
+        "TILT-PERIOD": 1_000,
+    }
+
+    def start(self, *, ready: bool = True) -> Self:
+        super().start(ready=ready)
+        self.call("SENTINEL", "DEBUG", *(part for setting in self._PACE.items() for part in setting))
+        return self
+
+    def _choose_ports(self) -> None:
+        self.port = free_port()
+        lines = [f"port {self.port}", f"bind {HOST}", f"unixsocket {self.socket}", f"dir {self.folder}", *self._options]
+        self._conf.write_text("\n".join(lines) + "\n", "utf-8")
+
+    def _arguments(self) -> list[str]:
+        return [*super()._arguments(), "--sentinel"]
+
+
+class RedisSentinel:
+    """A master, a replica, and three Sentinels of which two must agree that the master is gone; up in about 2 s.
+
+    After `kill_master()` the replica is promoted within about 2 s.
+    """
+
+    def __init__(
+        self,
+        *,
+        program: Program = "redis",
+        name: str = "guard",
+        down_after_ms: int = 500,
+        password: str | None = None,
+        appendonly: bool = False,
+    ) -> None:
+        """`name`: what the Sentinels call the master; `down_after_ms`: without an answer for so long, it is down."""
+        self.program = program
+        self.name = name
+        self.password = password
+        self.nodes: list[RedisServer] = []
+        self.sentinels: list[RedisServer] = []
+        self._appendonly = appendonly
+        self._down_after_ms = down_after_ms
+
+    @property
+    def url(self) -> str:
+        return _several("redis+sentinel", self.password, self.sentinels, self.name)
+
+    @property
+    def master(self) -> RedisServer:
+        """The node that most Sentinels take for the master, running or not."""
+        ports = [int(s.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.name)[1]) for s in self.sentinels if s.running]
+        port = max(ports, key=ports.count)
+        return next(node for node in self.nodes if node.port == port)
+
+    def start(self) -> Self:
+        master = RedisServer(program=self.program, password=self.password, appendonly=self._appendonly)
+        self.nodes.append(master)
+        master.start()
+        replica = RedisServer(
+            program=self.program, password=self.password, appendonly=self._appendonly, replica_of=master
+        )
+        self.nodes.append(replica)
+        replica.start()
+        self._wait(lambda: replica.call("ROLE")[3] == b"connected", "the replica follows its master")
+        for number in range(3):
+            config = [
+                f"sentinel monitor {self.name} {master.host} {master.port} 2",
+                # Not all in the same instant: each would vote for itself, and the next vote is after four seconds.
+                f"sentinel down-after-milliseconds {self.name} {self._down_after_ms + 150 * number}",
+                f"sentinel failover-timeout {self.name} 2000",
+            ]
+            if self.password is not None:
+                config.append(f"sentinel auth-pass {self.name} {self.password}")
+            self.sentinels.append(_Sentinel(program=self.program, config=config))
+        for sentinel in self.sentinels:
+            sentinel.start()
+        self.wait_ok()
+        return self
+
+    def wait_ok(self) -> None:
+        """Until every Sentinel knows the others, the master and a replica that it could promote."""
+        self._wait(lambda: all(map(self._is_ok, self.sentinels)), "the Sentinels know each other and a replica")
+
+    def kill_master(self) -> RedisServer:
+        """Kill the master; gives the node that was."""
+        master = self.master
+        master.kill()
+        return master
+
+    def wait_promoted(self, old: RedisServer) -> RedisServer:
+        """Until most Sentinels name another master than `old`, and it takes writes; gives the new one."""
+
+        def promoted() -> bool:
+            new = self.master
+            return new is not old and bool(new.call("ROLE")[0] == b"master")
+
+        self._wait(promoted, f"another master than {old!r}")
+        return self.master
+
+    def fail_over(self) -> RedisServer:
+        """Have the Sentinels promote the replica of a healthy master; gives the new master."""
+        old = self.master
+        self.sentinels[0].call("SENTINEL", "FAILOVER", self.name)
+        return self.wait_promoted(old)
+
+    def flush(self) -> None:
+        self.master.flush()
+
+    def log_tail(self) -> str:
+        return "\n".join(node.log_tail(8) for node in (*self.nodes, *self.sentinels))
+
+    def close(self) -> None:
+        for node in (*self.sentinels, *self.nodes):
+            node.close()
+
+    def __enter__(self) -> Self:
+        return _entered(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _is_ok(self, sentinel: RedisServer) -> bool:
+        reply = sentinel.call("SENTINEL", "MASTER", self.name)
+        known = dict(zip(map(_text, reply[::2]), map(_text, reply[1::2]), strict=True))
+        replicas = sentinel.call("SENTINEL", "REPLICAS", self.name)
+        return (
+            (known["flags"], known["num-other-sentinels"], len(replicas)) == ("master", "2", 1)
+            and b"slave" in replicas[0]  # its flags; more than that if it is down or not yet reached
+            and b"ok" in replicas[0]  # its link to the master
+        )
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        wait_until(done, what, log=self.log_tail)
+
+
+def _entered(servers: Started) -> Started:
+    try:
+        return servers.start()
+    except BaseException:
+        servers.close()
+        raise
+
+
+def _several(scheme: str, password: str | None, nodes: Sequence[RedisServer], path: str = "") -> str:
+    auth = f":{password}@" if password is not None else ""
+    return f"{scheme}://{auth}{','.join(f'{node.host}:{node.port}' for node in nodes)}/{path}"
+
+
+def _text(reply: Any) -> str:
+    return bytes(reply).decode()
+
+
+def _info(node: RedisServer, *command: str) -> dict[str, str]:
+    lines = _text(node.call(*command)).split("\r\n")
+    return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
 # ----------------------------------------------------------------------------------- shared servers
 
 
-def _shared(server: RedisServer) -> RedisServer:
+def _shared(servers: Started) -> Started:
     """Started, and ended with the process."""
-    atexit.register(server.close)
-    return server.start()
+    atexit.register(servers.close)
+    return servers.start()
 
 
 @cache
@@ -405,5 +722,17 @@ def shared_redis() -> RedisServer:
 
 @cache
 def shared_valkey() -> RedisServer:
-    """The same as `shared_redis`, of Valkey."""
+    """As `shared_redis`, of Valkey."""
     return _shared(RedisServer(program="valkey"))
+
+
+@cache
+def shared_cluster() -> RedisCluster:
+    """As `shared_redis`, of three masters."""
+    return _shared(RedisCluster())
+
+
+@cache
+def shared_sentinel() -> RedisSentinel:
+    """As `shared_redis`, of a master that Sentinels look after."""
+    return _shared(RedisSentinel())
