@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from typing import Final
 
 import msgspec
 
-from asgi_llm_guard.claims import Claim, Meter
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.policies.base import CacheDirective, Policy
@@ -100,7 +101,17 @@ def _merge(one: Claim, other: Claim) -> Claim:
     return Claim(_stricter(one.meter, other.meter), amount, one.member)
 
 
+_HARSHER: Final[Mapping[OnOutage, int]] = {"allow": 0, "local": 1, "deny": 2}
+_FIRMER: Final[Mapping[Durable | None, int]] = {None: 0, "replica": 1, "disk": 2}
+
+
 def _stricter(one: Meter, other: Meter) -> Meter:
-    if other.limit is None or (one.limit is not None and one.limit <= other.limit):
-        return one
-    return other
+    """The meter with the lower limit, and with the stricter of everything else that two policies may say."""
+    both = (one, other)
+    lower = one if other.limit is None or (one.limit is not None and one.limit <= other.limit) else other
+    on_outage = max((meter.on_outage for meter in both), key=_HARSHER.__getitem__)
+    durable = max((meter.durable for meter in both), key=_FIRMER.__getitem__)
+    lease = min(meter.lease for meter in both)
+    if (on_outage, durable, lease) == (lower.on_outage, lower.durable, lower.lease):
+        return lower
+    return msgspec.structs.replace(lower, on_outage=on_outage, durable=durable, lease=lease)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Final, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 
-from asgi_llm_guard.claims import Claim, Meter, Rule, Unit, meter_key
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Rule, Unit, meter_key
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Refusal
 from asgi_llm_guard.denials import check_status
@@ -38,6 +38,7 @@ __all__ = [
 Per = Literal["user", "session", "caller", "agent", "department", "model", "provider", "tag", "global"]
 ExpiryCharge = Literal["hold", "nothing"]
 Counts = Literal["calls", "requests"]
+Leases = Mapping[Unit, int]
 
 NOTHING: Final = Verdict()
 ANONYMOUS: Final = "anonymous"
@@ -143,11 +144,20 @@ _SCOPES: Final[dict[str, Scope]] = {
 
 
 class NamedPolicy:
-    """The name of a policy, what it counts, and its shadow."""
+    """The name of a policy, what it counts, its shadow, and what all of its meters have in common."""
 
-    __slots__ = ("_enforce", "counts", "name", "status")
+    __slots__ = ("_enforce", "_leases", "counts", "durable", "name", "on_outage", "status")
 
-    def __init__(self, *, name: str, counts: Counts, status: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        counts: Counts,
+        status: int | None,
+        on_outage: OnOutage = "deny",
+        leases: Leases | None = None,
+        durable: Durable | None = None,
+    ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ConfigurationError(f"name: expected a non-empty text, got {name!r}")
         if name.endswith(_SHADOW):
@@ -156,6 +166,13 @@ class NamedPolicy:
             raise ConfigurationError(f"{name}: counts must be 'calls' or 'requests', got {counts!r}")
         if status is not None:
             check_status(status, name=f"{name}.status")
+        if on_outage not in get_args(OnOutage):
+            raise ConfigurationError(f"{name}: on_outage must be 'deny', 'allow' or 'local', got {on_outage!r}")
+        if durable is not None and durable not in get_args(Durable):
+            raise ConfigurationError(f"{name}: durable must be 'replica', 'disk' or None, got {durable!r}")
+        self.on_outage: OnOutage = on_outage
+        self.durable: Durable | None = durable
+        self._leases: Leases = leases or {}
         self.name = name
         self.counts: Counts = counts
         self.status = status
@@ -211,6 +228,7 @@ class NamedPolicy:
         expiry_charge: ExpiryCharge = "hold",
         key_suffix: tuple[str, ...] = (),
     ) -> Meter:
+        lease = self._leases.get(unit, 0) if self._enforce else 0
         return Meter(
             key=meter_key(self.name, unit, window, *map(_bounded, subject.parts), *key_suffix),
             policy=self.name,
@@ -224,6 +242,10 @@ class NamedPolicy:
             expiry_charge=expiry_charge,
             owned=scope in _OWNED and subject.parts != _SHARED,
             status=self.status,
+            on_outage=self.on_outage if self._enforce else "allow",
+            # A limit of one subject (an agent's, a department's of tomorrow) may be lower than the chunk.
+            lease=lease if limit is not None and lease <= limit else 0,
+            durable=self.durable,
         )
 
 
@@ -233,9 +255,18 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
     __slots__ = ("_identify", "_memo", "_scope", "expiry_charge", "per")
 
     def __init__(
-        self, *, per: Per, name: str, counts: Counts, status: int | None, expiry_charge: ExpiryCharge = "hold"
+        self,
+        *,
+        per: Per,
+        name: str,
+        counts: Counts,
+        status: int | None,
+        expiry_charge: ExpiryCharge = "hold",
+        on_outage: OnOutage = "deny",
+        leases: Leases | None = None,
+        durable: Durable | None = None,
     ) -> None:
-        super().__init__(name=name, counts=counts, status=status)
+        super().__init__(name=name, counts=counts, status=status, on_outage=on_outage, leases=leases, durable=durable)
         if not isinstance(per, str) or per not in _SCOPES:
             raise ConfigurationError(f"{name}: per must be one of {', '.join(_SCOPES)}, got {per!r}")
         if expiry_charge not in get_args(ExpiryCharge):
@@ -243,6 +274,10 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
         self._scope = _SCOPES[per]
         if self._scope.needs_call and counts == "requests":
             raise ConfigurationError(f"{name}: per={per!r} is known for calls only; use counts='calls'")
+        if leases and per == "session":
+            raise ConfigurationError(
+                f"{name}: a session's limit is not worth a lease, which is for meters that many share; leave lease out"
+            )
         self.per: Per = per
         self.expiry_charge: ExpiryCharge = expiry_charge
         self._identify = self._scope.identify

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from asgi_llm_guard.claims import Meter, Reading, Rule, Unit
+from asgi_llm_guard.claims import Durable, Meter, OnOutage, Reading, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.denials import provider_lines, utc
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, Per, ScopedPolicy, Subject, amounts
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.grammar import LIMIT_GRAMMAR, Limit, parse_limits, ttl_ms
+from asgi_llm_guard.policies.grammar import LIMIT_GRAMMAR, Limit, check_lease, parse_lease, parse_limits, ttl_ms
 from asgi_llm_guard.policies.providers import canonical_model, canonical_provider, provider_of
 from asgi_llm_guard.windows import Lifetime
 
@@ -51,6 +51,10 @@ class Budget(ScopedPolicy[_Meters]):
         renew: whether the `ttl` runs from the last call (idle) or from the first.
         expiry_charge: `nothing` gives money and tokens back when a worker dies; not strict, since
             the provider may have billed the call.
+        on_outage: what becomes of calls while the store does not answer (`docs/outages.md`).
+        lease: so much (`"$1"`, or `1000` tokens) may a worker take at a time and admit from it without
+            asking (`docs/leases.md`); not per session.
+        durable: what must have a claim before it counts as granted (`docs/storage.md`).
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -69,13 +73,20 @@ class Budget(ScopedPolicy[_Meters]):
         name: str | None = None,
         status: int | None = None,
         expiry_charge: ExpiryCharge = "hold",
+        on_outage: OnOutage = "deny",
+        lease: int | str | None = None,
+        durable: Durable | None = None,
     ) -> None:
+        name = f"{per}_budget" if name is None else name
         super().__init__(
             per=per,
-            name=f"{per}_budget" if name is None else name,
+            name=name,
             counts="calls",
             status=status,
             expiry_charge=expiry_charge,
+            on_outage=on_outage,
+            leases=None if lease is None else dict([parse_lease(lease, name=f"{name}.lease")]),
+            durable=durable,
         )
         if ttl is None:
             ttl = _SESSION_TTL if per == "session" else _LIFELONG
@@ -86,6 +97,12 @@ class Budget(ScopedPolicy[_Meters]):
             self._read_mapping(limits, lifetime, tz)
         else:
             self._limits = parse_limits(limits, lifetime=lifetime, tz=tz, name=self.name)
+        for unit, amount in self._leases.items():
+            all_limits = (*self._limits, *(limit for limits in self._by_subject.values() for limit in limits))
+            leased = [limit.amount for limit in all_limits if limit.unit is unit]
+            if not leased:
+                raise ConfigurationError(f"{name}.lease: no limit is in {unit}, got {lease!r}")
+            check_lease(amount, leased, name=f"{name}.lease (in {unit})")
 
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
         """The call's upper bound, from every meter of every subject."""
@@ -258,6 +275,9 @@ class ProviderBudget(Budget):
         name: str = "provider_budget",
         status: int | None = None,
         expiry_charge: ExpiryCharge = "hold",
+        on_outage: OnOutage = "deny",
+        lease: int | str | None = None,
+        durable: Durable | None = None,
     ) -> None:
         if not isinstance(budgets, Mapping):
             raise ConfigurationError(f"{name}: expected a mapping such as {{'openai': '$100/1d'}}, got {budgets!r}")
@@ -268,7 +288,17 @@ class ProviderBudget(Budget):
                     "for more windows add a second ProviderBudget with another name"
                 )
         super().__init__(
-            budgets, per="provider", tz=tz, ttl=ttl, renew=renew, name=name, status=status, expiry_charge=expiry_charge
+            budgets,
+            per="provider",
+            tz=tz,
+            ttl=ttl,
+            renew=renew,
+            name=name,
+            status=status,
+            expiry_charge=expiry_charge,
+            on_outage=on_outage,
+            lease=lease,
+            durable=durable,
         )
 
     def resolve(self, deployments: object) -> Candidates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asgi_llm_guard.claims import Claim, Meter, Rule, Unit
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.policies._scoped import NOTHING, Counts, Per, ScopedPolicy, Subject
 from asgi_llm_guard.policies.base import Verdict
@@ -19,6 +19,8 @@ class Concurrency(ScopedPolicy[Verdict]):
         limit: a whole number, also as text; 0 blocks everything.
         per: whose requests share the slots. Where the scope is absent, no slot is taken.
         counts: `requests` takes one slot for a request and all its calls, `calls` one for each call.
+        on_outage: what becomes of requests while the store does not answer (`docs/outages.md`).
+        durable: what must have a slot before it counts as granted (`docs/storage.md`).
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -34,8 +36,17 @@ class Concurrency(ScopedPolicy[Verdict]):
         name: str | None = None,
         status: int | None = None,
         counts: Counts = "requests",
+        on_outage: OnOutage = "local",
+        durable: Durable | None = None,
     ) -> None:
-        super().__init__(per=per, name=f"{per}_concurrency" if name is None else name, counts=counts, status=status)
+        super().__init__(
+            per=per,
+            name=f"{per}_concurrency" if name is None else name,
+            counts=counts,
+            status=status,
+            on_outage=on_outage,
+            durable=durable,
+        )
         self._limit = whole(limit, name=f"{self.name}.limit")
 
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan

@@ -5,7 +5,7 @@ Every function here checks one setting and says, when it is wrong, what was seen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final
@@ -15,7 +15,17 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT, format_usd, to_nano
 from asgi_llm_guard.windows import Calendar, Lifetime, Rolling, duration_ms, parse_window
 
-__all__ = ["LIMIT_GRAMMAR", "Limit", "cents", "parse_limit", "parse_limits", "ttl_ms", "whole"]
+__all__ = [
+    "LIMIT_GRAMMAR",
+    "Limit",
+    "cents",
+    "check_lease",
+    "parse_lease",
+    "parse_limit",
+    "parse_limits",
+    "ttl_ms",
+    "whole",
+]
 
 LIMIT_GRAMMAR: Final = (
     "'$5/1d', '$100/monthly', '200000 tokens/1d', without a period for a limit over the whole life of its subject, "
@@ -147,3 +157,38 @@ def _from_mapping(value: Mapping[str, object], lifetime: Lifetime, tz: str, name
         return Limit(amount=whole(tokens, name=f"{name}.tokens"), unit=Unit.TOKENS, window=window)
     amount = None if usd is None else to_nano(usd, name=f"{name}.budget_limit")
     return Limit(amount=amount, unit=Unit.NANOUSD, window=window)
+
+
+def parse_lease(value: object, *, name: str) -> tuple[Unit, int]:
+    """A chunk that a worker may hold: `"$1"` of money; `1000`, `"1000"` or `"1000 tokens"` of tokens.
+
+    Raises:
+        ConfigurationError: anything else, and 0.
+    """
+    if isinstance(value, str) and value.strip().startswith("$"):
+        unit, amount = Unit.NANOUSD, to_nano(value, name=name)
+    else:
+        number, _, word = value.strip().partition(" ") if isinstance(value, str) else (value, "", "")
+        if word.strip() not in {"", "token", "tokens"}:
+            raise ConfigurationError(f"{name}: expected '$1', 1000 or '1000 tokens', got {value!r}")
+        unit, amount = Unit.TOKENS, whole(number, name=name)
+    return unit, _some(amount, value, name)
+
+
+def check_lease(lease: object, limits: Iterable[int | None], *, name: str) -> int:
+    """A chunk, as a whole number, that fits into each of these limits; those of 0 and `None` aside.
+
+    Raises:
+        ConfigurationError: not a whole number from 1, or larger than one of the limits.
+    """
+    amount = _some(whole(lease, name=name), lease, name)
+    lowest = min((limit for limit in limits if limit), default=amount)
+    if amount > lowest:
+        raise ConfigurationError(f"{name}: must not be larger than the limit of {lowest}, got {amount}")
+    return amount
+
+
+def _some(amount: int, value: object, name: str) -> int:
+    if not amount:
+        raise ConfigurationError(f"{name}: at least 1; leave it out for no lease, got {value!r}")
+    return amount

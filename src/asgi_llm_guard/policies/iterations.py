@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, Self, get_args
 
-from asgi_llm_guard.claims import Claim, Rule, Unit
+from asgi_llm_guard.claims import Claim, Durable, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Counts, ExpiryCharge, Per, ScopedPolicy, Subject, caller_subject
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.grammar import ttl_ms, whole
+from asgi_llm_guard.policies.grammar import check_lease, ttl_ms, whole
 from asgi_llm_guard.windows import Lifetime
 
 __all__ = ["Iterations", "max_iterations"]
@@ -54,6 +54,9 @@ class Iterations(ScopedPolicy[Verdict]):
         missing: what happens without a session id: `allow` counts nothing, `principal` counts all
             such calls of one caller together, `reject` refuses (400) and names where the id is read.
         agents: entries of the agent registry that win over the guard's.
+        on_outage: what becomes of calls while the store does not answer (`docs/outages.md`).
+        lease: so many calls may a worker take at a time and admit without asking (`docs/leases.md`); not per session.
+        durable: what must have a call before it counts as granted (`docs/storage.md`).
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -74,14 +77,26 @@ class Iterations(ScopedPolicy[Verdict]):
         status: int | None = None,
         counts: Counts = "calls",
         expiry_charge: ExpiryCharge = "hold",
+        on_outage: OnOutage = "local",
+        lease: int | str | None = None,
+        durable: Durable | None = None,
     ) -> None:
-        super().__init__(per=per, name=name, counts=counts, status=status, expiry_charge=expiry_charge)
+        self._limit = max_iterations(limit, name=f"{name}.limit")
+        super().__init__(
+            per=per,
+            name=name,
+            counts=counts,
+            status=status,
+            expiry_charge=expiry_charge,
+            on_outage=on_outage,
+            leases=None if lease is None else {Unit.CALLS: check_lease(lease, (self._limit,), name=f"{name}.lease")},
+            durable=durable,
+        )
         if missing not in get_args(Missing):
             raise ConfigurationError(f"{name}: missing must be 'allow', 'principal' or 'reject', got {missing!r}")
         if missing != "allow" and per != "session":
             raise ConfigurationError(f"{name}: missing={missing!r} is about sessions, but per is {per!r}")
         self.missing: Missing = missing
-        self._limit = max_iterations(limit, name=f"{name}.limit")
         self._window = Lifetime(ttl_ms(ttl, name=f"{name}.ttl"), renew)
         self._own_agents = _agent_limits(agents or {}, name)
         self._agents = self._own_agents

@@ -9,13 +9,13 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, get_args
 
-from asgi_llm_guard.claims import Meter, Rule, Unit
+from asgi_llm_guard.claims import Durable, Meter, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import from_nano, to_nano
 from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, ScopedPolicy, Subject, amounts, quoted
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.grammar import cents, whole
+from asgi_llm_guard.policies.grammar import cents, parse_lease, whole
 from asgi_llm_guard.policies.models import ModelList
 from asgi_llm_guard.policies.providers import qualified
 from asgi_llm_guard.windows import Calendar
@@ -157,6 +157,10 @@ class Quota(ScopedPolicy[_Departments]):
         book: the quotas; changes to it hold at once.
         unknown: a department that is not in the book is refused (`deny`: 403), since one that was
             mistyped or forgotten would otherwise spend without limit; or `allow`: it has no quota.
+        on_outage: what becomes of calls while the store does not answer (`docs/outages.md`).
+        lease: so much (`"$1"`, or `1000` tokens) may a worker take of a quota at a time and admit from it
+            without asking (`docs/leases.md`). Quotas that are lower than it are not leased.
+        durable: what must have a claim before it counts as granted (`docs/storage.md`).
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -172,8 +176,20 @@ class Quota(ScopedPolicy[_Departments]):
         name: str = "quota",
         status: int | None = None,
         expiry_charge: ExpiryCharge = "hold",
+        on_outage: OnOutage = "deny",
+        lease: int | str | None = None,
+        durable: Durable | None = None,
     ) -> None:
-        super().__init__(per="department", name=name, counts="calls", status=status, expiry_charge=expiry_charge)
+        super().__init__(
+            per="department",
+            name=name,
+            counts="calls",
+            status=status,
+            expiry_charge=expiry_charge,
+            on_outage=on_outage,
+            leases=None if lease is None else dict([parse_lease(lease, name=f"{name}.lease")]),
+            durable=durable,
+        )
         if not isinstance(book, QuotaBook):
             raise ConfigurationError(f"{name}: expected a QuotaBook, got {book!r}; build one with QuotaBook({{…}})")
         if unknown not in get_args(Unknown):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple, get_args
 
-from asgi_llm_guard.claims import Meter, Rule, Unit
+from asgi_llm_guard.claims import Durable, Meter, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Counts, Per, ScopedPolicy, Subject, amounts
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.grammar import whole
+from asgi_llm_guard.policies.grammar import check_lease, whole
 from asgi_llm_guard.windows import Bucket, Sliding
 
 __all__ = ["RATE_GRAMMAR", "RateLimit"]
@@ -68,6 +68,10 @@ class RateLimit(ScopedPolicy[_Meters]):
         algorithm: `sliding` never admits more than the amount in any period. `bucket` drains
             evenly and admits `burst` at once, so up to the amount and the burst in one period.
         counts: rates of requests count `requests` unless told otherwise, rates of tokens `calls`.
+        on_outage: what becomes of requests while the store does not answer (`docs/outages.md`).
+        lease: so many requests, or tokens, may a worker take at a time and admit without asking
+            (`docs/leases.md`); for policies with one unit, and not per session.
+        durable: what must have a claim before it counts as granted (`docs/storage.md`).
 
     Raises:
         ConfigurationError: a setting is malformed; requests and tokens are mixed without `counts="calls"`.
@@ -86,6 +90,9 @@ class RateLimit(ScopedPolicy[_Meters]):
         status: int | None = None,
         counts: Counts | None = None,
         expiry_charge: Literal["hold", "nothing"] = "hold",
+        on_outage: OnOutage = "local",
+        lease: int | str | None = None,
+        durable: Durable | None = None,
     ) -> None:
         name = f"{per}_rate" if name is None else name
         self._rates = _parse(rates, name)
@@ -100,6 +107,9 @@ class RateLimit(ScopedPolicy[_Meters]):
             counts=("calls" if any(tokens) else "requests") if counts is None else counts,
             status=status,
             expiry_charge=expiry_charge,
+            on_outage=on_outage,
+            leases=None if lease is None else _lease(lease, self._rates, name),
+            durable=durable,
         )
         if algorithm not in get_args(Algorithm):
             raise ConfigurationError(f"{name}: algorithm must be 'sliding' or 'bucket', got {algorithm!r}")
@@ -157,6 +167,15 @@ class RateLimit(ScopedPolicy[_Meters]):
             expiry_charge=self.expiry_charge,
             key_suffix=key_suffix,
         )
+
+
+def _lease(lease: int | str, rates: tuple[_Rate, ...], name: str) -> dict[Unit, int]:
+    units = {rate.unit for rate in rates}
+    if len(units) > 1:
+        raise ConfigurationError(
+            f"{name}: lease={lease!r} is of tokens or of requests; give each a RateLimit of its own"
+        )
+    return {units.pop(): check_lease(lease, (rate.amount for rate in rates), name=f"{name}.lease")}
 
 
 def _sub_buckets(period_ms: int) -> int:
