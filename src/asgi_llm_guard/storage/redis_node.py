@@ -1,0 +1,541 @@
+"""One server: the connection to it, what waits for that, and whether it is to be left alone for now.
+
+Rule 1: calls reach the server in the order in which they were put. What is sent back because a
+script was not loaded is sent again in that order, before anything that was put later.
+
+Rule 2: calls that were put before the connection is there wait for it, within their timeout.
+
+Rule 3: nothing is sent twice that may have been executed.
+
+Rule 4: between attempts to connect there is a timer, not a task, so that nothing is left behind by
+a loop that ends without closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+from asgi_llm_guard.storage.breaker import Breaker
+from asgi_llm_guard.storage.redis_address import Address, Endpoint
+from asgi_llm_guard.storage.redis_wire import Call, Internal, LinkError, ServerError, Wire, ask, open_wire, pack
+
+__all__ = ["Expiry", "Node", "Redirects", "info_fields", "version_of"]
+
+logger = logging.getLogger("asgi_llm_guard.storage")
+
+MAX_TRIES: Final = 5
+"""A call that is sent back so often is not sent again."""
+
+_SHORT_LIFE_S: Final = 1.0
+_GRAIN_S: Final = 0.01
+_ALL: Final = -1
+
+# The server refused these before anything was executed, or at the first write of the script.
+_NOT_EXECUTED: Final = frozenset(
+    {
+        "ASK", "BUSY", "CLUSTERDOWN", "CROSSSLOT", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOAUTH", "NOPERM",
+        "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN",
+    }
+)  # fmt: skip
+
+# After these the address is looked up anew: the server is not, or no longer, the one that takes writes.
+_LOOK_AGAIN: Final = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "READONLY"})
+
+_NEXT_STEPS: Final[Mapping[str, str]] = {
+    "ASK": "the server belongs to a cluster: write redis+cluster:// in the URL",
+    "BUSY": "a script of somebody keeps the server; see SCRIPT KILL",
+    "CLUSTERDOWN": "the cluster does not serve this slot; see CLUSTER INFO",
+    "CROSSSLOT": "the keys of one call are in several slots; give the namespace one hash tag",
+    "LOADING": "the server is reading its data set; it is asked again",
+    "MASTERDOWN": "the replica has lost its master; the master is looked up again",
+    "MISCONF": "the server cannot save its data set and refuses writes; see its log and disk",
+    "MOVED": "the server belongs to a cluster: write redis+cluster:// in the URL",
+    "NOAUTH": "the server wants a password; put it into the URL",
+    "NOPERM": "the user may not do this; it needs EVALSHA, SCRIPT LOAD, PING and INFO, and the namespace's keys",
+    "NOREPLICAS": "too few replicas are connected; see min-replicas-to-write",
+    "OOM": "the server has reached maxmemory; raise it, or give the guard a server of its own with noeviction",
+    "READONLY": "the server is a replica; the master is looked up again",
+    "TRYAGAIN": "the slot is being moved to another node; try again",
+    "WRONGTYPE": "a key of this namespace is somebody else's; choose another namespace",
+}
+
+
+class Source(Protocol):
+    """Who keeps calls that may become overdue."""
+
+    def expire(self, now: float) -> float | None:
+        """Fail what is overdue; when the next one will be, or `None` if nothing waits."""
+
+
+class Expiry:
+    """One timer for all calls of a link, instead of one for each call."""
+
+    __slots__ = ("_loop", "_sources", "_timeout_s", "_timer", "armed")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, timeout_s: float, sources: Callable[[], Iterable[Source]]
+    ) -> None:
+        self.armed = False
+        self._loop = loop
+        self._timeout_s = timeout_s
+        self._sources = sources
+        self._timer: asyncio.TimerHandle | None = None
+
+    def arm(self) -> None:
+        """A call begins to wait, and no timer runs. None is due earlier than the shortest timeout from now."""
+        self.armed = True
+        self._timer = self._loop.call_later(self._timeout_s, self._pass)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.armed = False
+
+    def _pass(self) -> None:
+        now = self._loop.time()
+        due = [at for source in self._sources() if (at := source.expire(now)) is not None]
+        self.armed = bool(due)
+        if due:
+            # Not for each call by itself: those that were handed over together become overdue together.
+            self._timer = self._loop.call_at(max(min(due), now + _GRAIN_S), self._pass)
+
+
+def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[Call], float | None]:
+    """Which calls have waited too long, and when the next one will have. The oldest come first."""
+    late: list[Call] = []
+    due: float | None = None
+    for call in calls:
+        at = call.at + call.timeout_s
+        if not call.future.done():
+            if at <= now:
+                late.append(call)
+            elif due is None or at < due:
+                due = at
+        if call.at + timeout_s > now:
+            break  # those behind it came later, and no timeout is shorter
+    return late, due
+
+
+class Redirects(Protocol):
+    """A cluster, as its nodes see it."""
+
+    def redirected(self, node: Node, call: Call, error: ServerError) -> None:
+        """`call` came back with MOVED or ASK; it was surely not executed."""
+
+    def sent_back(self, node: Node, call: Call) -> bool:
+        """A call that trails another was answered. True: that one is on its way elsewhere, so it follows."""
+
+    def troubled(self, node: Node) -> None:
+        """The node cannot be reached, or does not take writes any more."""
+
+
+class Node:
+    """A server that calls can be put to. See the rules at the top of this file."""
+
+    def __init__(
+        self,
+        address: Address,
+        find: Callable[[], Awaitable[Endpoint]],
+        *,
+        name: str,
+        scripts: Sequence[bytes],
+        timeout_s: float,
+        most: int,
+        expiry: Expiry,
+        breaker: Breaker,
+        on_change: Callable[[Node, str], None],
+        redirects: Redirects | None = None,
+    ) -> None:
+        self.name = name
+        self.breaker = breaker
+        self.reason = ""
+        """Why it was last out of reach."""
+        self._loop = asyncio.get_running_loop()
+        self._address = address
+        self._find = find
+        self._scripts = scripts
+        self._timeout_s = timeout_s
+        self._most = most
+        self._expiry = expiry
+        self._on_change = on_change
+        self._redirects = redirects
+        self._wire: Wire | None = None
+        self._through: Wire | None = None
+        """The wire, while calls go straight to it: connected, the breaker closed, nothing held back."""
+        self._kept: deque[Call] = deque()
+        self._again: list[Call] | None = None
+        """Calls that came back because the scripts were not loaded, while they are loaded."""
+        self._leaving = False
+        self._task: asyncio.Task[None] | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._refusing = ""
+        """Why no more calls are taken, since it was told to close."""
+        self._over = False
+
+    @property
+    def in_flight(self) -> int:
+        """Calls without an answer yet, those that nobody waits for any more included."""
+        return len(self._kept) + len(self._again or ()) + (len(self._wire.waiting) if self._wire else 0)
+
+    @property
+    def connected(self) -> bool:
+        return self._wire is not None
+
+    def put(self, call: Call) -> None:
+        """Hand a call over; it fails at once if there is no hope."""
+        wire = self._through
+        if wire is None:
+            self._keep(call)
+        elif len(wire.waiting) >= self._most:
+            self._full(call)
+        else:
+            wire.send(call)
+            if not self._expiry.armed:
+                self._expiry.arm()
+
+    def _keep(self, call: Call) -> None:
+        if self._refusing:
+            call.fail(f"redis: {self._refusing}", sent=False)
+        elif self.breaker.state != "closed":
+            call.fail(f"redis: {self.name} is left alone for now: {self.reason}", sent=False)
+        elif self.in_flight >= self._most:
+            self._full(call)
+        else:
+            self._kept.append(call)
+            if not self._expiry.armed:
+                self._expiry.arm()
+            if self._wire is None:
+                self._begin()
+
+    def _full(self, call: Call) -> None:
+        call.fail(
+            f"redis: {self._most} calls to {self.name} have no answer yet, and there is no room for more; "
+            "the server is too slow for them",
+            sent=False,
+        )
+
+    # Connecting
+
+    def _begin(self) -> None:
+        """Make an attempt, now or when its time has come, unless one is under way."""
+        if self._task is not None or self._later is not None or self._over or self.breaker.state == "half-open":
+            return
+        wait_s = self.breaker.wait_s
+        if wait_s > 0:
+            self._later = self._loop.call_later(wait_s, self._attempt)
+        else:
+            self._attempt()
+
+    def _attempt(self) -> None:
+        self._later = None
+        if self._over:
+            return
+        if not self.breaker.probe():
+            self._begin()  # the timer was early by less than the clock shows
+        elif self._wire is None:
+            self._task = self._loop.create_task(self._connect())
+        else:
+            self._ping(self._wire)
+
+    async def _connect(self) -> None:
+        try:
+            endpoint = await self._find()
+            wire = await open_wire(self._address, endpoint, self)
+            await self._prepare(wire)
+        except LinkError as error:
+            self._task = None
+            # To ask again soon would not help where the answer was a clear no.
+            self._failed(str(error).removeprefix("redis: "), for_good=error.code in {"VERSION", "WRONGPASS", "NOAUTH"})
+        except Exception as error:
+            self._task = None
+            logger.exception("redis: connecting to %s failed in a way that is not known", self.name)
+            self._failed(f"connecting to {self.name} failed: {error!r}")
+        else:
+            self._task = None
+            self._connected(wire)
+
+    async def _prepare(self, wire: Wire) -> None:
+        """See that the server is fit, and load the scripts, in one round trip."""
+        commands = [("INFO", "server"), ("INFO", "replication"), *(("SCRIPT", "LOAD", text) for text in self._scripts)]
+        try:
+            server, replication, *loaded = await ask(wire, commands, self._address.connect_timeout_s)
+            see_fit(wire.endpoint, server, replication, *loaded)
+        except BaseException:
+            wire.drop("it was not fit")
+            raise
+
+    def _connected(self, wire: Wire) -> None:
+        if wire.lost:
+            self._failed(f"the connection to {wire.endpoint} was lost at once")
+            return
+        self._wire = wire
+        wire.suspect = self.breaker.troubled
+        if self.breaker.state != "closed" and self.breaker.succeeded():
+            self._on_change(self, "")
+        self._resume(wire)
+
+    def _resume(self, wire: Wire) -> None:
+        """Let calls through again, those first that were kept."""
+        if not self._refusing:
+            self._through = wire
+        kept, self._kept = self._kept, deque()
+        now = self._loop.time()
+        for call in kept:
+            if not call.future.done() or (call.wanted and call.at + call.timeout_s > now):
+                wire.send(call)
+
+    def _failed(self, reason: str, *, for_good: bool = False) -> None:
+        self.reason = reason
+        if self.breaker.failed(at_once=for_good):
+            self._through = None
+            self._on_change(self, reason)
+        if self.breaker.state != "closed":
+            self._give_back(reason)
+        if self._redirects is not None:
+            self._redirects.troubled(self)
+        if self._wire is None or self.breaker.state != "closed":
+            self._begin()
+
+    def _ping(self, wire: Wire) -> None:
+        """Ask a connection that is there whether the server answers again."""
+        self._fence(wire, partial(self._pinged, wire))
+
+    def _pinged(self, wire: Wire, future: asyncio.Future[Any]) -> None:
+        if wire is not self._wire or self._over:
+            return
+        if future.cancelled() or future.exception() is not None:
+            self._cut(f"{wire.endpoint} has not answered for {self._timeout_s:g} s, nor then a PING")
+            return
+        wire.suspect = False
+        if self.breaker.succeeded():
+            self._on_change(self, "")
+        if self._again is None and not self._leaving:
+            self._resume(wire)
+
+    def _fence(self, wire: Wire, done: Callable[[asyncio.Future[Any]], None]) -> None:
+        """Call `done` when all that was sent so far has been answered, or will not be."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(done)
+        wire.send(Internal(future, pack(("PING",)), self._loop.time(), self._timeout_s))
+        if not self._expiry.armed:
+            self._expiry.arm()
+
+    def _cut(self, reason: str) -> None:
+        """Drop the connection, and make another one when its time has come."""
+        wire = self._wire
+        if wire is not None:
+            wire.drop(reason)
+
+    # What the wire tells
+
+    def special(self, call: Call, reply: object) -> None:
+        if not isinstance(reply, ServerError):
+            follows = call.trailing and call.wanted
+            if follows and self._again is not None:
+                self._again.append(call)
+            elif follows and self._redirects is not None and self._redirects.sent_back(self, call):
+                pass
+            elif not call.future.done():
+                call.future.set_result(reply)
+            return
+        if call.internal:
+            if not call.future.done():
+                call.future.set_exception(reply)
+                call.future.exception()
+            return
+        code = reply.code
+        if code == "NOSCRIPT" and call.tries < MAX_TRIES:
+            self._load_again(call)
+        elif self._redirects is not None and code in {"MOVED", "ASK"} and call.tries < MAX_TRIES:
+            self._redirects.redirected(self, call, reply)
+        else:
+            error = translated(reply, self.name)
+            call.fail(str(error), sent=error.sent, code=error.code)
+            if code in _LOOK_AGAIN:
+                self._leave(f"{self.name} answered {reply}")
+            elif code == "CLUSTERDOWN" and self._redirects is not None:
+                self._redirects.troubled(self)
+
+    def recovered(self, wire: Wire) -> None:
+        if wire is self._wire and self.breaker.state == "closed":
+            self.breaker.succeeded()
+
+    def lost(self, wire: Wire, unwritten: Sequence[Call], *, pending: bool, reason: str) -> None:
+        if wire is not self._wire:
+            return  # it never was in use, and who set it up knows
+        self._wire = self._through = None
+        again, self._again = self._again or (), None
+        self._leaving = False
+        self._kept.extendleft(reversed([*(call for call in again if call.wanted), *unwritten]))
+        if self._over:
+            self._give_back("the link was closed")
+            return
+        # A server may close what was idle for long; that is no failure.
+        if pending or self.breaker.state != "closed" or self._loop.time() - wire.since < _SHORT_LIFE_S:
+            self._failed(reason)
+        else:
+            self._begin()
+
+    def expire(self, now: float) -> float | None:
+        wire = self._wire
+        late, due = overdue(wire.waiting, now, self._timeout_s) if wire is not None else ([], None)
+        for call in late:
+            call.fail(
+                f"redis: {self.name} did not answer within {call.timeout_s:g} s; what became of the call is unknown",
+                sent=True,
+            )
+        while self._kept and self._kept[0].at + self._kept[0].timeout_s <= now:
+            self._unsent(self._kept.popleft())
+        dues = [due]
+        for calls in (self._kept, self._again or ()):
+            unsent, due = overdue(calls, now, self._timeout_s)
+            dues.append(due)
+            for call in unsent:
+                self._unsent(call)
+        if late and wire is not None and wire is self._wire:
+            wire.suspect = True
+            if self.breaker.state == "closed":
+                self._failed(f"{self.name} did not answer within {self._timeout_s:g} s")
+        return min((at for at in dues if at is not None), default=None)
+
+    def _unsent(self, call: Call) -> None:
+        because = f": {self.reason}" if self.reason and self._wire is None else ""
+        call.fail(f"redis: {self.name} could not be asked within {call.timeout_s:g} s{because}", sent=False)
+
+    # Sent back
+
+    def _load_again(self, call: Call) -> None:
+        """The scripts are gone (SCRIPT FLUSH, another master): load them, then send again what came back."""
+        wire = self._wire
+        if wire is None:
+            call.fail(f"redis: {self.name} was lost while its scripts were loaded", sent=False)
+            return
+        if call.wanted:
+            call.tries += 1
+        if self._again is not None:
+            if call.wanted:
+                self._again.append(call)
+            return
+        self._again = [call] if call.wanted else []
+        self._through = None
+        self._watch(wire)
+        now = self._loop.time()
+        futures = [self._loop.create_future() for _ in self._scripts]
+        for text, future in zip(self._scripts, futures, strict=True):
+            wire.send(Internal(future, pack(("SCRIPT", "LOAD", text)), now, self._timeout_s))
+        # All that was sent before is answered before the last of these is.
+        futures[-1].add_done_callback(partial(self._loaded, wire))
+
+    def _loaded(self, wire: Wire, future: asyncio.Future[Any]) -> None:
+        if wire is not self._wire or self._again is None:
+            return  # the connection was lost; what came back is kept for the next one
+        again, self._again = self._again, None
+        self._watch(wire)
+        error = None if future.cancelled() else future.exception()
+        for call in again:
+            if error is not None:
+                call.fail(f"redis: the scripts could not be loaded again: {error}", sent=False)
+            elif call.wanted:
+                wire.send(call)
+        if self.breaker.state == "closed" and not self._leaving:
+            self._resume(wire)
+
+    def _watch(self, wire: Wire) -> None:
+        wire.watched = self._again is not None
+
+    def _leave(self, reason: str) -> None:
+        """Take no more calls there, hear what was asked already, then look up the address again."""
+        wire = self._wire
+        if wire is None or self._leaving:
+            return
+        self._leaving = True
+        self._through = None
+        self._fence(wire, lambda _: self._left(wire, reason))
+
+    def _left(self, wire: Wire, reason: str) -> None:
+        if wire is self._wire and not self._over:
+            wire.drop(reason)
+
+    # Closing
+
+    async def aclose(self, within_s: float) -> None:
+        """Take no more calls, wait for those under way, within some seconds; then fail the rest, and close."""
+        self.refuse("the link was closed")
+        waiting = self._wire.waiting if self._wire is not None else ()
+        futures = [call.future for call in (*waiting, *(self._again or ()), *self._kept) if not call.future.done()]
+        if futures:
+            await asyncio.wait(futures, timeout=within_s)
+        self._over = True
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait((task,))
+        if self._wire is not None:
+            await self._wire.aclose(within_s)
+        self._give_back("the link was closed")
+
+    def refuse(self, reason: str) -> None:
+        """Take no more calls."""
+        self._refusing = reason
+        self._through = None
+
+    def _give_back(self, reason: str) -> None:
+        """Fail what was not sent."""
+        kept, self._kept = self._kept, deque()
+        again, self._again = self._again or (), None
+        for call in (*again, *kept):
+            call.fail(f"redis: {reason}", sent=False)
+
+
+def translated(error: ServerError, where: object) -> LinkError:
+    """What a server answered, with the next step."""
+    code = error.code
+    step = f"; {_NEXT_STEPS[code]}" if code in _NEXT_STEPS else ""
+    return LinkError(f"redis: {where} answered: {error}{step}", sent=code not in _NOT_EXECUTED, code=code)
+
+
+def info_fields(reply: object) -> dict[str, str]:
+    """The lines of an INFO reply; none if it was refused."""
+    if not isinstance(reply, bytes):
+        return {}
+    lines = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines() if ":" in line)
+    return {name: value for name, _, value in lines}
+
+
+def version_of(server: Mapping[str, str]) -> tuple[str, tuple[int, ...]]:
+    """`("Redis", (7, 0, 15))`; no numbers if the server does not tell."""
+    name, text = ("Valkey", server["valkey_version"]) if "valkey_version" in server else ("Redis", "")
+    text = text or server.get("redis_version", "")
+    return name, tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def see_fit(where: object, server: object, replication: object, *loaded: object) -> None:
+    """Look at the replies to the set-up. What the server does not tell is taken for right.
+
+    Raises:
+        LinkError: it is too old, it is a replica, it did not load the scripts, or it is gone.
+    """
+    for reply in (server, replication, *loaded):
+        if isinstance(reply, LinkError):
+            raise reply
+    name, version = version_of(info_fields(server))
+    if version and version[0] < (8 if name == "Valkey" else 7):
+        raise LinkError(
+            f"redis: {where} is {name} {'.'.join(map(str, version))}; needed is Redis 7.0 or Valkey 8.0, or later",
+            sent=False,
+            code="VERSION",
+        )
+    if info_fields(replication).get("role", "master") != "master":
+        raise LinkError(f"redis: {where} is a replica; {_NEXT_STEPS['READONLY']}", sent=False, code="READONLY")
+    for reply in (server, *loaded):
+        # INFO may be forbidden; a script that is not loaded cannot be called.
+        if isinstance(reply, ServerError) and (reply is not server or reply.code == "NOAUTH"):
+            raise translated(reply, where)

@@ -1,0 +1,64 @@
+"""Asks Sentinels which server is the master now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from asgi_llm_guard.storage.redis_address import Address, Endpoint
+from asgi_llm_guard.storage.redis_wire import Call, LinkError, Wire, ask, open_wire
+
+__all__ = ["Sentinels"]
+
+
+class Sentinels:
+    """The Sentinels of an address. The one that answered last is asked first.
+
+    Source: redis.io, "Guidelines for Redis clients with support for Redis Sentinel".
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._master = address.master
+        self._endpoints = list(address.endpoints)
+        self._address = dataclasses.replace(
+            address, db=0, username=address.sentinel_username, password=address.sentinel_password
+        )
+
+    async def find(self) -> Endpoint:
+        """Where the master is. That it is one indeed is for the caller to see: a Sentinel may be behind.
+
+        Raises:
+            LinkError: no Sentinel knows.
+        """
+        answers: list[str] = []
+        for endpoint in list(self._endpoints):
+            # A connection for each question: these are rare, and nothing has to be kept and closed.
+            try:
+                wire = await open_wire(self._address, endpoint, _Nobody())
+                command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
+                (reply,) = await ask(wire, [command], self._address.connect_timeout_s)
+                await wire.aclose(self._address.connect_timeout_s)
+            except LinkError as error:
+                answers.append(str(error).removeprefix("redis: "))
+                continue
+            if isinstance(reply, list) and len(reply) == 2:
+                self._endpoints.remove(endpoint)
+                self._endpoints.insert(0, endpoint)
+                return Endpoint(reply[0].decode(), int(reply[1]))
+            answers.append(f"{endpoint} does not know it" if reply is None else f"{endpoint} answered {reply}")
+        raise LinkError(f"redis: no Sentinel has a master {self._master!r}: {'; '.join(answers)}", sent=False)
+
+
+class _Nobody:
+    """Owns a wire that is for one question: whoever asks hears of everything from the answer."""
+
+    def special(self, call: Call, reply: object) -> None:
+        if not call.future.done():
+            call.future.set_result(reply)
+
+    def recovered(self, wire: Wire) -> None:
+        """Nothing was suspected."""
+
+    def lost(self, wire: Wire, unwritten: Sequence[Call], *, pending: bool, reason: str) -> None:  # noqa: ARG002
+        for call in unwritten:
+            call.fail(f"redis: {reason}", sent=False)
