@@ -14,6 +14,9 @@ Rule 4: settling is handing over to the storage. It does not wait, and nothing t
 task afterwards takes it back.
 
 Rule 5: after an admission has ended, calls under it claim their own.
+
+Rule 6: a refusal inside a call says that nothing was sent only if nothing can have been: every call
+is seen, or nothing was waited for but the refused one. Else the hold is charged.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Asking, Engine, Hold
 from asgi_llm_guard.errors import ContextError, LimitExceeded, StorageError
+from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import CacheDirective, Policy
 from asgi_llm_guard.pricing import Cost
@@ -66,6 +70,9 @@ _ENDED: Final = _State.ENDED
 _ADOPTED: Final = _State.ADOPTED
 _SLOTS: Final = Unit.SLOTS
 
+_ANSWER_MS: Final = 5
+"""What takes longer may have been a provider's answer, in code that blocks the event loop."""
+
 
 class Admission:
     """One request or job: who asks, what was granted, and the calls made inside it."""
@@ -91,7 +98,7 @@ class Admission:
         "shared",
     )
 
-    def __init__(self, engine: Engine, context: Context, policies: Sequence[Policy], *, opaque: bool = False) -> None:
+    def __init__(self, engine: Engine, context: Context, policies: Sequence[Policy], *, opaque: bool) -> None:
         self.engine = engine
         self.context = context
         self.policies = tuple(policies)
@@ -241,11 +248,14 @@ class ActiveCall:
 
     __slots__ = (
         "_answer",
+        "_began_ms",
         "_dispatched",
         "_first_ms",
+        "_idle",
         "_items",
         "_left",
         "_lock",
+        "_moment",
         "_released",
         "_started_ms",
         "_state",
@@ -256,6 +266,7 @@ class ActiveCall:
         "parent",
         "policies",
         "side",
+        "stacked",
         "taken",
         "task",
     )
@@ -277,7 +288,12 @@ class ActiveCall:
         """The task in which it was claimed."""
         self.function = False
         """It stands for a function, which may do more than make its call: an error need not be the provider's."""
+        self.stacked = False
+        """It stands for a function that is itself guarded: all that it does is to ask for the call inside."""
         self._left = False
+        self._idle = False
+        self._moment: Moment | None = None
+        self._began_ms = 0
         self._state = _OPEN
         self._dispatched = False
         self._released = False
@@ -326,9 +342,22 @@ class ActiveCall:
     def _begin(self, hold: Hold | None) -> None:
         self.hold = hold
         self.admission.seen = True
-        with contextlib.suppress(RuntimeError):  # no event loop is running
-            self.task = asyncio.current_task()
+        self.task = _current_task()
+        self._begin_moment()
         self.admission.calls.add(self)
+
+    def _begin_moment(self) -> None:
+        if not self.admission.opaque:
+            return  # nobody will ask
+        self._moment = this_moment()
+        self._began_ms = self.admission.engine.clock.now_ms()
+
+    def _is_idle(self) -> bool:
+        """Whether this has not waited, nor blocked, since it was granted: nothing was sent in it."""
+        moment = self._moment
+        if moment is None or moment.over:
+            return False
+        return 0 <= self.admission.engine.clock.now_ms() - self._began_ms < _ANSWER_MS
 
     def _keep_side(self, side: Hold | None) -> None:
         self.side = side
@@ -349,10 +378,15 @@ class ActiveCall:
             if self._state is not _OPEN or self._dispatched or self.hold is None or self.admission.ended:
                 return False
             self._state = _ADOPTED
-            return True
+        self._idle = self._is_idle()
+        return True
 
     def _take_back(self) -> None:
         """The adopter was refused: this call has its hold again, and settles it if its admission is over."""
+        if self.stacked:
+            self.release()  # the function did not run
+        elif self._idle and _current_task() is self.task:
+            self._begin_moment()  # the refused call is all that it has waited for
         with self._lock:
             self._state = _OPEN
             left, self._left = self._left, False
@@ -559,10 +593,9 @@ class ActiveCall:
             if answer.finished and complete:
                 return Charge(outcome="unmetered")
         if error is not None:
-            outcome = outcome_of(error, of_client=self.function)
-            if outcome == "not_dispatched" and self._dispatched and isinstance(error, LimitExceeded):
-                outcome = "unknown"  # a later call was refused; this one is on its way
-            return Charge(outcome=outcome)
+            unsent = not self._dispatched and (not self.admission.opaque or self._is_idle())
+            refused: Outcome = "not_dispatched" if unsent else "unknown"
+            return Charge(outcome=outcome_of(error, of_client=self.function, refused=refused))
         return Charge(outcome="unmetered" if complete and answer is None else "unknown")
 
     def _measured(self, usage: Usage, tokens: int) -> Charge:
@@ -691,19 +724,19 @@ def _request_settlement(hold: Hold) -> Settlement:
 _NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})
 
 
-def outcome_of(error: BaseException, *, of_client: bool = False) -> Outcome:
+def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Outcome:
     """What an exception says about the call that raised it, by its shape; `unknown` unless it says so.
 
-    A status of 400 or above is the provider's answer. A connection that was never made, and a
-    refusal of ours, mean that nothing was sent. `of_client`: only what a provider's client library
-    raises counts; an error of another service proves nothing.
+    A status of 400 or above is the provider's answer. A connection that was never made means that
+    nothing was sent. `of_client`: only what a provider's client library raises counts; an error of
+    another service proves nothing. `refused`: what a refusal of a call inside says.
     """
     seen: BaseException | None = error
     for _ in range(8):  # causes may form a ring
         if seen is None:
             break
         if isinstance(seen, LimitExceeded):
-            return "not_dispatched"
+            return refused
         if type(seen).__name__ in _NEVER_SENT and (not of_client or seen is not error):
             return "not_dispatched"  # client libraries raise their own error from it
         if _error_status(seen) and hasattr(seen, "response") and hasattr(seen, "body"):
@@ -722,6 +755,14 @@ def _error_status(value: object) -> bool:
 
 
 # --------------------------------------------------------------------------------- current scope
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop is running
+        return None
+
 
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("asgi_llm_guard_scope", default=None)
 

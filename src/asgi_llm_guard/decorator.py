@@ -112,7 +112,9 @@ class _Work:
         self.context = context
         self._bound: tuple[object, tuple[Policy, ...]] | None = None
 
-    def prepare(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
+    def prepare(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, stacked: bool
+    ) -> _Run:
         """The call, which has claimed nothing yet, and the admission that it opens if there is none."""
         scope = current_scope()
         admission = scope.admission if isinstance(scope, ActiveCall) else scope
@@ -132,6 +134,7 @@ class _Work:
         described = None if self.model is None else self._describe(admission, args, kwargs)
         call = ActiveCall(admission, parent, (*inherited, *self._extra(admission)), described)
         call.function = True
+        call.stacked = stacked
         return _Run(call, own)
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
@@ -250,6 +253,9 @@ class _Run:
 
 # ------------------------------------------------------------------------------------ wrappers
 
+_wrappers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+"""Every guarded function."""
+
 
 def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
     if isinstance(function, (staticmethod, classmethod)):
@@ -268,13 +274,16 @@ def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
         wrapper = _plain(function, work)
     _keep_signature(function, wrapper)
     mark(function, wrapper)
+    _wrappers.add(wrapper)
     return wrapper
 
 
 def _coroutine(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    stacked = _code(function) in _wrappers
+
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        run = work.prepare(function, args, kwargs)
+        run = work.prepare(function, args, kwargs, stacked=stacked)
         await run.claim()
         token = enter(run.call)
         try:
@@ -291,9 +300,11 @@ def _coroutine(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
 
 
 def _plain(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    stacked = _code(function) in _wrappers
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        run = work.prepare(function, args, kwargs)
+        run = work.prepare(function, args, kwargs, stacked=stacked)
         background.run(run.claim(), undo=run.call.discard)
         token = enter(run.call)
         try:
@@ -310,9 +321,11 @@ def _plain(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
 
 
 def _async_generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    stacked = _code(function) in _wrappers
+
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        run = work.prepare(function, args, kwargs)
+        run = work.prepare(function, args, kwargs, stacked=stacked)
         await run.claim()
         items: AsyncGenerator[Any, Any] = function(*args, **kwargs)
         step, given = items.asend, None
@@ -349,9 +362,11 @@ def _async_generator(function: Callable[..., Any], work: _Work) -> Callable[...,
 
 
 def _generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
+    stacked = _code(function) in _wrappers
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        run = work.prepare(function, args, kwargs)
+        run = work.prepare(function, args, kwargs, stacked=stacked)
         background.run(run.claim(), undo=run.call.discard)
         items: Generator[Any, Any, Any] = function(*args, **kwargs)
         step, given = items.send, None

@@ -245,10 +245,13 @@ class Guard:
             raise ConfigurationError(f"guard.call: {', '.join(sorted(arguments))} given without a model")
         return self._engine.describer.describe(arguments.pop("model"), **arguments)
 
-    def new_admission(self, context: Context, *, extra: Sequence[Policy] = (), opaque: bool = False) -> Admission:
-        """An admission that has claimed nothing yet. `extra` must be bound (see `bind`)."""
+    def new_admission(self, context: Context, *, extra: Sequence[Policy] = (), opaque: bool | None = None) -> Admission:
+        """An admission that has claimed nothing yet. `extra` must be bound (see `bind`).
+
+        `opaque`: calls may be made in it that nobody sees; `None`: unless a client hook is installed.
+        """
         policies = (*self.policies, *extra) if extra else self.policies
-        return Admission(self._engine, context, policies, opaque=opaque)
+        return Admission(self._engine, context, policies, opaque=not self.hooked if opaque is None else opaque)
 
     # ------------------------------------------------------------------------------- filter
 

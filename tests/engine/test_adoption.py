@@ -20,8 +20,8 @@ CONTEXT = Context(caller="acme", session="s")
 
 
 async def opened(guard: Guard, *, described: bool = False) -> Admission:
-    """A request's admission: one call claimed for it, as the middleware does."""
-    admission = guard.new_admission(CONTEXT)
+    """A request's admission: one call claimed for it, as the middleware does where all calls are seen."""
+    admission = guard.new_admission(CONTEXT, opaque=False)
     call = guard.describe(MODEL, input_tokens=100, max_output_tokens=50) if described else None
     denied = await admission.open(call)
     assert denied is None
