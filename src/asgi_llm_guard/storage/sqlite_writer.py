@@ -18,16 +18,16 @@ copy of an open connection would make the child believe that it holds them.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Final, Generic, Protocol, TypeVar, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.storage.pending import Handed, tell
 
 __all__ = ["MAX_TURN", "Database", "Job", "LockTimeoutError", "Writer"]
 
@@ -38,80 +38,19 @@ MAX_TURN: Final = 256
 
 T = TypeVar("T")
 
-Future = asyncio.Future  # by its short name: it is named often below
-
 
 class LockTimeoutError(StorageError):
     """Other processes kept the file locked for longer than the timeout. Repeating job by job is no use."""
 
 
-class Job(Generic[T]):
+class Job(Handed[T]):
     """One operation on its way through the writer, and its answer. A `Pending`, from any thread."""
 
-    __slots__ = ("_decided", "_error", "_reply", "callbacks", "operation", "sleepers")
+    __slots__ = ("operation",)
 
     def __init__(self, operation: object) -> None:
+        super().__init__()
         self.operation = operation
-        self._reply: object = None
-        self._error: Exception | None = None
-        self._decided = False
-        # Tuples, for most jobs have one sleeper and no callback: no lists to be made and collected.
-        self.sleepers: tuple[tuple[asyncio.AbstractEventLoop, Future[None]], ...] = ()
-        self.callbacks: tuple[Callable[[Job[T]], object], ...] = ()
-
-    def done(self) -> bool:
-        return self._decided
-
-    def result(self, timeout: float | None = None) -> T:
-        if not self._decided:
-            decided = threading.Event()
-            self.add_done_callback(lambda _: decided.set())
-            if not decided.wait(timeout):
-                raise StorageError(
-                    f"sqlite: no answer within {timeout} s; the operation is queued, its outcome unknown"
-                )
-        return self._outcome()
-
-    def add_done_callback(self, callback: Callable[[Job[T]], object], /) -> None:
-        with _deciding:
-            if not self._decided:
-                self.callbacks += (callback,)
-                return
-        callback(self)
-
-    def __await__(self) -> Generator[object, None, T]:
-        loop = asyncio.get_running_loop()
-        with _deciding:
-            sleeper: Future[None] | None = None if self._decided else loop.create_future()
-            if sleeper is not None:
-                self.sleepers += ((loop, sleeper),)
-        if sleeper is not None:
-            yield from sleeper
-        return self._outcome()
-
-    def decide(self, reply: object, error: Exception | None) -> None:
-        self._reply, self._error = reply, error
-        self._decided = True
-
-    def _outcome(self) -> T:
-        if self._error is not None:
-            # A new exception for each asker: one that is raised twice collects two tracebacks.
-            raise type(self._error)(*self._error.args) from self._error.__cause__
-        return cast("T", self._reply)
-
-
-# Between "is it decided?" and "then tell me" no decision may fall. One lock serves all jobs, for it
-# is held for a few instructions only. A fork renews it: another thread may have held it.
-_deciding = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _deciding  # noqa: PLW0603 - a lock that nobody will release cannot be repaired in place
-    _deciding = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Database(Protocol):
@@ -193,7 +132,7 @@ class Writer:
             jobs, stopping = self._gather()
             with self._turn:
                 self._decide(jobs)
-            _tell(jobs)
+            tell(jobs)
             with self._turn:
                 self._tidy()
         with self._turn:
@@ -251,29 +190,3 @@ class Writer:
         failure = StorageError(f"{self._name}: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure
-
-
-def _tell(jobs: list[Job[object]]) -> None:
-    """Wake all who wait for these jobs: each event loop once."""
-    loops: dict[asyncio.AbstractEventLoop, list[Future[None]]] = {}
-    calls: list[tuple[Callable[[Job[object]], object], Job[object]]] = []
-    with _deciding:
-        for job in jobs:
-            for loop, sleeper in job.sleepers:
-                loops.setdefault(loop, []).append(sleeper)
-            if job.callbacks:
-                calls += [(callback, job) for callback in job.callbacks]
-    for loop, sleepers in loops.items():
-        with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile: nobody is left to tell
-            loop.call_soon_threadsafe(_wake, sleepers)
-    for callback, job in calls:
-        try:
-            callback(job)
-        except Exception:  # a callback's failure is its own
-            logger.exception("a callback of %r failed", job.operation)
-
-
-def _wake(sleepers: list[Future[None]]) -> None:
-    for sleeper in sleepers:
-        if not sleeper.done():  # cancelled meanwhile
-            sleeper.set_result(None)

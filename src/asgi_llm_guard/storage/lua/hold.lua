@@ -1,0 +1,23 @@
+-- hold: what a call id has, opened and ended, for exports.
+--
+-- ARGV: clock, call ids. Reply: for each its state, until when, and the hold's fields (see `reserve`), or nil.
+local replies = {}
+for r = 2, #ARGV do
+  local value = call('GET', HOLD .. ARGV[r])
+  local reply = false
+  if value then
+    local h = cmsgpack.unpack(value)
+    local state, till = h[1], h[2]
+    reply = {state, state == 'O' and 0 or till}
+    if state == 'E' then h = cmsgpack.unpack(h[3]) end
+    if state ~= 'S' and state ~= 'C' then
+      local flat = {h[6], h[3], h[2], h[4], h[5] or ''}
+      for i, c in ipairs(claims_of(h, h[3], shape_of(h[6]), 7)) do
+        flat[5 + i] = {c.suffix, c.member or '', c.subject or '', c.amount, c.limit, c.taken, c.used, c.held, c.pin, c.resets or -1}
+      end
+      reply[3] = flat
+    end
+  end
+  replies[r - 1] = reply
+end
+return replies

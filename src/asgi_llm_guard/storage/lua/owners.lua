@@ -1,0 +1,35 @@
+-- heartbeat, retire, sweep: who is alive, and what becomes of the holds of those who are not.
+--
+-- ARGV: clock, what to do, owner, lapse, tombstone's life, records to keep, and for a heartbeat the epoch the client knows.
+-- Reply: clock, epoch, 1 if this owner had lapsed, how many owners are alive, then the call ids that were expired.
+local OWNER_MEMORY = 86400000 -- a lapsed owner is remembered for a day, should it wake up
+
+local action, owner, lapse, life, keep = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local epoch = call('GET', KEYS[1]) or ''
+local expired, lapsed
+
+if action == 'retire' then
+  expired = expire({owner}, life, keep)
+  call('ZREM', OWNERS, owner)
+  call('HDEL', LAPSED, owner)
+else
+  expired = sweep(life, keep)
+end
+if action == 'beat' then
+  lapsed = call('HDEL', LAPSED, owner)
+  call('ZADD', OWNERS, now + lapse, owner)
+  local told = call('HGETALL', LAPSED)
+  for i = 1, #told, 2 do
+    if tonumber(told[i + 1]) + OWNER_MEMORY <= now and not call('ZSCORE', OWNERS, told[i]) then call('HDEL', LAPSED, told[i]) end
+  end
+  call('PEXPIRE', OPEN .. owner, LONGEST)
+  for _, name in ipairs({OWNERS, LAPSED, SHAPES, LEDGER, LEDGER_IDS, KEYS[1]}) do call('PEXPIRE', name, KEEP) end
+  local id, beat, before = string.match(epoch, '^(%S+) (%d+) (%S*)$')
+  if id and id == ARGV[7] and now > tonumber(beat) then
+    epoch = id .. ' ' .. string.format('%.0f', now) .. ' ' .. before
+    call('SET', KEYS[1], epoch, 'PX', KEEP)
+  end
+end
+local reply = {now, epoch, lapsed or 0, call('ZCARD', OWNERS)}
+for i = 1, #expired do reply[4 + i] = expired[i] end
+return reply

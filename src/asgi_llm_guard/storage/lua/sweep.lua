@@ -1,0 +1,58 @@
+-- Expire the holds of owners that are gone: what is held becomes used, since it may have been billed; slots are freed.
+
+local function expire(owners, life, keep)
+  local due, ids, names = {}, {}, {}
+  for i = 1, #owners do
+    local open = call('SMEMBERS', OPEN .. owners[i])
+    for j = 1, #open do ids[#ids + 1] = open[j] end
+  end
+  for i = 1, #ids do
+    local value = call('GET', HOLD .. ids[i])
+    if value and state_of(value) == 'O' then
+      local h = cmsgpack.unpack(value)
+      local claims = claims_of(h, h[3], shape_of(h[6]), 7)
+      names_of(claims, names)
+      due[#due + 1] = {id = ids[i], at = h[3], draft = h[5], value = value, claims = claims}
+    end
+  end
+  load_cells(names)
+  table.sort(due, function(a, b)
+    if a.at ~= b.at then return a.at < b.at end
+    local x, y = a.id, b.id -- by bytes: `<` on strings would follow the server's locale
+    for i = 1, #x do
+      local one, other = string.byte(x, i), string.byte(y, i)
+      if one ~= other then return other ~= nil and one < other end
+    end
+    return #x < #y
+  end)
+  local expired = {}
+  for i = 1, #due do
+    local actuals = {}
+    for j, c in ipairs(due[i].claims) do
+      if flag(c.flags, 2) then actuals[j] = 0 end
+    end
+    release(due[i].claims, actuals, false)
+    expired[i] = due[i].id
+  end
+  save_cells()
+  for i = 1, #due do
+    local one = due[i]
+    if one.draft then append(one.id, one.draft, keep, 'x', now) end
+    call('SET', HOLD .. one.id, pack_array(3, {'E', now + life, one.value}), 'PX', life)
+  end
+  for i = 1, #owners do call('DEL', OPEN .. owners[i]) end
+  return expired
+end
+
+local function sweep(life, keep)
+  local lapsed = call('ZRANGEBYSCORE', OWNERS, '-inf', now, 'WITHSCORES')
+  local owners = {}
+  for i = 1, #lapsed, 2 do owners[#owners + 1] = lapsed[i] end
+  local expired = expire(owners, life, keep)
+  for i = 1, #lapsed, 2 do
+    call('HSET', LAPSED, lapsed[i], lapsed[i + 1])
+    call('ZREM', OWNERS, lapsed[i])
+  end
+  if #lapsed > 0 then call('PEXPIRE', LAPSED, KEEP) end
+  return expired
+end

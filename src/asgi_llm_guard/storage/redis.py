@@ -1,0 +1,814 @@
+"""Storage in Redis or Valkey: one truth for many workers on many hosts.
+
+One script call admits a plan under all of its claims or under none; one settles and appends the usage
+record. The scripts are in `lua/`; they keep the rules of `storage/base.py` as `storage/cells.py`
+does, answer for answer. The server's clock decides.
+
+All keys of a namespace have one hash tag, so that in a cluster each plan is one call to one node.
+
+A call whose reply was lost is asked again under the same call id and finds what it has done. No
+client library repeats a call by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, Final, cast
+
+import msgspec
+
+from asgi_llm_guard.claims import (
+    Bundle,
+    Claim,
+    Ended,
+    Granted,
+    Heartbeat,
+    Meter,
+    Plan,
+    Reading,
+    Receipt,
+    Refused,
+    Settled,
+    Settlement,
+)
+from asgi_llm_guard.clock import Clock
+from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
+from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Pending
+from asgi_llm_guard.storage.cells import Hold, Tombstone
+from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
+from asgi_llm_guard.storage.redis_address import Address
+from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text, read_record
+from asgi_llm_guard.storage.redis_copy import Copy as _Copy
+from asgi_llm_guard.storage.redis_lane import Group, Lane
+from asgi_llm_guard.storage.redis_link import Link, LinkError, Script, ServerInfo
+from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.windows import DISTINCT
+
+__all__ = ["MAX_RECORDS", "OPTIONS", "RedisStorage"]
+
+logger = logging.getLogger("asgi_llm_guard.storage")
+
+SCHEMA: Final = 1
+"""The version of the keys. Part of their prefix: another version does not see them."""
+
+MAX_RECORDS: Final = 100_000
+"""The ledger's stream keeps this many records, and drops the oldest beyond."""
+
+OPTIONS: Final = ("max_records", "namespace", "timeout")
+"""What the query of a URL may say besides how to connect."""
+
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_MOST_ASKED: Final = 5
+_REMEMBERED: Final = 1024
+_PAGE: Final = 1000
+
+_COMMON: Final = ("state", "windows")
+_RESERVE: Final = (*_COMMON, "take", "reserve")
+_SETTLE: Final = (*_COMMON, "release", "settle")
+_AMEND: Final = (*_COMMON, "take", "release", "amend")
+_OWNERS: Final = (*_COMMON, "release", "sweep", "owners")
+_METERS: Final = (*_COMMON, "meters")
+_EPOCH: Final = ("state", "epoch")
+_HOLD: Final = ("state", "hold")
+_SCRIPTS: Final = (_RESERVE, _SETTLE, _AMEND, _OWNERS, _METERS, _EPOCH, _HOLD)
+
+_ENDED: Final = {b"settled": "settled", b"cancelled": "cancelled", b"expired": "expired", b"unknown": "unknown"}
+_STATUS: Final = {1: "settled", 2: "late", 3: "lost", 4: "duplicate", 5: "cancelled"}
+_STATE: Final = {b"S": "settled", b"C": "cancelled", b"E": "expired"}
+
+
+@cache
+def _script(parts: tuple[str, ...]) -> Script:
+    folder = resources.files("asgi_llm_guard.storage") / "lua"
+    return Script("\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
+
+
+class RedisStorage:
+    """A `Storage` in Redis (7.0 or newer) or Valkey (8 or newer): one server, Sentinel, or a cluster.
+
+    Args:
+        url: `redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://…/master`, `redis+cluster://`; see
+            `docs/storage.md`. Its query may set the options below.
+        namespace: those with the same one share their counters: letters, digits, `_`, `.` and `-`.
+        clock: for tests; without it the server's clock decides.
+        timeout_s: how long one call may take.
+        max_records: how many usage records are kept until somebody takes them away.
+        remember_refusals_ms: for so long the same plan is refused again without a call. `None`: 100,
+            and with an injected clock not at all.
+
+    Raises:
+        ConfigurationError: the URL or an option is wrong. No error shows the URL.
+        NotInstalledError: `hiredis` is missing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str | None = None,
+        clock: Clock | None = None,
+        lapse_ms: int = LAPSE_MS,
+        tombstone_ms: int = TOMBSTONE_MS,
+        timeout_s: float | None = None,
+        max_records: int | None = None,
+        remember_refusals_ms: int | None = None,
+    ) -> None:
+        self._address, options = Address.parse(url, storage_options=OPTIONS)
+        self._namespace = namespace or options.get("namespace", "llm-guard")
+        if not _NAMESPACE.fullmatch(self._namespace):
+            raise ConfigurationError(f"namespace: expected 1 to 64 letters, digits, _ . or -, got {self._namespace!r}")
+        self._timeout_s = _seconds(timeout_s, options.get("timeout"))
+        self._max_records = _whole("max_records", max_records, options.get("max_records"), MAX_RECORDS)
+        self._lapse_ms = _whole("lapse_ms", lapse_ms, None, LAPSE_MS)
+        self._tombstone_ms = _whole("tombstone_ms", tombstone_ms, None, TOMBSTONE_MS)
+        if remember_refusals_ms is None:
+            remember_refusals_ms = 0 if clock is not None else 100
+        self._remember_s = remember_refusals_ms / 1000
+        self._clock = clock
+        self._skew_ms = 0
+        self._prefix = f"llmguard{SCHEMA}:{{{self._namespace}}}:"
+        self._key = f"{self._prefix}e".encode()
+        self._codec = Codec()
+        self._sent_shapes: set[str] = set()
+        self._unsent: dict[str, Shape] = {}
+        self._epoch = b""
+        self._seen_beat = 0
+        self._checked = False
+        self._lost: str | None = None
+        self._closed = False
+        self._refusals: dict[tuple[Claim, ...], tuple[float, Refused]] = {}
+        self._lanes: dict[asyncio.AbstractEventLoop, _Connected] = {}
+        self._lanes_lock = threading.Lock()
+        self._home: _Home | None = None
+        self._constant = (
+            str(self._lapse_ms).encode(),
+            str(self._tombstone_ms).encode(),
+            str(self._max_records).encode(),
+        )
+        reference = weakref.ref(self)
+
+        def after_fork() -> None:
+            storage = reference()
+            if storage is not None:
+                storage._forget_lanes()  # noqa: SLF001 - its own method, through a weak reference
+
+        os.register_at_fork(after_in_child=after_fork)
+
+    def __repr__(self) -> str:
+        return f"<RedisStorage {self._address} namespace={self._namespace!r}>"
+
+    def _forget_lanes(self) -> None:
+        # The parent's sockets and loops are the parent's.
+        self._lanes = {}
+        self._lanes_lock = threading.Lock()
+        self._home = None
+
+    # ------------------------------------------------------------------------------ reserve
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        _check(plans)
+        lane = self._lane()
+        if self._lost is not None:
+            raise DataLost(self._lost)
+        if len(self._lanes) > 1:
+            await self._settled_elsewhere(lane)
+        claims: tuple[Claim, ...] = ()
+        if self._remember_s and len(plans) == 1:
+            claims = plans[0][0].claims if len(plans[0]) == 1 else tuple([c for b in plans[0] for c in b.claims])
+            remembered = self._refusals.get(claims) if self._refusals else None
+            if remembered is not None and time.monotonic() < remembered[0]:
+                return remembered[1]
+        if not self._epoch:
+            await self._hello(lane)
+        for asked in range(_MOST_ASKED):
+            shapes: list[Shape] = []
+            argument = self._codec.plans(owner, plans, self._now_ms(), shapes)
+            self._will_send(shapes)
+            try:
+                now_ms, epoch, reply = await lane.lane.reserve(argument)
+            except LinkError:
+                if asked or self._closed or not lane.link_up:
+                    raise
+                continue  # the connection broke: once more, under the same call ids
+            self._heard(now_ms)
+            if reply is None:
+                self._data_lost(epoch)
+                continue
+            code = reply[0]
+            if code == 1:
+                return _granted(plans[reply[1]], reply, now_ms)
+            if code == 0:
+                refused = _refused(plans, reply, now_ms)
+                if claims:
+                    self._remember(claims, refused)
+                return refused
+            if code == 2:
+                return Ended(plans[0][reply[1] - 1].call_id, cast("Any", _ENDED[reply[2]]), now_ms)
+            if code == 3:
+                return await self._replayed(lane, reply, now_ms)
+            if code == 7:
+                raise ValueError(
+                    "reserve: call ids are reserved together, but "
+                    f"{plans[0][reply[1] - 1].call_id!r} is not open and others of its plan are"
+                )
+            await self._prepare(lane, code, owner, shapes)
+        raise StorageError("redis: the store keeps asking for the reservation once more; nothing was taken")
+
+    async def _prepare(self, lane: _Connected, code: int, owner: str, shapes: Sequence[Shape]) -> None:
+        """Do what has to be done before the same is asked again."""
+        if code == 4:
+            await self._owners(lane, b"sweep", owner)
+        elif code == 6:  # else a calendar window was over: the answer's clock says which one is current
+            self._sent_shapes.difference_update(shape.digest for shape in shapes)
+
+    async def _replayed(self, lane: _Connected, reply: Any, now_ms: int) -> Granted:
+        receipts: list[Receipt] = []
+        for digest, _at, *rows in reply[3]:
+            receipts += await self._receipts(lane, digest.decode(), rows)
+        return Granted(tuple(receipts), now_ms, reply[1], True)
+
+    async def _receipts(self, lane: _Connected, digest: str, rows: Sequence[Any]) -> tuple[Receipt, ...]:
+        if not self._codec.knows(digest):
+            script, common = await lane.link.command("HMGET", f"{self._prefix}s", digest, f"m{digest}", key=self._key)
+            self._codec.learn(digest, script, common)
+        return self._codec.receipts(digest, rows)
+
+    def _remember(self, claims: tuple[Claim, ...], refused: Refused) -> None:
+        """Keep a refusal that no settlement of others can lift for a moment, so that the store is not asked in a loop."""
+        wait_ms = None
+        for receipt in refused.states[0]:
+            meter = receipt.claim.meter
+            if receipt.fits or not meter.enforce or meter.limit is None:
+                continue
+            if receipt.used + receipt.claim.amount <= meter.limit:
+                return  # a hold stands in the way
+            left = self._remember_s * 1000 if receipt.resets_at_ms is None else receipt.resets_at_ms - refused.now_ms
+            wait_ms = left if wait_ms is None else min(left, wait_ms)
+        if wait_ms is not None and wait_ms > 0:
+            if len(self._refusals) >= _REMEMBERED:
+                self._refusals.clear()
+            self._refusals[claims] = (time.monotonic() + min(wait_ms / 1000, self._remember_s), refused)
+
+    async def _settled_elsewhere(self, mine: _Connected) -> None:
+        """Wait for what other event loops of this process have handed over: it is to be settled first."""
+        for lane in tuple(self._lanes.values()):
+            if lane is not mine:
+                for group in tuple(lane.lane.unsettled):
+                    with contextlib.suppress(StorageError):
+                        await group.handed
+
+    # -------------------------------------------------------------------------------- amend
+
+    async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended:
+        _check(((bundle,),))
+        lane = self._lane()
+        if self._lost is not None:
+            raise DataLost(self._lost)
+        if len(self._lanes) > 1:
+            await self._settled_elsewhere(lane)
+        if not self._epoch:
+            await self._hello(lane)
+        for asked in range(_MOST_ASKED):
+            shapes: list[Shape] = []
+            argument = self._codec.bundle(bundle, self._now_ms(), shapes)
+            self._will_send(shapes)
+            arguments = [*self._head(), *self._epoch_arguments(), self._constant[0], self._new_shapes()]
+            lane.lane.flush()
+            try:
+                reply = await lane.submit(_AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
+            except LinkError:
+                if asked or self._closed or not lane.link_up:
+                    raise
+                continue
+            now_ms, epoch, answer = reply
+            self._heard(now_ms)
+            if answer == b"lost":
+                self._data_lost(epoch)
+                continue
+            code = answer[0]
+            if code < 2:
+                return _amended(bundle, answer, now_ms)
+            if code == 2:
+                return Ended(bundle.call_id, cast("Any", _ENDED[answer[1]]), now_ms)
+            await self._prepare(lane, code, owner, shapes)
+        raise StorageError("redis: the store keeps asking for the change once more; nothing was changed")
+
+    # ------------------------------------------------------------------------------- settle
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        if self._closed:
+            raise StorageError("redis: this storage was closed; make a new one")
+        if self._refusals:
+            self._refusals.clear()
+        shapes: list[Shape] = []
+        now_ms = self._now_ms()
+        group = Group(settlements, [self._codec.settlement(one, now_ms, shapes) for one in settlements])
+        self._will_send(shapes)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            home = self._any_loop()
+            home.call_soon_threadsafe(self._settle_there, home, group)
+            return group.handed
+        self._lane(loop).lane.settle(group)
+        return group.handed
+
+    def _any_loop(self) -> asyncio.AbstractEventLoop:
+        """A loop to settle on for a thread without one: one that is in use, else one of our own."""
+        for loop in tuple(self._lanes):
+            if loop.is_running():
+                return loop
+        with self._lanes_lock:
+            if self._home is None:
+                self._home = _Home()
+            return self._home.loop
+
+    def _settle_there(self, loop: asyncio.AbstractEventLoop, group: Group) -> None:
+        self._lane(loop).lane.settle(group)
+
+    def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
+        """Take the answers to what is left of `group`; whether all is answered. Else its arguments are made anew."""
+        self._heard(now_ms)
+        left: list[int] = []
+        arguments: list[bytes] = []
+        shapes: list[Shape] = []
+        for place, reply in zip(group.left, replies, strict=True):
+            settlement = group.settlements[place]
+            status = reply[0]
+            if status <= 5:
+                overages = tuple(reply[2:]) or (0,) * reply[1]
+                group.replies[place] = Settled(settlement.call_id, cast("Any", _STATUS[status]), overages)
+                continue
+            if status == 8:
+                self._sent_shapes.clear()
+            left.append(place)
+            arguments.append(self._codec.settlement(settlement, self._now_ms(), shapes, with_receipts=True))
+        self._will_send(shapes)
+        group.left, group.arguments = left, arguments
+        return not left
+
+    # ---------------------------------------------------------------------- lanes and sending
+
+    def _lane(self, loop: asyncio.AbstractEventLoop | None = None) -> _Connected:
+        loop = loop or asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is None:
+            lane = self._new_lane(loop)
+        return lane
+
+    def _new_lane(self, loop: asyncio.AbstractEventLoop) -> _Connected:
+        with self._lanes_lock:
+            if self._closed:
+                raise StorageError("redis: this storage was closed; make a new one")
+            for other in [known for known in self._lanes if known.is_closed()]:
+                self._lanes.pop(other).lane.fail(
+                    StorageError("redis: the event loop was closed before the answer came")
+                )
+            link = Link(self._address, scripts=[_script(parts) for parts in _SCRIPTS], timeout_s=self._timeout_s)
+            self._lanes[loop] = lane = _Connected(self, loop, link, self._key)
+            return lane
+
+    def _will_send(self, shapes: Iterable[Shape]) -> None:
+        sent = self._sent_shapes
+        for shape in shapes:
+            if shape.digest not in sent:
+                self._unsent[shape.digest] = shape
+
+    def _new_shapes(self) -> bytes:
+        if not self._unsent:
+            return b""
+        flat: list[Any] = []
+        while self._unsent:
+            digest, shape = self._unsent.popitem()
+            flat += (digest, pack_text(shape.script), f"m{digest}", pack_text(shape.common))
+            self._sent_shapes.add(digest)
+        return msgspec.msgpack.encode(flat)
+
+    def _head(self) -> tuple[bytes]:
+        """The clock: the server's, or the injected one."""
+        return (b"0" if self._clock is None else str(self._clock.now_ms()).encode(),)
+
+    def _epoch_arguments(self) -> tuple[bytes, bytes]:
+        # What a replica had not received yet when it took over is less than a lapse.
+        return self._epoch, str(max(0, self._seen_beat - self._lapse_ms)).encode()
+
+    def reserve_arguments(self, arguments: list[bytes]) -> list[bytes]:
+        """All arguments of a call of the reserve script."""
+        return [*self._head(), *self._epoch_arguments(), self._constant[0], self._new_shapes(), *arguments]
+
+    def settle_arguments(self, arguments: list[bytes]) -> list[bytes]:
+        """All arguments of a call of the settle script."""
+        return [*self._head(), *self._constant[1:], self._new_shapes(), *arguments]
+
+    def _now_ms(self) -> int:
+        """The server's clock, as far as it is known: calendar windows are worked out here."""
+        if self._clock is not None:
+            return self._clock.now_ms()
+        return time.time_ns() // 1_000_000 + self._skew_ms
+
+    def _heard(self, now_ms: int) -> None:
+        if self._clock is None:
+            self._skew_ms = now_ms - time.time_ns() // 1_000_000
+
+    # -------------------------------------------------------------------------------- epoch
+
+    async def _hello(self, lane: _Connected) -> None:
+        """The first call: which epoch it is, what time, and whether the server can be relied on."""
+        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        self._heard(now_ms)
+        self._adopt(epoch)
+        if not self._checked:
+            self._checked = True
+            for warning in _warnings(await lane.link.server_info(self._key)):
+                logger.warning("redis: %s", warning)
+
+    def _adopt(self, epoch: bytes) -> None:
+        id_, beat, _before = epoch.split(b" ")
+        self._epoch, self._seen_beat = id_ + b" ", int(beat)
+        self._sent_shapes.clear()
+
+    def _data_lost(self, epoch: bytes) -> None:
+        """The store is in another epoch.
+
+        Raises:
+            DataLost: it is not one that another process has accepted.
+        """
+        if epoch:
+            id_, beat, before = epoch.split(b" ")
+            if before and before + b" " == self._epoch:
+                self._adopt(epoch)
+                return
+            if id_ + b" " == self._epoch and int(beat) >= self._seen_beat - self._lapse_ms:
+                return  # accepted meanwhile
+        what = "was restored from an older copy" if epoch else "was flushed"
+        self._lost = f"redis: the store {what}: what was used and held is not known any more"
+        raise DataLost(self._lost)
+
+    @property
+    def epoch(self) -> str:
+        """Names the data that this storage goes by: another one after each accepted loss."""
+        return self._epoch.decode().strip()
+
+    async def accept_loss(self) -> None:
+        """Go by the data that there is, and let all other processes do so; see `LossAware`."""
+        if self._lost is None:
+            return
+        lane = self._lane()
+        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"accept", _new_epoch(), self._epoch.strip()])
+        self._heard(now_ms)
+        self._adopt(epoch)
+        self._lost = None
+
+    def available(self) -> bool:
+        """Whether asking is worth while: `False` once the server has failed to answer several times in a row."""
+        try:
+            lane = self._lanes.get(asyncio.get_running_loop())
+        except RuntimeError:
+            lane = None
+        if lane is not None:
+            return lane.link_up
+        return all(other.link_up for other in tuple(self._lanes.values()))
+
+    # ------------------------------------------------------------------------------- owners
+
+    async def heartbeat(self, owner: str) -> Heartbeat:
+        lane = self._lane()
+        if not self._epoch:
+            await self._hello(lane)
+        reply = await self._owners(lane, b"beat", owner)
+        epoch = reply[1]
+        if epoch.startswith(self._epoch):
+            beat = int(epoch.split(b" ")[1])
+            if beat < self._seen_beat - self._lapse_ms and self._lost is None:
+                with contextlib.suppress(DataLost):
+                    self._data_lost(epoch)
+            self._seen_beat = max(self._seen_beat, beat)
+        return Heartbeat(reply[2] == 1, _texts(reply[4:]), reply[0], reply[3])
+
+    async def retire(self, owner: str) -> None:
+        lane = self._lane()
+        await self._all_settled()
+        await self._owners(lane, b"retire", owner)
+
+    async def _owners(self, lane: _Connected, action: bytes, owner: str) -> Any:
+        lane.lane.flush()
+        arguments = [*self._head(), action, owner.encode(), *self._constant, self._epoch.strip()]
+        reply = await lane.submit(_OWNERS, arguments)
+        self._heard(reply[0])
+        return reply
+
+    async def _all_settled(self) -> None:
+        for lane in tuple(self._lanes.values()):
+            for group in tuple(lane.lane.unsettled):
+                with contextlib.suppress(StorageError):
+                    await group.handed
+
+    # -------------------------------------------------------------------------- read, reset
+
+    async def read(self, meters: Sequence[Meter]) -> tuple[Reading, ...]:
+        if not meters:
+            return ()
+        lane = self._lane()
+        await self._settled_elsewhere(lane)
+        lane.lane.flush()
+        reply = await lane.submit(_METERS, [*self._head(), b"read", self._codec.meters(meters)])
+        return tuple(
+            [
+                Reading(used, held, None if resets < 0 else resets)
+                for used, held, resets in zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+            ]
+        )
+
+    async def reset(self, meters: Sequence[Meter]) -> None:
+        self._refusals.clear()
+        if meters:
+            lane = self._lane()
+            await self._settled_elsewhere(lane)
+            lane.lane.flush()
+            await lane.submit(_METERS, [*self._head(), b"reset", self._codec.meters(meters)])
+
+    async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
+        lane = self._lane()
+        await self._all_settled()
+        found: list[UsageRecord] = []
+        # A record is written after its call was admitted, so with the server's clock none is before that entry.
+        start = str(since_ms) if self._clock is None else "-"
+        while True:
+            entries = await lane.link.command("XRANGE", f"{self._prefix}l", start, "+", "COUNT", _PAGE, key=self._key)
+            for _, fields in entries:
+                record = _record_of(fields)
+                if record.at_ms >= since_ms:
+                    found.append(record)
+            if len(entries) < _PAGE:
+                break
+            start = "(" + entries[-1][0].decode()
+        found.sort(key=lambda record: (record.at_ms, record.call_id))
+        return found if limit is None else found[:limit]
+
+    async def open_holds(self) -> int:
+        lane = self._lane()
+        await self._all_settled()
+        owners = await lane.link.command("ZRANGE", f"{self._prefix}o", 0, -1, key=self._key)
+        counts = [
+            await lane.link.command("SCARD", f"{self._prefix}oh:".encode() + owner, key=self._key) for owner in owners
+        ]
+        return sum(counts)
+
+    # ----------------------------------------------------------------------- export, import
+
+    async def export(self) -> AsyncIterator[bytes]:
+        """As `Storage.export`; what is changed meanwhile may be in it or not, so stop the writers first."""
+        snapshot, now_ms = await self._snapshot()
+        for line in write_lines(snapshot, now_ms):
+            yield line
+
+    async def _snapshot(self) -> tuple[Snapshot, int]:
+        lane = self._lane()
+        await self._all_settled()
+        copied = _Copy(lane.link, self._key, self._prefix)
+        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        if not self._epoch:
+            self._adopt(epoch)
+        snapshot = Snapshot(
+            cells=[cell async for cell in copied.cells(now_ms)],
+            members=[member async for member in copied.members(now_ms)],
+            owners=await copied.owners(),
+            records=await self.records(),
+        )
+        holds: list[Hold] = []
+        tombstones: list[tuple[str, Tombstone]] = []
+        async for call_ids in copied.call_ids():
+            replies = await lane.submit(_HOLD, [*self._head(), *call_ids])
+            for call_id, reply in zip(map(bytes.decode, call_ids), replies, strict=True):
+                if reply is not None:
+                    state, until_ms, *hold = reply
+                    opened = await self._hold(lane, call_id, hold[0]) if hold else None
+                    if state == b"O":
+                        holds.append(cast("Hold", opened))
+                    elif now_ms < until_ms:
+                        tombstones.append((call_id, Tombstone(cast("Any", _STATE[state]), until_ms, opened)))
+        snapshot.holds = sorted(holds, key=lambda hold: (hold.at_ms, hold.call_id))
+        snapshot.tombstones = sorted(tombstones, key=lambda entry: (entry[1].until_ms, entry[0]))
+        return snapshot, now_ms
+
+    async def _hold(self, lane: _Connected, call_id: str, fields: Any) -> Hold:
+        digest, at_ms, owner, plan, draft, *rows = fields
+        receipts = await self._receipts(lane, digest.decode(), rows)
+        return Hold(call_id, owner.decode(), receipts, read_record(draft) if draft else None, at_ms, plan)
+
+    async def load(self, lines: Iterable[bytes]) -> None:
+        snapshot = parse_lines(lines)
+        lane = self._lane()
+        copied = _Copy(lane.link, self._key, self._prefix)
+        if not await copied.is_empty():
+            raise StorageError(f"import: the namespace {self._namespace!r} is not empty; load into a new one")
+        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        self._heard(now_ms)
+        if not self._epoch:
+            self._adopt(epoch)
+        try:
+            await copied.write(snapshot, self._codec, now_ms)
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                await copied.clear()
+            raise
+
+    # ------------------------------------------------------------------------------ closing
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        await self._all_settled()
+        self._closed = True
+        with self._lanes_lock:
+            lanes, self._lanes = self._lanes, {}
+        here = asyncio.get_running_loop()
+        for loop, lane in lanes.items():
+            lane.lane.fail(StorageError("redis: this storage was closed; make a new one"))
+            if loop is here:
+                await lane.link.aclose()
+            elif loop.is_running():
+                with contextlib.suppress(RuntimeError):  # it stopped meanwhile
+                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.link.aclose(), loop))
+        if self._home is not None:
+            self._home.stop()
+
+
+class _Connected:
+    """One event loop's lane and link."""
+
+    __slots__ = ("_key", "_storage", "lane", "link")
+
+    def __init__(self, storage: RedisStorage, loop: asyncio.AbstractEventLoop, link: Link, key: bytes) -> None:
+        self.link = link
+        self._storage = storage
+        self._key = key
+        self.lane = Lane(loop, self)
+
+    @property
+    def link_up(self) -> bool:
+        return self.link.state == "up"
+
+    def submit(self, parts: tuple[str, ...], arguments: Sequence[bytes]) -> asyncio.Future[Any]:
+        return self.link.submit(_script(parts), self._key, arguments)
+
+    def send_reserves(self, arguments: list[bytes]) -> asyncio.Future[Any]:
+        return self.link.submit(_script(_RESERVE), self._key, self._storage.reserve_arguments(arguments))
+
+    def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Any]:
+        return self.link.submit(_script(_SETTLE), self._key, self._storage.settle_arguments(arguments))
+
+    def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
+        return self._storage.settled(group, replies, now_ms)
+
+
+class _Home:
+    """An event loop on a thread of its own, for settlements from threads while no other loop runs."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="asgi-llm-guard-redis", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        self.loop.close()
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(1)
+
+
+# ------------------------------------------------------------------------------------ replies
+
+
+def _granted(plan: Plan, reply: Any, now_ms: int) -> Granted:
+    receipts: list[Receipt] = []
+    at = 2
+    for bundle in plan:
+        for claim in bundle.claims:
+            fits, used, held, pin, resets = reply[at : at + 5]
+            at += 5
+            receipts.append(Receipt(claim, fits == 1, fits == 1, used, held, pin, None if resets < 0 else resets))
+    return Granted(tuple(receipts), now_ms, reply[1])
+
+
+def _refused(plans: Sequence[Plan], reply: Any, now_ms: int) -> Refused:
+    states: list[tuple[Receipt, ...]] = []
+    at = 1
+    for plan in plans:
+        receipts: list[Receipt] = []
+        for bundle in plan:
+            for claim in bundle.claims:
+                fits, used, held, pin, resets = reply[at : at + 5]
+                at += 5
+                receipts.append(Receipt(claim, False, fits == 1, used, held, pin, None if resets < 0 else resets))
+        states.append(tuple(receipts))
+    return Refused(tuple(states), now_ms)
+
+
+def _amended(bundle: Bundle, answer: Any, now_ms: int) -> Granted | Refused:
+    granted = answer[0] == 1
+    receipts: list[Receipt] = []
+    for n, asked in enumerate(bundle.claims):
+        old_limit, fits, used, held, pin, resets = answer[1 + 6 * n : 7 + 6 * n]
+        claim = asked
+        if old_limit != -2:
+            limit = None if old_limit < 0 else old_limit
+            if limit != asked.meter.limit:
+                claim = Claim(msgspec.structs.replace(asked.meter, limit=limit), asked.amount, asked.member)
+        taken = granted and fits == 1
+        receipts.append(Receipt(claim, taken, fits == 1, used, held, pin, None if resets < 0 else resets))
+    return Granted(tuple(receipts), now_ms) if granted else Refused((tuple(receipts),), now_ms)
+
+
+def _record_of(fields: Sequence[bytes]) -> UsageRecord:
+    values = dict(zip(fields[::2], fields[1::2], strict=True))
+    record = read_record(values[b"r"])
+    if b"x" in values:  # a draft, of a call whose owner died
+        cost = record.cost_nanousd if record.estimate_nanousd is None else record.estimate_nanousd
+        return msgspec.structs.replace(
+            record, outcome="expired", cost_nanousd=cost, usage=None, ended_ms=int(values[b"x"])
+        )
+    return msgspec.structs.replace(record, late=True) if b"l" in values else record
+
+
+def _warnings(server: ServerInfo) -> Iterator[str]:
+    if server.maxmemory_policy not in (None, "noeviction") and server.maxmemory:
+        yield (
+            f"maxmemory-policy is {server.maxmemory_policy}: when memory is full the server forgets what was used, "
+            "and budgets start anew without anybody noticing; set it to noeviction"
+        )
+    if server.aof is False and server.rdb is False:
+        yield "neither AOF nor snapshots are on: a restart forgets all counters; set appendonly yes"
+    elif server.aof is False:
+        yield "AOF is off: a crash forgets what was counted since the last snapshot; set appendonly yes"
+
+
+def _texts(values: Iterable[bytes]) -> tuple[str, ...]:
+    return tuple([value.decode() for value in values])
+
+
+def _new_epoch() -> bytes:
+    return os.urandom(9).hex().encode()
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _check(plans: Sequence[Plan]) -> None:
+    """Refuse what no storage takes, before anything is sent.
+
+    Raises:
+        ValueError: no plan, two claims on one meter or two bundles under one call id, or a `Distinct`
+            claim without a member.
+    """
+    if not plans:
+        raise ValueError("reserve: expected at least one plan, got none")
+    if len(plans[0]) > 1 and len({bundle.call_id for bundle in plans[0]}) < len(plans[0]):
+        raise ValueError("reserve: two bundles of one plan have the same call id")
+    for plan in plans:
+        keys = [claim.meter.key for bundle in plan for claim in bundle.claims]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"two claims of one plan are on the meter {twice!r}; merge them into one")
+        for bundle in plan:
+            for claim in bundle.claims:
+                if claim.meter.kind == DISTINCT and claim.member is None:
+                    raise ValueError(
+                        f"{claim.meter.policy}: a claim on distinct ids names its id, got None (meter {claim.meter.key!r})"
+                    )
+
+
+def _whole(name: str, value: int | None, text: str | None, default: int) -> int:
+    if value is None and text is not None:
+        value = int(text) if text.isascii() and text.isdigit() else 0
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}: expected a whole number from 1, got {value!r}")
+    return value
+
+
+def _seconds(value: float | None, text: str | None) -> float:
+    seen: object = value if value is not None else text
+    if seen is None:
+        return 0.25
+    try:
+        seconds = float(cast("Any", seen))
+    except ValueError:
+        seconds = 0.0
+    if isinstance(seen, bool) or not 0.001 <= seconds <= 60:
+        raise ConfigurationError(f"timeout: expected seconds from 0.001 to 60, got {seen!r}")
+    return seconds

@@ -1,0 +1,213 @@
+"""What one event loop hands over to the server: gathered into few script calls, in order.
+
+Rule 1: a reservation goes out at once while nothing is in flight. Otherwise what gathers in a tick, or
+until one of the calls in flight comes back, goes out together, at most `MOST_PLANS` to a call: a
+call keeps the server busy for as long as it takes, and all others wait for it.
+
+Rule 2: settlements go out before every reservation that was handed over after them.
+
+Rule 3: what was handed over and may not have arrived is handed over once more, under the same call
+ids, while its time lasts: the scripts know what they have done before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+from asgi_llm_guard.claims import Settled, Settlement
+from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.storage.pending import Handed, again, tell
+
+__all__ = ["MOST_FLYING", "MOST_PLANS", "MOST_SETTLEMENTS", "Group", "Lane", "Sender"]
+
+MOST_PLANS: Final = 16
+MOST_SETTLEMENTS: Final = 32
+MOST_FLYING: Final = 6
+"""So many script calls are in flight before more is gathered."""
+_MOST_TRIES: Final = 4
+
+Reply = Any
+Batch = list[tuple[bytes, "asyncio.Future[Reply]"]]
+
+
+class Group:
+    """Settlements that were handed over together: one step, as far as the store knows their holds."""
+
+    __slots__ = ("arguments", "handed", "left", "replies", "settlements", "tries")
+
+    def __init__(self, settlements: Sequence[Settlement], arguments: list[bytes]) -> None:
+        self.settlements = settlements
+        self.arguments = arguments
+        self.handed: Handed[tuple[Settled, ...]] = Handed()
+        self.replies: list[Settled | None] = [None] * len(settlements)
+        self.left = list(range(len(settlements)))
+        """Which of them have no answer yet; `arguments` are theirs."""
+        self.tries = 0
+
+
+class Sender(Protocol):
+    """What a lane needs of the storage it belongs to."""
+
+    def send_reserves(self, arguments: list[bytes]) -> asyncio.Future[Reply]:
+        """Hand a call of the reserve script over, at once; the reply has one answer for each argument, after two more."""
+        ...
+
+    def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Reply]:
+        """The same for the settle script; its reply has one more before the answers."""
+        ...
+
+    def settled(self, group: Group, replies: Sequence[Reply], now_ms: int) -> bool:
+        """Take the answers for what is left of a group; whether all is answered. Else its arguments were made anew."""
+        ...
+
+
+class Lane:
+    """The queue in front of one event loop's connection. Used by that loop's thread only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sender: Sender) -> None:
+        self.loop = loop
+        self._sender = sender
+        self._reserves: Batch = []
+        self._groups: list[Group] = []
+        self._flying = 0
+        self._scheduled = False
+        self.unsettled: set[Group] = set()
+
+    def reserve(self, argument: bytes) -> asyncio.Future[Reply]:
+        """Hand over one reservation. The future fails with a `StorageError`; the epoch's loss is in the reply."""
+        future: asyncio.Future[Reply] = self.loop.create_future()
+        self._reserves.append((argument, future))
+        if not self._flying:
+            self._flush()
+        elif not self._scheduled and self._flying < MOST_FLYING:
+            self._scheduled = True
+            self.loop.call_soon(self._tick)
+        return future
+
+    def settle(self, group: Group) -> None:
+        """Hand settlements over. Their answer is `group.handed`."""
+        self.unsettled.add(group)
+        self._groups.append(group)
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._scheduled = False
+        self._flush()
+
+    def flush(self) -> None:
+        """Send all settlements that are still here: something that is sent past the queue comes after them."""
+        while self._groups:
+            self._send_groups(_first(self._groups, MOST_SETTLEMENTS))
+
+    def _flush(self) -> None:
+        groups = self._groups
+        while groups and (self._flying < MOST_FLYING or self._reserves):
+            self._send_groups(_first(groups, MOST_SETTLEMENTS))
+        reserves = self._reserves
+        while reserves and self._flying < MOST_FLYING:
+            batch = reserves[:MOST_PLANS]
+            del reserves[:MOST_PLANS]
+            self._send_reserves(batch)
+
+    def _send_reserves(self, batch: Batch) -> None:
+        batch = [one for one in batch if not one[1].done()]  # cancelled before it went out
+        if not batch:
+            return
+        self._flying += 1
+        sent = self._sender.send_reserves([argument for argument, _ in batch])
+        sent.add_done_callback(lambda done: self._reserved(batch, done))
+
+    def _reserved(self, batch: Batch, done: asyncio.Future[Reply]) -> None:
+        self._flying -= 1
+        error = _error(done)
+        if error is not None:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error if len(batch) == 1 else again(error))
+        else:
+            reply = done.result()
+            now_ms, lost = reply[0], len(reply) > 2 and reply[2] == b"lost"
+            for n, (_, future) in enumerate(batch):
+                if not future.done():
+                    future.set_result((now_ms, reply[1], None if lost else reply[2 + n]))
+        if self._groups or self._reserves:
+            self._flush()
+
+    def _send_groups(self, batch: list[Group]) -> None:
+        self._flying += 1
+        arguments = [argument for group in batch for argument in group.arguments]
+        sent = self._sender.send_settles(arguments)
+        sent.add_done_callback(lambda done: self._came_back(batch, done))
+
+    def _came_back(self, batch: list[Group], done: asyncio.Future[Reply]) -> None:
+        self._flying -= 1
+        error = _error(done)
+        decided: list[Handed[Any]] = []
+        retried: list[Group] = []
+        at = 1
+        for group in batch:
+            group.tries += 1
+            if error is None:
+                first, at = at, at + len(group.left)
+                if self._answered(group, done.result()[first:at], done.result()[0], decided):
+                    continue
+            failure = error or StorageError("redis: the settlement keeps coming back; nothing was charged twice")
+            if group.tries < _MOST_TRIES:
+                retried.append(group)
+                continue
+            group.handed.decide(None, again(failure))
+            decided.append(group.handed)
+            self.unsettled.discard(group)
+        self._groups[:0] = retried
+        if decided:
+            tell(decided)
+        if self._groups or self._reserves:
+            self._flush()
+
+    def _answered(self, group: Group, replies: Sequence[Reply], now_ms: int, decided: list[Handed[Any]]) -> bool:
+        if not self._sender.settled(group, replies, now_ms):
+            return False
+        group.handed.decide(tuple(group.replies), None)
+        decided.append(group.handed)
+        self.unsettled.discard(group)
+        return True
+
+    def fail(self, error: StorageError) -> None:
+        """Nobody will send what is still here."""
+        for _, future in self._reserves:
+            if not future.done():
+                future.set_exception(again(error))
+        self._reserves.clear()
+        decided: list[Handed[Any]] = []
+        for group in self._groups:
+            group.handed.decide(None, again(error))
+            decided.append(group.handed)
+            self.unsettled.discard(group)
+        self._groups.clear()
+        tell(decided)
+
+
+def _first(groups: list[Group], most: int) -> list[Group]:
+    """Take groups off the front: `most` settlements, or one group."""
+    count = taken = 0
+    for group in groups:
+        count += len(group.left)
+        if taken and count > most:
+            break
+        taken += 1
+    batch = groups[:taken]
+    del groups[:taken]
+    return batch
+
+
+def _error(done: asyncio.Future[Reply]) -> Exception | None:
+    if done.cancelled():
+        return StorageError("redis: the connection was closed before the answer came")
+    error = done.exception()
+    if error is None or isinstance(error, StorageError):
+        return error
+    return StorageError(f"redis: {type(error).__name__}: {error}")
