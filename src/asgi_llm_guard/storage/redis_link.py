@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from asgi_llm_guard.storage.breaker import FAILURES, Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
+from asgi_llm_guard.storage.redis_cluster import Cluster, key_slot
 from asgi_llm_guard.storage.redis_node import Expiry, Node, info_fields, version_of
 from asgi_llm_guard.storage.redis_sentinel import Sentinels
 from asgi_llm_guard.storage.redis_wire import Call, LinkError, Trailing, pack
@@ -90,11 +91,12 @@ class Link:
         self._most = most
         self._scripts = [script.text.encode() for script in scripts]
         self._on_change = on_change
-        self._down: dict[Node, str] = {}
+        self._down: set[object] = set()
         self._closed = False
-        self._expiry = Expiry(self._loop, timeout_s, self._sources)
-        self._node = self._make_node(str(address), self._finder())
-        self._put: Callable[[Call], None] = self._node.put
+        self._expiry = Expiry(self._loop, timeout_s, self._expire)
+        self._in_cluster = address.kind == "cluster"
+        self._servers = self._make_cluster() if self._in_cluster else self._make_node()
+        self._put: Callable[[Call], None] = self._servers.put
         _links.add(self)
 
     def submit(
@@ -110,7 +112,8 @@ class Link:
         """
         future = self._loop.create_future()
         packed = pack(("EVALSHA", script.sha, 1, key, *args))
-        self._put(Call(future, packed, self._time(), max(timeout_s, self._timeout_s)))
+        slot = key_slot(key) if self._in_cluster else 0
+        self._put(Call(future, packed, self._time(), max(timeout_s, self._timeout_s), slot))
         return future
 
     def submit_command(
@@ -124,7 +127,8 @@ class Link:
         """
         future = self._loop.create_future()
         made = Trailing if trailing else Call
-        self._put(made(future, pack(parts), self._time(), max(timeout_s, self._timeout_s)))
+        slot = key_slot(key) if self._in_cluster else 0
+        self._put(made(future, pack(parts), self._time(), max(timeout_s, self._timeout_s), slot))
         return future
 
     async def command(self, *parts: bytes | str | int, key: bytes = b"", timeout_s: float = 0.0) -> Any:
@@ -164,7 +168,7 @@ class Link:
     @property
     def in_flight(self) -> int:
         """How many calls have no answer yet, waiting for a connection included."""
-        return sum(node.in_flight for node in self._sources())
+        return self._servers.in_flight
 
     @property
     def state(self) -> LinkState:
@@ -175,23 +179,35 @@ class Link:
         if self._closed:
             return
         self._closed = True
-        await asyncio.gather(*(node.aclose(2 * self._timeout_s) for node in self._sources()))
+        await self._servers.aclose(2 * self._timeout_s)
         self._expiry.cancel()
 
-    def _sources(self) -> Sequence[Node]:
-        return (self._node,)
+    def _expire(self, now: float) -> float | None:
+        return self._servers.expire(now)
 
-    def _finder(self) -> Callable[[], Any]:
-        if self.address.kind == "sentinel":
-            return Sentinels(self.address).find
-        return partial(_known, self.address.endpoints[0])
-
-    def _make_node(self, name: str, find: Callable[[], Any]) -> Node:
+    def _make_node(self, endpoint: Endpoint | None = None, cluster: Cluster | None = None) -> Node:
+        address = self.address
+        if address.kind == "sentinel":
+            find = Sentinels(address).find
+        else:
+            find = partial(_known, endpoint or address.endpoints[0])
         return Node(
-            self.address,
+            address,
             find,
-            name=name,
+            endpoint=endpoint,
             scripts=self._scripts,
+            timeout_s=self._timeout_s,
+            most=self._most,
+            expiry=self._expiry,
+            breaker=Breaker(clock=self._time, failures=self._failures),
+            on_change=self._changed,
+            redirects=cluster,
+        )
+
+    def _make_cluster(self) -> Cluster:
+        return Cluster(
+            self.address,
+            self._make_node,
             timeout_s=self._timeout_s,
             most=self._most,
             expiry=self._expiry,
@@ -199,19 +215,18 @@ class Link:
             on_change=self._changed,
         )
 
-    def _changed(self, node: Node, reason: str) -> None:
+    def _changed(self, server: object, reason: str) -> None:
         before = self.state
         if reason:
-            self._down[node] = reason
+            self._down.add(server)
         else:
-            self._down.pop(node, None)
+            self._down.discard(server)
         if self.state != before and self._on_change is not None:
             self._on_change(self.state, reason)
 
     def _forked(self) -> None:
         """In a child: the connection is the parent's, and is not to be written to."""
-        for node in self._sources():
-            node.refuse(f"the link was made by the process that this one ({os.getpid()}) was forked from")
+        self._servers.refuse(f"the link was made by the process that this one ({os.getpid()}) was forked from")
 
 
 async def _known(endpoint: Endpoint) -> Endpoint:

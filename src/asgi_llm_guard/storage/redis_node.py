@@ -22,9 +22,9 @@ from typing import Any, Final, Protocol
 
 from asgi_llm_guard.storage.breaker import Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
-from asgi_llm_guard.storage.redis_wire import Call, Internal, LinkError, ServerError, Wire, ask, open_wire, pack
+from asgi_llm_guard.storage.redis_wire import Call, Internal, LinkError, ServerError, Wire, ask, fail, open_wire, pack
 
-__all__ = ["Expiry", "Node", "Redirects", "info_fields", "version_of"]
+__all__ = ["MAX_TRIES", "Expiry", "Node", "Redirects", "info_fields", "overdue", "version_of"]
 
 logger = logging.getLogger("asgi_llm_guard.storage")
 
@@ -65,25 +65,22 @@ _NEXT_STEPS: Final[Mapping[str, str]] = {
 }
 
 
-class Source(Protocol):
-    """Who keeps calls that may become overdue."""
-
-    def expire(self, now: float) -> float | None:
-        """Fail what is overdue; when the next one will be, or `None` if nothing waits."""
-
-
 class Expiry:
-    """One timer for all calls of a link, instead of one for each call."""
+    """One timer for all calls of a link, instead of one for each call.
 
-    __slots__ = ("_loop", "_sources", "_timeout_s", "_timer", "armed")
+    `expire` fails what is overdue at the instant it is given, and says when the next call will be, or
+    `None` if none waits.
+    """
+
+    __slots__ = ("_expire", "_loop", "_timeout_s", "_timer", "armed")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, timeout_s: float, sources: Callable[[], Iterable[Source]]
+        self, loop: asyncio.AbstractEventLoop, timeout_s: float, expire: Callable[[float], float | None]
     ) -> None:
         self.armed = False
         self._loop = loop
         self._timeout_s = timeout_s
-        self._sources = sources
+        self._expire = expire
         self._timer: asyncio.TimerHandle | None = None
 
     def arm(self) -> None:
@@ -98,11 +95,11 @@ class Expiry:
 
     def _pass(self) -> None:
         now = self._loop.time()
-        due = [at for source in self._sources() if (at := source.expire(now)) is not None]
-        self.armed = bool(due)
-        if due:
+        due = self._expire(now)
+        self.armed = due is not None
+        if due is not None:
             # Not for each call by itself: those that were handed over together become overdue together.
-            self._timer = self._loop.call_at(max(min(due), now + _GRAIN_S), self._pass)
+            self._timer = self._loop.call_at(max(due, now + _GRAIN_S), self._pass)
 
 
 def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[Call], float | None]:
@@ -124,11 +121,8 @@ def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[C
 class Redirects(Protocol):
     """A cluster, as its nodes see it."""
 
-    def redirected(self, node: Node, call: Call, error: ServerError) -> None:
-        """`call` came back with MOVED or ASK; it was surely not executed."""
-
-    def sent_back(self, node: Node, call: Call) -> bool:
-        """A call that trails another was answered. True: that one is on its way elsewhere, so it follows."""
+    def redirected(self, node: Node, calls: Sequence[Call], error: ServerError) -> None:
+        """The calls came back with MOVED or ASK; they were surely not executed."""
 
     def troubled(self, node: Node) -> None:
         """The node cannot be reached, or does not take writes any more."""
@@ -142,16 +136,18 @@ class Node:
         address: Address,
         find: Callable[[], Awaitable[Endpoint]],
         *,
-        name: str,
+        endpoint: Endpoint | None = None,
         scripts: Sequence[bytes],
         timeout_s: float,
         most: int,
         expiry: Expiry,
         breaker: Breaker,
-        on_change: Callable[[Node, str], None],
+        on_change: Callable[[object, str], None],
         redirects: Redirects | None = None,
     ) -> None:
-        self.name = name
+        self.name = str(endpoint or address)
+        self.endpoint = endpoint or address.endpoints[0]
+        """Where it is; behind Sentinels, the first of them."""
         self.breaker = breaker
         self.reason = ""
         """Why it was last out of reach."""
@@ -181,6 +177,11 @@ class Node:
     def in_flight(self) -> int:
         """Calls without an answer yet, those that nobody waits for any more included."""
         return len(self._kept) + len(self._again or ()) + (len(self._wire.waiting) if self._wire else 0)
+
+    @property
+    def host(self) -> str:
+        """Of the connection, if there is one."""
+        return self._wire.endpoint.host if self._wire is not None else self.endpoint.host
 
     @property
     def connected(self) -> bool:
@@ -333,32 +334,19 @@ class Node:
 
     # What the wire tells
 
-    def special(self, call: Call, reply: object) -> None:
-        if not isinstance(reply, ServerError):
-            follows = call.trailing and call.wanted
-            if follows and self._again is not None:
-                self._again.append(call)
-            elif follows and self._redirects is not None and self._redirects.sent_back(self, call):
-                pass
-            elif not call.future.done():
-                call.future.set_result(reply)
-            return
-        if call.internal:
-            if not call.future.done():
-                call.future.set_exception(reply)
-                call.future.exception()
-            return
-        code = reply.code
-        if code == "NOSCRIPT" and call.tries < MAX_TRIES:
-            self._load_again(call)
+    def refused(self, wire: Wire, call: Call, error: ServerError) -> None:
+        code = error.code
+        if call.internal or wire is not self._wire:
+            fail(call.future, error)
+        elif code == "NOSCRIPT" and call.tries < MAX_TRIES:
+            self._load_again(wire, self._sent_back(wire, call))
         elif self._redirects is not None and code in {"MOVED", "ASK"} and call.tries < MAX_TRIES:
-            self._redirects.redirected(self, call, reply)
+            self._redirects.redirected(self, self._sent_back(wire, call), error)
         else:
-            error = translated(reply, self.name)
-            call.fail(str(error), sent=error.sent, code=error.code)
+            fail(call.future, translated(error, self.name))
             if code in _LOOK_AGAIN:
-                self._leave(f"{self.name} answered {reply}")
-            elif code == "CLUSTERDOWN" and self._redirects is not None:
+                self._leave(f"{self.name} answered {error}")
+            elif self._redirects is not None and code == "CLUSTERDOWN":
                 self._redirects.troubled(self)
 
     def recovered(self, wire: Wire) -> None:
@@ -409,21 +397,18 @@ class Node:
 
     # Sent back
 
-    def _load_again(self, call: Call) -> None:
+    def _sent_back(self, wire: Wire, call: Call) -> list[Call]:
+        """What has to be sent again because `call` was not executed."""
+        call.tries += 1
+        return [each for each in (call, *wire.take_trailing()) if each.wanted]
+
+    def _load_again(self, wire: Wire, calls: Sequence[Call]) -> None:
         """The scripts are gone (SCRIPT FLUSH, another master): load them, then send again what came back."""
-        wire = self._wire
-        if wire is None:
-            call.fail(f"redis: {self.name} was lost while its scripts were loaded", sent=False)
-            return
-        if call.wanted:
-            call.tries += 1
         if self._again is not None:
-            if call.wanted:
-                self._again.append(call)
+            self._again.extend(calls)
             return
-        self._again = [call] if call.wanted else []
+        self._again = list(calls)
         self._through = None
-        self._watch(wire)
         now = self._loop.time()
         futures = [self._loop.create_future() for _ in self._scripts]
         for text, future in zip(self._scripts, futures, strict=True):
@@ -435,7 +420,6 @@ class Node:
         if wire is not self._wire or self._again is None:
             return  # the connection was lost; what came back is kept for the next one
         again, self._again = self._again, None
-        self._watch(wire)
         error = None if future.cancelled() else future.exception()
         for call in again:
             if error is not None:
@@ -444,9 +428,6 @@ class Node:
                 wire.send(call)
         if self.breaker.state == "closed" and not self._leaving:
             self._resume(wire)
-
-    def _watch(self, wire: Wire) -> None:
-        wire.watched = self._again is not None
 
     def _leave(self, reason: str) -> None:
         """Take no more calls there, hear what was asked already, then look up the address again."""
@@ -460,6 +441,29 @@ class Node:
     def _left(self, wire: Wire, reason: str) -> None:
         if wire is self._wire and not self._over:
             wire.drop(reason)
+
+    # For a cluster, whose slots go from node to node
+
+    def slots_under_way(self) -> set[int]:
+        """The slots of which calls are here."""
+        waiting = self._wire.waiting if self._wire is not None else ()
+        return {call.slot for call in (*waiting, *(self._again or ()), *self._kept) if not call.internal}
+
+    def withdraw(self, slot: int) -> tuple[list[Call], list[Call]]:
+        """Take back what was not sent, or came back, of a slot: first what came back, then what was not sent."""
+        back = [call for call in self._again or () if call.slot == slot]
+        kept = [call for call in self._kept if call.slot == slot]
+        if self._again is not None:
+            self._again = [call for call in self._again if call.slot != slot]
+        self._kept = deque(call for call in self._kept if call.slot != slot)
+        return back, kept
+
+    def when_answered(self, done: Callable[[], None]) -> None:
+        """Call `done` when all that was sent so far is answered, or will not be."""
+        if self._wire is None:
+            done()
+        else:
+            self._fence(self._wire, lambda _: done())
 
     # Closing
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
-from asgi_llm_guard.storage.redis_wire import Call, LinkError, Wire, ask, open_wire
+from asgi_llm_guard.storage.redis_wire import LinkError, ask_once
 
 __all__ = ["Sentinels"]
 
@@ -32,12 +31,8 @@ class Sentinels:
         """
         answers: list[str] = []
         for endpoint in list(self._endpoints):
-            # A connection for each question: these are rare, and nothing has to be kept and closed.
             try:
-                wire = await open_wire(self._address, endpoint, _Nobody())
-                command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
-                (reply,) = await ask(wire, [command], self._address.connect_timeout_s)
-                await wire.aclose(self._address.connect_timeout_s)
+                reply = await ask_once(self._address, endpoint, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
             except LinkError as error:
                 answers.append(str(error).removeprefix("redis: "))
                 continue
@@ -45,20 +40,5 @@ class Sentinels:
                 self._endpoints.remove(endpoint)
                 self._endpoints.insert(0, endpoint)
                 return Endpoint(reply[0].decode(), int(reply[1]))
-            answers.append(f"{endpoint} does not know it" if reply is None else f"{endpoint} answered {reply}")
+            answers.append(f"{endpoint} does not know it")
         raise LinkError(f"redis: no Sentinel has a master {self._master!r}: {'; '.join(answers)}", sent=False)
-
-
-class _Nobody:
-    """Owns a wire that is for one question: whoever asks hears of everything from the answer."""
-
-    def special(self, call: Call, reply: object) -> None:
-        if not call.future.done():
-            call.future.set_result(reply)
-
-    def recovered(self, wire: Wire) -> None:
-        """Nothing was suspected."""
-
-    def lost(self, wire: Wire, unwritten: Sequence[Call], *, pending: bool, reason: str) -> None:  # noqa: ARG002
-        for call in unwritten:
-            call.fail(f"redis: {reason}", sent=False)

@@ -42,6 +42,7 @@ __all__ = [
     "Trailing",
     "Wire",
     "ask",
+    "ask_once",
     "fail",
     "open_wire",
     "pack",
@@ -127,8 +128,8 @@ def fail(future: asyncio.Future[Any], error: Exception) -> None:
 class Owner(Protocol):
     """Who hears what is not an ordinary reply."""
 
-    def special(self, call: Call, reply: object) -> None:
-        """A reply that is an error; or, while the wire's `watched` is set, any reply."""
+    def refused(self, wire: Wire, call: Call, error: ServerError) -> None:
+        """The reply to a call is an error."""
 
     def recovered(self, wire: Wire) -> None:
         """A call was answered in time, while `suspect` was set."""
@@ -146,6 +147,7 @@ class Wire(asyncio.Protocol):
         "_closed",
         "_flushing",
         "_lost",
+        "_make_future",
         "_owner",
         "_reader",
         "_streams",
@@ -155,7 +157,6 @@ class Wire(asyncio.Protocol):
         "since",
         "suspect",
         "waiting",
-        "watched",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint, owner: Owner) -> None:
@@ -164,12 +165,12 @@ class Wire(asyncio.Protocol):
         self.waiting: deque[Call] = deque()
         """Handed over, oldest first; some at the end may not be written yet."""
         self.suspect = False
-        self.watched = False
         self._owner = owner
         self._reader = hiredis.Reader(replyError=ServerError, notEnoughData=_NOTHING)
         self._buffer: list[bytes] = []
         self._flushing = False
         self._call_soon = loop.call_soon
+        self._make_future = loop.create_future
         self._closed = loop.create_future()
         self._lost = False
 
@@ -198,6 +199,17 @@ class Wire(asyncio.Protocol):
             waiting.append(call)
             self._write(call.packed)
 
+    def take_trailing(self) -> list[Call]:
+        """The calls right behind the one that was answered last, which mean nothing without it.
+
+        They were sent as well; what they are answered is for nobody.
+        """
+        taken: list[Call] = []
+        while len(taken) < len(self.waiting) and (call := self.waiting[len(taken)]).trailing:
+            self.waiting[len(taken)] = Internal(self._make_future(), b"", call.at, call.timeout_s)
+            taken.append(call)
+        return taken
+
     def _flush(self) -> None:
         self._flushing = False
         if self._buffer:
@@ -212,9 +224,9 @@ class Wire(asyncio.Protocol):
             self._reader.feed(data)
             while (reply := gets()) is not _NOTHING:
                 call = waiting.popleft()
-                if type(reply) is ServerError or self.watched:
+                if type(reply) is ServerError:
                     in_time = in_time or not call.future.done()
-                    self._owner.special(call, reply)
+                    self._owner.refused(self, call, reply)
                 elif not call.future.done():
                     in_time = True
                     call.future.set_result(reply)
@@ -342,3 +354,33 @@ async def ask(wire: Wire, commands: Iterable[tuple[Any, ...]], within_s: float) 
     except asyncio.CancelledError:
         wire.drop("the link was closed")
         raise
+
+
+async def ask_once(address: Address, endpoint: Endpoint, *command: bytes | str | int) -> Any:
+    """Connect, ask one thing, and close. For questions so rare that nothing is to be kept for them.
+
+    Raises:
+        LinkError: no answer, or an error.
+    """
+    wire = await open_wire(address, endpoint, _Nobody())
+    (reply,) = await ask(wire, [command], address.connect_timeout_s)
+    await wire.aclose(address.connect_timeout_s)
+    if isinstance(reply, ServerError):
+        raise LinkError(f"redis: {endpoint} answered: {reply}", sent=False, code=reply.code)
+    if isinstance(reply, LinkError):
+        raise reply
+    return reply
+
+
+class _Nobody:
+    """Owns a wire whose user hears of everything from the answer."""
+
+    def refused(self, wire: Wire, call: Call, error: ServerError) -> None:  # noqa: ARG002
+        fail(call.future, error)
+
+    def recovered(self, wire: Wire) -> None:
+        """Nothing was suspected."""
+
+    def lost(self, wire: Wire, unwritten: Sequence[Call], *, pending: bool, reason: str) -> None:  # noqa: ARG002
+        for call in unwritten:
+            call.fail(f"redis: {reason}", sent=False)
