@@ -71,7 +71,7 @@ from asgi_llm_guard.claims import (
 )
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.policies.base import Policy, Sampled
-from asgi_llm_guard.storage.base import Completed, Pending
+from asgi_llm_guard.storage.base import LAPSE_MS, Completed, Pending
 from asgi_llm_guard.storage.memory import MAX_RECORDS, MemoryStorage
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Sliding
@@ -139,6 +139,7 @@ class LimitsStorage:
         strategy: see the table at the top of this file.
         timeout_s: how long one trip to the store may take, in seconds.
         prefix: what keys in the store begin with; guards that share it share their counters.
+        lapse_ms: when an owner counts as dead that sends no heartbeat, as everywhere.
         max_records: how many usage records are kept, in this process.
 
     Raises:
@@ -153,6 +154,7 @@ class LimitsStorage:
         strategy: Strategy = "moving",
         timeout_s: float = 0.25,
         prefix: str = "llm-guard",
+        lapse_ms: int = LAPSE_MS,
         max_records: int = MAX_RECORDS,
     ) -> None:
         if strategy not in get_args(Strategy):
@@ -167,7 +169,7 @@ class LimitsStorage:
         self._timeout_s = timeout_s
         self._prefix = prefix
         self._uri = store if isinstance(store, str) else None
-        self._max_records = max_records
+        self._lapse_ms, self._max_records = lapse_ms, max_records
         self._lock = threading.Lock()
         self._stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Store] = weakref.WeakKeyDictionary()
         first = _opened(store, timeout_s) if isinstance(store, str) else store
@@ -187,7 +189,7 @@ class LimitsStorage:
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
-        self._calls = MemoryStorage(max_records=self._max_records)
+        self._calls = MemoryStorage(lapse_ms=self._lapse_ms, max_records=self._max_records)
         self._taken: dict[str, _Open] = {}
 
     @classmethod
@@ -353,9 +355,10 @@ class LimitsStorage:
             if loop is asyncio.get_running_loop():
                 await _close(store)
             elif not loop.is_closed():
-                # A loop that has stopped meanwhile has nobody left who could close it.
-                with suppress(RuntimeError):
-                    asyncio.run_coroutine_threadsafe(_close(store), loop)
+                # A loop that stops meanwhile has nobody left who could close it.
+                with suppress(RuntimeError, TimeoutError):
+                    async with asyncio.timeout(self._timeout_s):
+                        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_close(store), loop))
 
     # ------------------------------------------------------------------------------------ taking
 
@@ -431,7 +434,7 @@ class LimitsStorage:
 
     async def _read_fixed(self, store: Store, meter: Meter) -> _Count:
         key = self._key(meter)
-        used = await store.get(key)
+        used = min(await store.get(key), _limit(meter)[0])  # calls that lost a race were counted beyond it
         return _Count(used, int(await store.get_expiry(key) * _SECOND_MS) + 1) if used else _Count(0, None)
 
     async def _hit(self, store: Store, meter: Meter, amount: int) -> bool:
@@ -582,7 +585,7 @@ def _options(uri: str, scheme: str, timeout_s: float) -> dict[str, Any]:
     # A command of which the answer is missing may have been executed: tried again, it counts twice.
     options: dict[str, Any] = {"implementation": "redispy", "retry": Retry(NoBackoff(), 0)}
     if scheme == "redis+sentinel":
-        return options | {"use_replicas": False}
+        return options | {"use_replicas": False, "sentinel_kwargs": {"retry": options["retry"]}}
     if scheme == "redis+cluster":
         return options
     pool = BlockingConnectionPool.from_url(
