@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
-from tests.servers import OwnRedis, RedisServer, shared_redis, shared_valkey, unique_namespace
+from tests.fault_proxy import FaultProxy
+from tests.servers import (
+    OwnRedis,
+    RedisCluster,
+    RedisSentinel,
+    RedisServer,
+    shared_cluster,
+    shared_redis,
+    shared_sentinel,
+    shared_valkey,
+    unique_namespace,
+)
 
 # The same examples on every run: a red test is the change's doing. `make check-full` searches for new ones.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
@@ -34,10 +45,27 @@ def valkey_server() -> RedisServer:
 
 
 @pytest.fixture
+def redis_cluster() -> RedisCluster:
+    return shared_cluster()
+
+
+@pytest.fixture
+def redis_sentinel() -> RedisSentinel:
+    return shared_sentinel()
+
+
+@pytest.fixture
 def own_redis() -> Iterator[OwnRedis]:
     """Starts servers for one test, which may do to them what it likes: `own_redis(program="valkey", appendonly=True)`."""
     with contextlib.ExitStack() as servers:
         yield lambda **options: servers.enter_context(RedisServer(**options))
+
+
+@pytest.fixture
+def fault_proxy() -> Iterator[Callable[[str], FaultProxy]]:
+    """Starts proxies for one test: `fault_proxy(server.url)`."""
+    with contextlib.ExitStack() as proxies:
+        yield lambda url: proxies.enter_context(FaultProxy(url))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Real servers for tests: own Redis and Valkey processes on loopback, alone, as a cluster, or under Sentinel.
 
+`tests.fault_proxy` breaks the connections to them.
+
     with RedisServer() as server:
         storage = RedisStorage(server.url)
 
@@ -13,11 +15,9 @@ servers that are left and removes their folders.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib.util
 import itertools
 import os
-import random
 import shutil
 import signal
 import socket
@@ -32,8 +32,11 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 import hiredis
+from tests.fault_proxy import FaultProxy
+from tests.ports import HOST, free_port
 
 __all__ = [
+    "FaultProxy",
     "OwnRedis",
     "RedisCluster",
     "RedisSentinel",
@@ -46,7 +49,6 @@ __all__ = [
     "unique_namespace",
 ]
 
-HOST: Final = "127.0.0.1"
 READY_S: Final = 20.0
 """How long a server may take until it answers, on a machine that is busy with something else."""
 POLL_S: Final = 0.002
@@ -99,26 +101,14 @@ def _new_folder() -> Path:
     return folder
 
 
-def free_port() -> int:
-    """A loopback port where nothing listens, and which no client is given as its own while a server restarts."""
-    while True:
-        port = random.randint(10_000, 32_000)  # below the ports that Linux and macOS give to clients
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((HOST, port))
-                return port
-
-
-@cache
-def find_program(program: Program) -> Path:
-    """Where the server's binary is.
+def find_program(program: Program, path: str | None = None) -> Path:
+    """Where the server's binary is; `path`: the folders to look in, for `PATH`.
 
     Raises:
         ServerError: it is not installed; the message says how to install it.
     """
     if program == "redis":
-        found = shutil.which("redis-server")
+        found = shutil.which("redis-server", path=path)
         if found is None:
             raise ServerError(
                 "redis-server is not in PATH, and these tests start real servers; run scripts/install-servers, "
@@ -194,6 +184,7 @@ class RedisServer:
             "appendfsync always",
             "shutdown-timeout 0",  # do not wait for replicas that are gone
             "repl-diskless-sync-delay 0",
+            "repl-ping-replica-period 1",  # a cluster does not list a replica that has never been told anything
             "enable-debug-command yes",
         ]
         if password is not None:
@@ -431,7 +422,7 @@ class RedisCluster:
         ]
         self.password = password
         self.masters = [RedisServer(program=program, cluster=True, password=password, config=config) for _ in range(3)]
-        """Those that began as masters, by their slots: 0-5460, 5461-10922, 10923-16383."""
+        """Those that began as masters, by their slots: 0-5460, 5461-10921, 10922-16383."""
         self.replicas = [
             RedisServer(program=program, cluster=True, password=password, config=config)
             for _ in self.masters * replicas
@@ -464,7 +455,7 @@ class RedisCluster:
         return self
 
     def wait_ok(self) -> None:
-        """Until all slots are served, replicas are in step, and the nodes have noticed which of them are gone."""
+        """Until all slots are served, replicas are in step, and every node knows which nodes run."""
         self._wait(lambda: all(map(self._is_ok, self.running())), "the cluster is up")
 
     def running(self) -> list[RedisServer]:
@@ -534,11 +525,11 @@ class RedisCluster:
     def _is_ok(self, node: RedisServer) -> bool:
         role = node.call("ROLE")
         state = _info(node, "CLUSTER", "INFO")
-        lost = b"fail" in node.call("CLUSTER", "NODES")
+        serving = {port for _, _, *owners in node.call("CLUSTER", "SLOTS") for _, port, *_ in owners}
         return (
             (role[0] == b"master" or role[3] == b"connected")
             and (state["cluster_state"], int(state["cluster_slots_ok"])) == ("ok", SLOTS)
-            and lost is (len(self.running()) < len(self.nodes))
+            and serving == {other.port for other in self.running()}
         )
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
