@@ -114,6 +114,10 @@ class Address:
         if hash_sign:
             raise ConfigurationError("storage: a # in a user or password is written %23; the URL takes no fragment")
         place, _, query = rest.partition("?")
+        if "@" in query:
+            raise ConfigurationError(
+                "storage: in a user or password, a ? is written %3F; in an option, an @ is written %40"
+            )
         userinfo, _, place = place.rpartition("@")
         hosts, _, path = place.partition("/")
         values = _options(query, scheme, kind, encrypted, storage_options)

@@ -167,6 +167,8 @@ class Node:
         self._again: list[Call] | None = None
         """Calls that came back because the scripts were not loaded, while they are loaded."""
         self._leaving = False
+        self._served = False
+        """Whether the connection has answered a call."""
         self._task: asyncio.Task[None] | None = None
         self._later: asyncio.TimerHandle | None = None
         self._refusing = ""
@@ -275,7 +277,8 @@ class Node:
             self._failed(f"the connection to {wire.endpoint} was lost at once")
             return
         self._wire = wire
-        wire.suspect = self.breaker.troubled
+        wire.suspect = True  # so its first answer will be told
+        self._served = False
         if self.breaker.state != "closed" and self.breaker.succeeded():
             self._on_change(self, "")
         self._resume(wire)
@@ -350,8 +353,10 @@ class Node:
                 self._redirects.troubled(self)
 
     def recovered(self, wire: Wire) -> None:
-        if wire is self._wire and self.breaker.state == "closed":
-            self.breaker.succeeded()
+        if wire is self._wire:
+            self._served = True
+            if self.breaker.state == "closed":  # else the probe decides
+                self.breaker.succeeded()
 
     def lost(self, wire: Wire, unwritten: Sequence[Call], *, pending: bool, reason: str) -> None:
         if wire is not self._wire:
@@ -363,8 +368,9 @@ class Node:
         if self._over:
             self._give_back("the link was closed")
             return
-        # A server may close what was idle for long; that is no failure.
-        if pending or self.breaker.state != "closed" or self._loop.time() - wire.since < _SHORT_LIFE_S:
+        # A server may close what is idle; that is no failure, unless it closes whatever is opened.
+        useless = not self._served and self._loop.time() - wire.since < _SHORT_LIFE_S
+        if pending or useless or self.breaker.state != "closed":
             self._failed(reason)
         else:
             self._begin()

@@ -183,9 +183,12 @@ class Wire(asyncio.Protocol):
         # them redis-py takes its connection for closed, and leaves it alone.
         self._streams = (connection._reader, writer)  # noqa: SLF001
         connection._reader = connection._writer = None  # noqa: SLF001
-        self._transport = cast("asyncio.Transport", writer.transport)
+        writer.transport.set_protocol(self)
+        self.connection_made(writer.transport)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
         self._write = self._transport.write
-        self._transport.set_protocol(self)
 
     def send(self, call: Call) -> None:
         waiting = self.waiting
@@ -230,8 +233,10 @@ class Wire(asyncio.Protocol):
                 elif not call.future.done():
                     in_time = True
                     call.future.set_result(reply)
-        except (hiredis.ProtocolError, IndexError) as error:
+        except hiredis.ProtocolError as error:
             self.drop(f"{self.endpoint} does not speak the Redis protocol: {error}")
+        except IndexError:  # no call is waiting
+            self.drop(f"{self.endpoint} has replied to what it was not asked")
         if in_time and self.suspect:
             self.suspect = False
             self._owner.recovered(self)
