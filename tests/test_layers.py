@@ -20,10 +20,10 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "protocols": "storage.base policies.base identity.base",
-    "rules": "charge denials describe estimate marks plan pricing routes storage.cells policies.providers wire identity.extract",
+    "rules": "charge denials describe estimate marks plan pricing routes storage.cells storage.counting policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "cache identity ledger storage telemetry",
-    "engine": "admission background engine guard moment",
+    "engine": "admission background engine guard loss moment outage",
     "skins": "admin decorator gateway httpx integrations middleware",
     "roots": "__init__ cli settings testing",
 }
@@ -42,6 +42,7 @@ MAY_IMPORT = {
 ENTRANCES = {
     ("guard", "settings"): "`Guard.from_file` reads what the settings describe",
     ("guard", "storage"): "opens the storage that a URL names",
+    ("guard", "storage.memory"): "makes what a process counts in while its storage does not answer",
 }
 
 # Layers whose packages do not know each other: a storage imports no ledger, a skin no other skin.

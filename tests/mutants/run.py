@@ -56,6 +56,7 @@ _STORAGE = (
 )
 TARGETS = (
     Target(module="asgi_llm_guard.storage.cells", suites=_STORAGE),
+    Target(module="asgi_llm_guard.storage.counting", suites=_STORAGE),
     Target(
         module="asgi_llm_guard.charge",
         suites=(("tests/mutants/test_plan.py",), ("tests/engine/test_outcomes.py",), ("tests/engine",)),

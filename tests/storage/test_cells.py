@@ -12,7 +12,8 @@ from tests.storage.values import HOUR_MS, SECOND_MS, START_MS, WINDOWS, claim, d
 
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.storage import cells
-from asgi_llm_guard.storage.cells import Cell, Members, Needs, State
+from asgi_llm_guard.storage.cells import Needs, State
+from asgi_llm_guard.storage.counting import Cell, Members
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
 from asgi_llm_guard.windows import Bucket, Distinct, Sliding, Window
 

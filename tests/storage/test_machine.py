@@ -41,7 +41,7 @@ from asgi_llm_guard.claims import (
     Settlement,
 )
 from asgi_llm_guard.storage.base import Storage
-from asgi_llm_guard.storage.cells import GRACE_MS
+from asgi_llm_guard.storage.counting import GRACE_MS
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window

@@ -26,7 +26,8 @@ from tests.storage.values import (
 from asgi_llm_guard.claims import Bundle, Ended, Granted
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage.base import TOMBSTONE_MS
-from asgi_llm_guard.storage.cells import GRACE_MS, OWNER_MEMORY_MS
+from asgi_llm_guard.storage.cells import OWNER_MEMORY_MS
+from asgi_llm_guard.storage.counting import GRACE_MS
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.windows import Bucket, Distinct, Lifetime, Sliding, Slots

@@ -2,15 +2,8 @@
 
 The memory storage keeps one `State` for good. The SQLite storage fills one with the rows that a
 batch needs (`Needs` says which), runs the same functions and writes back the rows that differ.
-The rules are those of `storage/base.py`. What a cell's fields mean depends on its window:
-
-| window | used, held | start | end |
-|---|---|---|---|
-| `Lifetime`, `Rolling`, `Calendar` | of this instance | names the instance: what receipts pin | when it is over |
-| `Sliding` | sums over `parts` | number of the newest sub-bucket | when the oldest sub-bucket leaves |
-| `Bucket` | backlog in unit-ms (holds included), units held | instant of the backlog | when it has drained |
-| `Slots` | 0, slots held | 0 | 0 |
-| `Distinct` | has no cell: its ids are `Members` | | |
+The rules are those of `storage/base.py`. What a cell's fields mean, and what each kind of window does with
+them, is in `counting.py`.
 
 No function raises or refuses with half of its work done.
 """
@@ -18,14 +11,12 @@ No function raises or refuses with half of its work done.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 
 from asgi_llm_guard.claims import (
     Bundle,
-    Claim,
     Ended,
     Granted,
     Heartbeat,
@@ -39,24 +30,37 @@ from asgi_llm_guard.claims import (
 )
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS
+from asgi_llm_guard.storage.counting import (
+    Cell,
+    Members,
+    copy,
+    correct,
+    debit,
+    debit_current,
+    drained,
+    fill,
+    forget_parts,
+    instance,
+    judge_bucket,
+    judge_distinct,
+    live,
+    reading,
+    renew,
+    sliding_fits_at,
+)
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import BUCKET, CALENDAR, DISTINCT, LIFETIME, SLIDING, SLOTS
 
 __all__ = [
-    "GRACE_MS",
     "OWNER_MEMORY_MS",
-    "Cell",
     "Hold",
     "Ledger",
-    "Members",
     "Needs",
     "Owner",
     "State",
     "Tombstone",
     "amend",
     "any_lapsed",
-    "copy",
-    "disposable",
     "heartbeat",
     "read",
     "reserve",
@@ -66,42 +70,11 @@ __all__ = [
     "sweep",
 ]
 
-GRACE_MS: Final = 600_000
-"""A cell is kept this long after its end, so that a clock that steps back finds it."""
-
 OWNER_MEMORY_MS: Final = 86_400_000
 """How long a lapsed owner is remembered, so that it learns of its lapse should it wake up."""
 
 
 # ------------------------------------------------------------------------------------ state
-
-
-@dataclass(slots=True)
-class Cell:
-    """The state of one meter. Mutable; only the functions of this module change one."""
-
-    # Not a msgspec.Struct: those are slower to write to than to make, and cells are written to.
-
-    kind: int
-    used: int
-    held: int
-    start: int
-    end: int
-    parts: dict[int, list[int]] | None = None
-    """`Sliding`: sub-bucket number to used and held, oldest first."""
-    turn: int = field(default=0, compare=False, repr=False)
-    """The last plan that took from this cell. Not state: never stored."""
-
-    def dump(self) -> tuple[int, int, int, int, int, bytes | None]:
-        """Kind, used, held, start, end and the sub-buckets: the columns of a row. All integers fit into 64 bits."""
-        parts = None if self.parts is None else msgspec.json.encode([[i, *uh] for i, uh in self.parts.items()])
-        return self.kind, self.used, self.held, self.start, self.end, parts
-
-    @classmethod
-    def load(cls, kind: int, used: int, held: int, start: int, end: int, parts: bytes | None) -> Cell:
-        """The cell that `dump` gave these columns for."""
-        rows = None if parts is None else msgspec.json.decode(parts, type=list[tuple[int, int, int]])
-        return cls(kind, used, held, start, end, None if rows is None else {i: [u, h] for i, u, h in rows})
 
 
 class Hold(msgspec.Struct, gc=False):
@@ -131,26 +104,6 @@ class Owner(msgspec.Struct, gc=False):
     lapse_at_ms: int
     lapsed_ms: int = 0
     """When it lapsed, until its next heartbeat has told it so; else 0."""
-
-
-class Members(Protocol):
-    """The live ids of `Distinct` meters. Ids of one meter expire in the order in which they were touched."""
-
-    def look(self, key: str, member: str, now_ms: int) -> tuple[int, bool]:
-        """How many ids are live, and whether `member` is one of them. Drops those that have expired."""
-        ...
-
-    def touch(self, key: str, member: str, until_ms: int) -> None:
-        """Keep `member` until `until_ms`, which is never before the last of the meter's `ends`."""
-        ...
-
-    def ends(self, key: str) -> tuple[int, int] | None:
-        """When the first and when the last of the ids expire; `None` if there are none."""
-        ...
-
-    def clear(self, key: str) -> None:
-        """Forget all ids of the meter."""
-        ...
 
 
 class Ledger(Protocol):
@@ -237,17 +190,6 @@ class Needs:
     def of_meters(self, meters: Iterable[Meter]) -> None:
         """What `read` and `reset` touch."""
         self.keys.update(meter.key for meter in meters if meter.kind != DISTINCT)
-
-
-def copy(cell: Cell) -> Cell:
-    """The cell as it is, to be kept while the original changes."""
-    parts = None if cell.parts is None else {index: list(part) for index, part in cell.parts.items()}
-    return Cell(cell.kind, cell.used, cell.held, cell.start, cell.end, parts)
-
-
-def disposable(cell: Cell, now_ms: int) -> bool:
-    """Whether forgetting the cell changes no answer: nothing is held, and it has been over for `GRACE_MS`."""
-    return cell.held == 0 and (cell.kind == SLOTS or now_ms >= cell.end + GRACE_MS)
 
 
 # ---------------------------------------------------------------------------------- reserve
@@ -357,7 +299,7 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                 raise _claimed_twice(meter.key)
             if kind <= CALENDAR:
                 if cell is None or now_ms >= cell.end:
-                    cell = _instance(meter, now_ms)
+                    cell = instance(meter, now_ms)
                     fresh.append((meter.key, cell))
                 used = cell.used
                 held = cell.held
@@ -385,7 +327,7 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                     used = cell.used
                     held = cell.held
                 else:
-                    used, held = _live(cell, pin - window.buckets)
+                    used, held = live(cell, pin - window.buckets)
                 if limit is None or used + held + amount <= limit:
                     cell.turn = turn
                     receipt = Receipt(claim, True, True, used, held, pin, now_ms)
@@ -397,7 +339,7 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                         part[1] += amount
                         cell.held += amount
                     continue
-                fits_at = _sliding_fits_at(cell, meter, amount, used + held, pin)
+                fits_at = sliding_fits_at(cell, meter, amount, used + held, pin)
                 add(Receipt(claim, False, False, used, held, pin, fits_at))
             elif kind == SLOTS:
                 if cell is None:
@@ -415,12 +357,12 @@ def _take(state: State, plan: Plan, now_ms: int) -> tuple[bool, tuple[Receipt, .
                     if cell is None:
                         cell = Cell(BUCKET, 0, 0, now_ms, now_ms)
                         fresh.append((meter.key, cell))
-                    receipt = _judge_bucket(cell, claim, now_ms)
+                    receipt = judge_bucket(cell, claim, now_ms)
                 else:
                     if claim.member is None or any(other.claim.meter.key == meter.key for other in receipts):
                         _give_back(cells, receipts, turn)
                         raise _no_member(meter) if claim.member is None else _claimed_twice(meter.key)
-                    receipt = _judge_distinct(state.members, claim, claim.member, now_ms)
+                    receipt = judge_distinct(state.members, claim, claim.member, now_ms)
                 add(receipt)
                 if receipt.taken:
                     if cell is not None:
@@ -471,11 +413,11 @@ def _take_later(members: Members, cell: Cell | None, receipt: Receipt) -> None:
         cell.held += claim.amount
         parts: Any = cell.parts
         parts[receipt.pin] = [0, claim.amount]
-        _forget_parts(cell, receipt.pin, window)
+        forget_parts(cell, receipt.pin, window)
     elif cell.kind == BUCKET:
         cell.held += claim.amount
-        _, backlog = _drained(cell, claim.meter, receipt.pin)
-        _fill(cell, claim.meter, receipt.pin, backlog + claim.amount * window.period_ms)
+        _, backlog = drained(cell, claim.meter, receipt.pin)
+        fill(cell, claim.meter, receipt.pin, backlog + claim.amount * window.period_ms)
     else:  # a Lifetime that its use renews
         cell.end = cast("int", receipt.resets_at_ms)
 
@@ -501,115 +443,6 @@ def _no_member(meter: Meter) -> ValueError:
     return ValueError(f"{meter.policy}: a claim on distinct ids names its id, got None (meter {meter.key!r})")
 
 
-# ---------------------------------------------------------------------------------- windows
-
-
-def _instance(meter: Meter, now_ms: int) -> Cell:
-    """A new instance of a `Lifetime`, `Rolling` or `Calendar` window."""
-    kind = meter.kind
-    window: Any = meter.window
-    if kind == CALENDAR:
-        start, end = window.bounds(now_ms)
-        return Cell(kind, 0, 0, start, end)
-    return Cell(kind, 0, 0, now_ms, now_ms + (window.ttl_ms if kind == LIFETIME else window.period_ms))
-
-
-def _live(cell: Cell, oldest: int) -> tuple[int, int]:
-    """Used and held of the sub-buckets from number `oldest` on."""
-    used, held = cell.used, cell.held
-    parts: Any = cell.parts
-    for index, part in parts.items():
-        if index >= oldest:
-            break
-        used -= part[0]
-        held -= part[1]
-    return used, held
-
-
-def _forget_parts(cell: Cell, newest: int, window: Any) -> None:
-    """Drop the sub-buckets that have left the window when `newest` is the current one."""
-    parts: Any = cell.parts
-    oldest = newest - window.buckets
-    first = next(iter(parts))
-    while first < oldest:
-        used, held = parts.pop(first)
-        cell.used -= used
-        cell.held -= held
-        first = next(iter(parts))
-    cell.start = newest
-    cell.end = (first + window.buckets + 1) * (window.period_ms // window.buckets)
-
-
-def _sliding_fits_at(cell: Cell, meter: Meter, amount: int, total: int, newest: int) -> int | None:
-    """When enough sub-buckets have left the window for `amount` to fit."""
-    limit = meter.limit
-    window: Any = meter.window
-    parts: Any = cell.parts
-    if limit is None or amount > limit:
-        return None
-    missing = total + amount - limit
-    for index, part in parts.items():
-        if index >= newest - window.buckets:
-            missing -= part[0] + part[1]
-            if missing <= 0:
-                return int((index + window.buckets + 1) * (window.period_ms // window.buckets))
-    return None  # pragma: no cover - the parts add up to the total, so the loop has returned
-
-
-def _drained(cell: Cell, meter: Meter, now_ms: int) -> tuple[int, int]:
-    """The instant, never before the cell's own, and the backlog in unit-ms that is left at it."""
-    if now_ms <= cell.start:
-        return cell.start, cell.used
-    backlog = cell.used - (now_ms - cell.start) * (meter.limit or 0)
-    return now_ms, max(0, backlog)
-
-
-def _in_units(cell: Cell, meter: Meter, backlog: int) -> tuple[int, int]:
-    """Used and held in whole units, together the backlog rounded up: what is held may have drained in part."""
-    window: Any = meter.window
-    units = -(-backlog // window.period_ms)
-    held = min(cell.held, units)
-    return units - held, held
-
-
-def _judge_bucket(cell: Cell, claim: Claim, now_ms: int) -> Receipt:
-    meter = claim.meter
-    window: Any = meter.window
-    limit = meter.limit or 0
-    at_ms, backlog = _drained(cell, meter, now_ms)
-    used, held = _in_units(cell, meter, backlog)
-    room = window.burst * window.period_ms if limit else 0  # a limit of 0 blocks everything, whatever the burst
-    excess = backlog + claim.amount * window.period_ms - room
-    if excess <= 0:
-        return Receipt(claim, True, True, used, held, at_ms, now_ms)
-    fits_at = at_ms - (-excess // limit) if limit and claim.amount <= window.burst else None
-    return Receipt(claim, False, False, used, held, at_ms, fits_at)
-
-
-def _fill(cell: Cell, meter: Meter, at_ms: int, backlog: int) -> None:
-    """Set the backlog as of `at_ms`. Past 2^53 - 1 it stays there: no store could add to it exactly."""
-    backlog = min(backlog, MAX_AMOUNT)
-    cell.used = backlog
-    cell.start = at_ms
-    cell.end = at_ms - (-backlog // (meter.limit or 1))
-
-
-def _judge_distinct(members: Members, claim: Claim, member: str, now_ms: int) -> Receipt:
-    meter = claim.meter
-    limit = meter.limit
-    window: Any = meter.window
-    others, known = members.look(meter.key, member, now_ms)
-    ends = members.ends(meter.key)
-    if known:
-        others -= 1
-    if limit is None or (known and limit > 0) or others + claim.amount <= limit:
-        until_ms = now_ms + window.ttl_ms
-        if ends is not None and ends[1] > until_ms:
-            until_ms = ends[1]
-        return Receipt(claim, True, True, others, 0, 0, until_ms)
-    return Receipt(claim, False, False, others, 0, 0, ends[0] if ends is not None and claim.amount <= limit else None)
-
-
 # ------------------------------------------------------------------------- settle and expire
 
 
@@ -632,7 +465,7 @@ def settle(state: State, settlements: Sequence[Settlement], now_ms: int) -> tupl
         if settlement.record is not None:
             state.ledger.append(settlement.record)
         if settlement.debits:
-            _debit_current(state.cells, settlement.debits, now_ms)
+            _debit_each(state, settlement, now_ms)
         settled.append(Settled(call_id, "settled", overages))
     return tuple(settled)
 
@@ -649,7 +482,7 @@ def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled
         overages = _charge(state.cells, hold.receipts, settlement.actuals, now_ms, late=True)
         if record is not None:
             state.ledger.replace(call_id, msgspec.structs.replace(record, late=True))
-        _debit_current(state.cells, settlement.debits, now_ms)
+        _debit_each(state, settlement, now_ms)
         del state.ended[call_id]  # so that the ids stay in the order in which they may be forgotten
         state.ended[call_id] = Tombstone("settled", until_ms)
         return Settled(call_id, "late", overages)
@@ -660,7 +493,7 @@ def _settle_unheld(state: State, settlement: Settlement, now_ms: int) -> Settled
         state.ended[call_id] = Tombstone("cancelled", until_ms)
         return Settled(call_id, "cancelled")
     overages = _charge(state.cells, settlement.receipts, settlement.actuals, now_ms, late=False)
-    _debit_current(state.cells, settlement.debits, now_ms)
+    _debit_each(state, settlement, now_ms)
     if record is not None:
         state.ledger.append(record)
     state.ended[call_id] = Tombstone("settled", until_ms)
@@ -700,7 +533,7 @@ def _release(
                 cell.used = used if used <= MAX_AMOUNT else MAX_AMOUNT  # noqa: FURB136 - as in `_take`
         elif cell is None:
             if kind == BUCKET and actual > held:  # empty, with a hold of 0: forgotten, but no less to be charged
-                _debit(cells, receipt, actual - held, now_ms, make=True)
+                debit(cells, receipt, actual - held, now_ms, make=True)
         elif kind == SLIDING:
             parts: Any = cell.parts
             part = parts.get(receipt.pin)
@@ -714,7 +547,7 @@ def _release(
             if kind == SLOTS:
                 continue
             if actual != held:
-                _correct(cell, meter, receipt.pin, held, actual, now_ms)
+                correct(cell, meter, receipt.pin, held, actual, now_ms)
         if actual > held:
             over = True
     return _overages(receipts, actuals) if over else (0,) * len(receipts)
@@ -730,25 +563,6 @@ def _overages(receipts: Sequence[Receipt], actuals: Sequence[int | None]) -> tup
             for receipt, actual in zip(receipts, actuals, strict=True)
         ]
     )
-
-
-def _correct(cell: Cell, meter: Meter, pin: int, held: int, actual: int, now_ms: int) -> None:
-    """Change a bucket's arrival at instant `pin` from `held` units to `actual` ones.
-
-    What has drained since cannot be given back, else a bucket could be drained twice as fast as
-    its rate: the refund is at most `held` less what has drained. By Lindley's recursion the
-    backlog then never falls below the one that `actual` alone would have left.
-    """
-    window: Any = meter.window
-    at_ms, backlog = _drained(cell, meter, now_ms)
-    if actual > held:
-        backlog += (actual - held) * window.period_ms
-    else:
-        left = held * window.period_ms - (at_ms - pin) * (meter.limit or 0)
-        refund = min((held - actual) * window.period_ms, left)
-        if refund > 0:
-            backlog = backlog - refund if backlog > refund else 0
-    _fill(cell, meter, at_ms, backlog)
 
 
 def _charge(
@@ -770,62 +584,14 @@ def _charge(
         else:
             amount = receipt.claim.amount if actual is None else actual
         if amount > 0:
-            _debit(cells, receipt, amount, now_ms, make=not late)
+            debit(cells, receipt, amount, now_ms, make=not late)
     return overages
 
 
-def _debit(cells: dict[str, Cell], receipt: Receipt, amount: int, now_ms: int, *, make: bool) -> None:
-    """Add `amount` to what is used in the pinned window; `make` the window if the store has lost it."""
-    meter = receipt.claim.meter
-    window: Any = meter.window
-    pin = receipt.pin
-    cell = cells.get(meter.key)
-    if meter.kind == BUCKET:
-        if cell is None:
-            cell = cells[meter.key] = Cell(BUCKET, 0, 0, now_ms, now_ms)
-        at_ms, backlog = _drained(cell, meter, now_ms)
-        _fill(cell, meter, at_ms, backlog + amount * window.period_ms)
-    elif meter.kind == SLIDING:
-        parts: Any = {} if cell is None else cell.parts
-        newest = 0 if cell is None else cell.start
-        if pin not in parts:
-            if not make or pin < max(newest, now_ms // (window.period_ms // window.buckets)) - window.buckets:
-                return
-            parts = dict(sorted([*parts.items(), (pin, [0, 0])]))
-            if cell is None:
-                cell = cells[meter.key] = Cell(SLIDING, 0, 0, 0, 0)
-            cell.parts = parts
-            _forget_parts(cell, max(newest, pin), window)
-        parts[pin][0] += amount
-        cast("Cell", cell).used += amount
-    else:
-        over_ms = receipt.resets_at_ms
-        running = over_ms is not None and now_ms < over_ms
-        if make and running and (cell is None or now_ms >= cell.end):
-            cell = cells[meter.key] = Cell(meter.kind, 0, 0, pin, over_ms or 0)
-        if cell is not None and (cell.start == pin or (make and running)):
-            cell.used = min(cell.used + amount, MAX_AMOUNT)
-
-
-def _debit_current(cells: dict[str, Cell], debits: Iterable[Claim], now_ms: int) -> None:
-    """Add each amount to what is used in the current instance of its window, past the limit too."""
-    for claim in debits:
-        meter = claim.meter
-        window: Any = meter.window
-        cell = cells.get(meter.key)
-        if claim.amount <= 0 or meter.kind in (SLOTS, DISTINCT):
-            continue
-        if meter.kind == BUCKET:
-            _debit(cells, Receipt(claim, True, True, 0, 0, now_ms, now_ms), claim.amount, now_ms, make=True)
-        elif meter.kind == SLIDING:
-            pin = max(now_ms // (window.period_ms // window.buckets), 0 if cell is None else cell.start)
-            _debit(cells, Receipt(claim, True, True, 0, 0, pin, now_ms), claim.amount, now_ms, make=True)
-        else:
-            if cell is None or now_ms >= cell.end:
-                cell = cells[meter.key] = _instance(meter, now_ms)
-            cell.used = min(cell.used + claim.amount, MAX_AMOUNT)
-            if meter.kind == LIFETIME and window.renew:
-                cell.end = max(cell.end, now_ms + window.ttl_ms)
+def _debit_each(state: State, settlement: Settlement, now_ms: int) -> None:
+    """Charge what no hold stood for."""
+    for claim in settlement.debits:
+        debit_current(state.cells, claim, now_ms)
 
 
 def any_lapsed(state: State, now_ms: int) -> bool:
@@ -967,35 +733,16 @@ def read(state: State, meters: Iterable[Meter], now_ms: int) -> tuple[Reading, .
     `resets_at_ms` is when the instance ends; for `Sliding`, `Bucket` and `Distinct`, when nothing is
     left if nothing else comes; `None` for `Slots` and where nothing is counted.
     """
-    return tuple([_read(state, meter, now_ms) for meter in meters])
-
-
-def _read(state: State, meter: Meter, now_ms: int) -> Reading:
-    window: Any = meter.window
-    if meter.kind == DISTINCT:
-        count, _ = state.members.look(meter.key, "", now_ms)
-        ends = state.members.ends(meter.key)
-        return Reading(count, 0, None if ends is None else ends[1])
-    cell = state.cells.get(meter.key)
-    if cell is None:
-        return Reading(0, 0, None)
-    if meter.kind == SLOTS:
-        return Reading(0, cell.held, None)
-    if meter.kind == BUCKET:
-        _, backlog = _drained(cell, meter, now_ms)
-        used, held = _in_units(cell, meter, backlog)
-        return Reading(used, held, cell.end if backlog and meter.limit else None)
-    if meter.kind == SLIDING:
-        size = window.period_ms // window.buckets
-        used, held = _live(cell, max(cell.start, now_ms // size) - window.buckets)
-        if not used and not held:
-            return Reading(0, 0, None)
-        parts: Any = cell.parts
-        newest = next(index for index in reversed(parts) if any(parts[index]))
-        return Reading(used, held, (newest + window.buckets + 1) * size)
-    if now_ms >= cell.end:
-        return Reading(0, 0, None)
-    return Reading(cell.used, cell.held, cell.end)
+    readings = []
+    for meter in meters:
+        if meter.kind == DISTINCT:
+            count, _ = state.members.look(meter.key, "", now_ms)
+            ends = state.members.ends(meter.key)
+            readings.append(Reading(count, 0, None if ends is None else ends[1]))
+        else:
+            cell = state.cells.get(meter.key)
+            readings.append(Reading(0, 0, None) if cell is None else reading(cell, meter, now_ms))
+    return tuple(readings)
 
 
 def reset(state: State, meters: Iterable[Meter], now_ms: int) -> None:
@@ -1005,22 +752,5 @@ def reset(state: State, meters: Iterable[Meter], now_ms: int) -> None:
             state.members.clear(meter.key)
             continue
         cell = state.cells.get(meter.key)
-        if cell is None or meter.kind == SLOTS:
-            continue
-        window: Any = meter.window
-        if meter.kind == BUCKET:
-            at_ms, backlog = _drained(cell, meter, now_ms)
-            _fill(cell, meter, at_ms, min(backlog, cell.held * window.period_ms))
-        elif meter.kind == SLIDING:
-            parts: Any = cell.parts
-            cell.parts = {index: [0, part[1]] for index, part in parts.items() if part[1]}
-            cell.used = 0
-            first = next(iter(cell.parts), cell.start)
-            cell.end = (first + window.buckets + 1) * (window.period_ms // window.buckets)
-        else:
-            cell.used = 0
-            if not cell.held:
-                cell.end = 0  # over: the next admitted use starts a new instance
-            elif meter.kind != CALENDAR and now_ms < cell.end:
-                # The instance keeps its name, `start`, so that the open holds still find it.
-                cell.end = _instance(meter, now_ms).end
+        if cell is not None:
+            renew(cell, meter, now_ms)

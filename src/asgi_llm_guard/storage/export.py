@@ -25,11 +25,12 @@ import msgspec
 
 from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Receipt, Rule, Unit
 from asgi_llm_guard.errors import GuardError, StorageError
-from asgi_llm_guard.storage.cells import Cell, Hold, Owner, Tombstone
+from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
+from asgi_llm_guard.storage.counting import Cell
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 
-__all__ = ["SCHEMA", "Snapshot", "parse_lines", "write_lines"]
+__all__ = ["SCHEMA", "Line", "Snapshot", "cell_of_line", "parse_lines", "read_line", "write_line", "write_lines"]
 
 SCHEMA: Final = 1
 """The version of the lines. Raised by every change that older code would misread."""
@@ -172,7 +173,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 _PackedCell = tuple[str, int, int, int, int, int, list[tuple[int, int, int]] | None]
 
 
-class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+class Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """One line; exactly one member is set."""
 
     export: _Header | None = None
@@ -186,7 +187,30 @@ class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 _line_encoder: Final = msgspec.json.Encoder()
-_line_decoder: Final = msgspec.json.Decoder(_Line)
+_line_decoder: Final = msgspec.json.Decoder(Line)
+
+
+def write_line(line: Line) -> bytes:
+    """One line, with its line feed."""
+    return _line_encoder.encode(line) + b"\n"
+
+
+def read_line(data: bytes, number: int = 1) -> Line:
+    """One line; `number` is its place, for the message.
+
+    Raises:
+        StorageError: it is not a line of an export.
+    """
+    try:
+        return _line_decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise StorageError(f"import: line {number} is not a line of an export: {error}") from error
+
+
+def cell_of_line(packed: _PackedCell) -> tuple[str, Cell]:
+    """The meter key and the cell of a line."""
+    key, kind, used, held, start, end, parts = packed
+    return key, Cell(kind, used, held, start, end, None if parts is None else {index: [u, h] for index, u, h in parts})
 
 
 def write_lines(snapshot: Snapshot, now_ms: int) -> Iterator[bytes]:
@@ -195,31 +219,31 @@ def write_lines(snapshot: Snapshot, now_ms: int) -> Iterator[bytes]:
     digest = hashlib.sha256()
     for line in _lines(snapshot, now_ms):
         _add(sums, line)
-        data = _line_encoder.encode(line) + b"\n"
+        data = write_line(line)
         digest.update(data)
         yield data
     sums.sha256 = digest.hexdigest()
-    yield _line_encoder.encode(_Line(end=sums)) + b"\n"
+    yield write_line(Line(end=sums))
 
 
-def _lines(snapshot: Snapshot, now_ms: int) -> Iterator[_Line]:
-    yield _Line(export=_Header(SCHEMA, now_ms))
+def _lines(snapshot: Snapshot, now_ms: int) -> Iterator[Line]:
+    yield Line(export=_Header(SCHEMA, now_ms))
     for key, cell in snapshot.cells:
         parts = None if cell.parts is None else [(index, used, held) for index, (used, held) in cell.parts.items()]
-        yield _Line(cell=(key, cell.kind, cell.used, cell.held, cell.start, cell.end, parts))
+        yield Line(cell=(key, cell.kind, cell.used, cell.held, cell.start, cell.end, parts))
     for member in snapshot.members:
-        yield _Line(member=member)
+        yield Line(member=member)
     for name, owner in snapshot.owners:
-        yield _Line(owner=(name, owner.lapse_at_ms, owner.lapsed_ms))
+        yield Line(owner=(name, owner.lapse_at_ms, owner.lapsed_ms))
     for hold in snapshot.holds:
-        yield _Line(hold=_flat_hold(hold))
+        yield Line(hold=_flat_hold(hold))
     for call_id, tombstone in snapshot.tombstones:
-        yield _Line(tombstone=(call_id, _flat_tombstone(tombstone)))
+        yield Line(tombstone=(call_id, _flat_tombstone(tombstone)))
     for record in snapshot.records:
-        yield _Line(record=record)
+        yield Line(record=record)
 
 
-def _add(sums: _Sums, line: _Line) -> None:
+def _add(sums: _Sums, line: Line) -> None:
     if line.cell is not None:
         sums.cells += 1
         sums.used += line.cell[2]
@@ -258,7 +282,7 @@ def parse_lines(lines: Iterable[bytes]) -> Snapshot:
         if not data.strip():
             continue
         number += 1
-        line = _decoded(data, number)
+        line = read_line(data, number)
         if ended:
             raise StorageError(f"import: line {number} comes after the last line; load one export at a time")
         if number == 1 and (line.export is None or line.export.schema != SCHEMA):
@@ -273,9 +297,7 @@ def parse_lines(lines: Iterable[bytes]) -> Snapshot:
         _add(sums, line)
         try:
             if line.cell is not None:
-                key, kind, used, held, start, end, parts = line.cell
-                rows = None if parts is None else {index: [u, h] for index, u, h in parts}
-                cells.append((key, Cell(kind, used, held, start, end, rows)))
+                cells.append(cell_of_line(line.cell))
             elif line.member is not None:
                 members.append(line.member)
             elif line.owner is not None:
@@ -291,13 +313,6 @@ def parse_lines(lines: Iterable[bytes]) -> Snapshot:
     if not ended:
         raise StorageError(f"import: the export is cut short: line {number} is not a last line; export it again")
     return Snapshot(cells=cells, members=members, owners=owners, holds=holds, tombstones=tombstones, records=records)
-
-
-def _decoded(data: bytes, number: int) -> _Line:
-    try:
-        return _line_decoder.decode(data)
-    except msgspec.DecodeError as error:
-        raise StorageError(f"import: line {number} is not a line of an export: {error}") from error
 
 
 def _compare(said: _Sums, counted: _Sums) -> None:

@@ -18,7 +18,8 @@ from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage import cells as verbs
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
-from asgi_llm_guard.storage.cells import Cell, Hold, Owner, State, Tombstone
+from asgi_llm_guard.storage.cells import Hold, Owner, State, Tombstone
+from asgi_llm_guard.storage.counting import Cell, copy, disposable
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
 from asgi_llm_guard.usage import UsageRecord
 
@@ -44,7 +45,7 @@ class _Cells(dict[str, Cell]):
         if key not in self:
             for _ in range(min(_PURGE, len(self.line))):
                 due = self.line.popleft()
-                if due != key and verbs.disposable(self[due], self.now_ms):
+                if due != key and disposable(self[due], self.now_ms):
                     del self[due]
                 else:
                     self.line.append(due)
@@ -219,7 +220,7 @@ class MemoryStorage:
         with self._lock:
             now_ms = self._begin()
             snapshot = Snapshot(
-                cells=[(key, verbs.copy(cell)) for key, cell in self._cells.items()],
+                cells=[(key, copy(cell)) for key, cell in self._cells.items()],
                 members=self._members.items(),
                 owners=[(name, msgspec.structs.replace(owner)) for name, owner in self._owners.items()],
                 holds=[msgspec.structs.replace(hold) for hold in self._holds.values()],

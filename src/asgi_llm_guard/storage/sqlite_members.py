@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from asgi_llm_guard.storage.cells import GRACE_MS
+from asgi_llm_guard.storage.counting import GRACE_MS
 from asgi_llm_guard.storage.sqlite_tables import UPSERT_CROWD, UPSERT_MEMBER
 
 __all__ = ["SqliteMembers"]
@@ -20,7 +20,7 @@ class _Crowd:
 
 
 class SqliteMembers:
-    """`cells.Members` over the tables `crowds` and `members`. Works inside the writer's transaction."""
+    """`counting.Members` over the tables `crowds` and `members`. Works inside the writer's transaction."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection

@@ -25,6 +25,7 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.cells import Hold, Needs, Owner, State, Tombstone
+from asgi_llm_guard.storage.counting import GRACE_MS, disposable
 from asgi_llm_guard.storage.sqlite_codec import HoldCodec, row_of_record
 from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
 from asgi_llm_guard.storage.sqlite_members import SqliteMembers
@@ -583,10 +584,10 @@ class SqliteDatabase:
         # A first choice by the statement, for most rows are of use; the rule itself is `disposable`.
         rows = self._connection.execute(
             f"SELECT {CELL_COLUMNS} FROM cells WHERE key > ? AND (? IS NULL OR key <= ?) AND held = 0 AND ends_ms <= ?",  # noqa: S608
-            (self._tidied_to, *(last or (None,)) * 2, now_ms - cells.GRACE_MS),
+            (self._tidied_to, *(last or (None,)) * 2, now_ms - GRACE_MS),
         ).fetchall()
         self._tidied_to = last[0] if last else ""
-        gone = [(key,) for key, cell in map(cell_of_row, rows) if cells.disposable(cell, now_ms)]
+        gone = [(key,) for key, cell in map(cell_of_row, rows) if disposable(cell, now_ms)]
         self._many(DELETE_CELL, gone)
         for (key,) in gone:
             self._changed[0].append(key)

@@ -12,7 +12,8 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.storage.cells import Cell, Hold, Owner, Tombstone
+from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
+from asgi_llm_guard.storage.counting import Cell
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.sqlite_codec import LEDGER_COLUMNS, HoldCodec, record_of_row, row_of_record
 from asgi_llm_guard.usage import UsageRecord
