@@ -675,7 +675,8 @@ class Oracle:
             last = self.owners[other][-1]
             if last.what == "lapse" and last.at + MEMORY_MS <= now:
                 del self.owners[other]
-        return Heartbeat(missed, expired, now)
+        alive = [known for known in self.owners.values() if known[-1].what != "lapse"]
+        return Heartbeat(missed, expired, now, len(alive))
 
     def retire(self, owner: str, now: int) -> None:
         self._expire(self.holds([owner]), now)

@@ -279,7 +279,7 @@ async def test_threads_admit_exactly_what_fits(storage: Storage) -> None:
                 call_id = f"{name}-{number}"
                 if isinstance(await ask(storage, call_id, claim(budget)), Granted):
                     granted.append(call_id)
-                    storage.settle((Settlement(call_id, (1,)),)).result(30)
+                    await storage.settle((Settlement(call_id, (1,)),))
 
         asyncio.run(calls())
 
@@ -477,7 +477,7 @@ async def test_a_lapsed_owners_holds_stay_charged(mortal: Storage, clock: Frozen
     await take(mortal, "no draft", claim(on, 2), owner=OTHER)
     await mortal.heartbeat(ME)
     clock.advance(ms=LAPSE_MS - 1)
-    assert await mortal.heartbeat(ME) == Heartbeat(False, (), clock.now_ms())
+    assert await mortal.heartbeat(ME) == Heartbeat(False, (), clock.now_ms(), 2)
     clock.advance(ms=1)
     assert await mortal.heartbeat(ME) == Heartbeat(False, ("a", "no draft"), clock.now_ms())
     assert await mortal.heartbeat(ME) == Heartbeat(False, (), clock.now_ms())
@@ -530,7 +530,8 @@ async def test_heartbeats_keep_holds(mortal: Storage, clock: FrozenClock) -> Non
     await take(mortal, "a", claim(on))
     for _ in range(50):
         clock.advance(ms=LAPSE_MS - 1)
-        assert await mortal.heartbeat(ME) == Heartbeat(False, (), clock.now_ms())
+        beat = await mortal.heartbeat(ME)
+        assert (beat.lapsed, beat.expired) == (False, ())
         await refuse(mortal, "b", claim(on), owner=OTHER)
         await mortal.heartbeat(OTHER)
     assert await mortal.open_holds() == 1

@@ -715,7 +715,8 @@ def heartbeat(state: State, owner: str, now_ms: int) -> Heartbeat:
     for name, other in list(state.owners.items()):
         if other.lapse_at_ms == 0 and other.lapsed_ms + OWNER_MEMORY_MS <= now_ms:
             del state.owners[name]
-    return Heartbeat(lapsed, expired, now_ms)
+    alive = [other for other in state.owners.values() if other.lapse_at_ms > 0]
+    return Heartbeat(lapsed, expired, now_ms, len(alive))
 
 
 def retire(state: State, owner: str, now_ms: int) -> tuple[str, ...]:
