@@ -173,7 +173,8 @@ class Cluster:
                 reply = await ask_once(self._address, endpoint, "CLUSTER", "SLOTS")
                 table = self._table(endpoint, reply)
             except LinkError as error:
-                reasons.append(str(error).removeprefix("redis: "))
+                step = "; it is no cluster: write redis:// in the URL" * ("cluster support disabled" in str(error))
+                reasons.append(str(error).removeprefix("redis: ") + step)
             except Exception as error:
                 logger.exception("redis: the slots of %s cannot be read", endpoint)
                 reasons.append(f"{endpoint} answered something that is not a list of slots: {error!r}")

@@ -1,0 +1,225 @@
+"""The link to a cluster: who has which slot, and slots that go from node to node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from tests.ports import free_port
+from tests.servers import RedisCluster, RedisServer
+from tests.storage.link.kit import COUNT, PUSH, Changes, linked, outcome, outcomes
+
+from asgi_llm_guard.storage.redis_link import LinkError
+
+pytestmark = pytest.mark.anyio
+
+TAGS = ["{a}", "{b}", "{c}", "{d}"]  # of all three masters
+
+
+@pytest.fixture(scope="module", params=["redis", "valkey"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[RedisCluster]:
+    """For this file, which moves its slots and loses nothing."""
+    with RedisCluster(program=request.param) as cluster:
+        yield cluster
+
+
+def errors_of(cluster: RedisCluster, code: str) -> int:
+    """How often the nodes have answered with an error."""
+    stats = b"".join(node.call("INFO", "errorstats") for node in cluster.masters).decode()
+    return sum(int(line.partition("count=")[2]) for line in stats.splitlines() if line.startswith(f"errorstat_{code}:"))
+
+
+async def test_calls_go_to_the_node_that_has_the_slot(cluster: RedisCluster) -> None:
+    """Keys of all masters are reached without a single redirection, and each key in order."""
+    cluster.flush()
+    before = errors_of(cluster, "MOVED")
+    keys = [f"{tag}:routed".encode() for tag in TAGS]
+    async with linked(cluster.url) as link:
+        sums = await outcomes([link.submit(COUNT, key, [b"1"]) for _ in range(100) for key in keys])
+
+    assert sums == [n for n in range(1, 101) for _ in keys]
+    assert len({cluster.node_of(cluster.slot_of(key)).port for key in keys}) == 3
+    assert errors_of(cluster, "MOVED") == before
+
+
+async def test_one_seed_that_answers_is_enough(cluster: RedisCluster) -> None:
+    """Nodes of the URL that are gone are passed over."""
+    url = f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.masters[2].port}"
+    async with linked(url) as link:
+        assert await link.command("SET", "{a}:seed", "1", key=b"{a}") == b"OK"
+
+
+async def test_a_slot_that_moved_is_followed_in_order(cluster: RedisCluster) -> None:
+    """Calls under way while a slot moves are all executed once, on either node, in the order of handing over."""
+    cluster.flush()
+    key = b"{a}:moved"
+    slot = cluster.slot_of(key)
+    source = cluster.node_of(slot)
+    target = next(node for node in cluster.masters if node is not source)
+    calls: list[asyncio.Future[bytes]] = []
+    async with linked(cluster.url) as link:
+        move = asyncio.create_task(asyncio.to_thread(cluster.move_slot, slot, target))
+        left = 50  # turns after the move
+        while left:
+            left -= move.done()
+            calls += [link.submit(PUSH, key, [len(calls) + n]) for n in range(5)]
+            await asyncio.wait(calls[-3:-2], timeout=0.001)
+        await move
+        replies = await outcomes(calls)
+
+        expected = [str(n).encode() for n in range(len(calls))]
+        assert replies == expected
+        assert await link.command("LRANGE", key, 0, -1, key=key) == expected
+    assert cluster.node_of(slot) is target
+
+
+async def test_many_calls_that_come_back_keep_their_order(cluster: RedisCluster) -> None:
+    """A thousand calls sent to the node that had the slot before are executed in order by the one that has it now."""
+    cluster.flush()
+    key = b"{b}:moved"
+    slot = cluster.slot_of(key)
+    target = next(node for node in cluster.masters if node is not cluster.node_of(slot))
+    async with linked(cluster.url) as link:
+        await link.command("GET", key, key=key)
+        cluster.move_slot(slot, target)
+        calls = [link.submit(PUSH, key, [n]) for n in range(500)]
+        while not any(call.done() for call in calls):
+            calls.append(link.submit(PUSH, key, [len(calls)]))
+            await asyncio.sleep(0)
+        await outcomes(calls)
+
+        assert await link.command("LRANGE", key, 0, -1, key=key) == [str(n).encode() for n in range(len(calls))]
+
+
+async def test_a_key_that_is_on_its_way_is_asked_for(cluster: RedisCluster) -> None:
+    """While a slot is being moved, calls for keys that are there already are made there, and the others are not."""
+    cluster.flush()
+    stays, goes = b"{c}:stays", b"{c}:goes"
+    slot = cluster.slot_of(stays)
+    source = cluster.node_of(slot)
+    target = next(node for node in cluster.masters if node is not source)
+    async with linked(cluster.url) as link:
+        await link.submit(COUNT, stays, [b"1"])
+        asked = errors_of(cluster, "ASK")
+        cluster.begin_move(slot, target)
+        calls = [link.submit(COUNT, key, [b"1"]) for _ in range(10) for key in (stays, goes)]
+        trailing = link.submit_command("GET", goes, key=goes, trailing=True)
+        try:
+            assert await outcomes(calls) == [n + (key is stays) for n in range(1, 11) for key in (stays, goes)]
+            assert await outcome(trailing) == b"10"
+            assert errors_of(cluster, "ASK") > asked
+            both = await outcome(link.submit_command("MGET", stays, goes, key=stays))
+            assert isinstance(both, LinkError)
+            assert (both.code, both.sent) == ("TRYAGAIN", False)
+        finally:
+            cluster.move_keys(slot, target)
+            cluster.finish_move(slot, target)
+        assert await link.submit(COUNT, stays, [b"0"]) == 11
+
+
+async def test_keys_of_two_slots_are_refused(cluster: RedisCluster) -> None:
+    """A command over two slots fails as not sent, and says what to do."""
+    async with linked(cluster.url) as link:
+        error = await outcome(link.submit_command("MGET", "{a}", "{b}", key=b"{a}"))
+
+    assert isinstance(error, LinkError)
+    assert (error.code, error.sent) == ("CROSSSLOT", False)
+    assert "give the namespace one hash tag" in str(error)
+
+
+async def test_scripts_are_loaded_on_every_node_again(cluster: RedisCluster) -> None:
+    """After SCRIPT FLUSH everywhere, calls to all nodes are executed."""
+    async with linked(cluster.url) as link:
+        keys = [f"{tag}:flushed".encode() for tag in TAGS]
+        await outcomes([link.submit(COUNT, key, [b"0"]) for key in keys])
+        for node in cluster.masters:
+            node.call("SCRIPT", "FLUSH")
+        before = await outcomes([link.submit_command("GET", key, key=key) for key in keys])
+        after = await outcomes([link.submit(COUNT, key, [b"1"]) for key in keys])
+
+    assert after == [int(value) + 1 for value in before]
+
+
+async def test_a_server_without_a_cluster_is_named(redis_server: RedisServer) -> None:
+    """The calls fail as not sent, and say which URL to write."""
+    async with linked(f"redis+cluster://{redis_server.host}:{redis_server.port}") as link:
+        error = await outcome(link.submit(COUNT, b"key", [b"1"]))
+
+    assert isinstance(error, LinkError)
+    assert not error.sent
+    assert "it is no cluster: write redis:// in the URL" in str(error)
+
+
+async def test_a_cluster_that_is_gone_is_left_alone_until_it_is_back(cluster: RedisCluster) -> None:
+    """Without any node the link is down, calls fail at once as not sent; it comes up by itself."""
+    port = free_port()
+    changes = Changes()
+    async with linked(f"redis+cluster://127.0.0.1:{port}", on_change=changes) as link:
+        error = await outcome(link.submit(COUNT, b"{a}", [b"0"]))
+        assert isinstance(error, LinkError)
+        assert not error.sent
+        assert changes.told == ["down"]
+        again = link.submit(COUNT, b"{a}", [b"0"]).exception()
+        assert "is left alone for now" in str(again)
+
+        relay = await asyncio.start_server(_relay_to(cluster.masters[0]), "127.0.0.1", port)
+        async with relay:
+            await changes.last("up")
+        assert await link.submit(COUNT, b"{a}:back", [b"0"]) == 0
+
+
+def _relay_to(server: RedisServer):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(server.host, server.port)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+    return relay
+
+
+async def test_one_node_that_dies_takes_only_its_slots_along() -> None:
+    """Calls of other slots go on; those of the dead node fail until its replica has them, and then go on there."""
+    with RedisCluster(replicas=1) as cluster:
+        keys = [f"{tag}:dies".encode() for tag in TAGS[:3]]
+        dead = cluster.node_of(cluster.slot_of(keys[0]))
+        others = [key for key in keys if cluster.node_of(cluster.slot_of(key)) is not dead]
+        changes = Changes()
+        async with linked(cluster.url, on_change=changes) as link:
+            assert await outcomes([link.submit(COUNT, key, [b"1"]) for key in keys]) == [1] * 3
+            dead.call("WAIT", 1, 5_000)
+            dead.kill()
+            await changes.last("down")
+            error = await outcome(link.submit(COUNT, keys[0], [b"1"]))
+            assert isinstance(error, LinkError)
+            assert not error.sent
+            assert await outcomes([link.submit(COUNT, key, [b"1"]) for key in others]) == [2] * len(others)
+            await changes.last("up")
+            assert await link.submit(COUNT, keys[0], [b"1"]) == 2
+
+
+async def test_a_slot_that_nobody_has_is_no_write(cluster: RedisCluster) -> None:
+    """CLUSTERDOWN fails the call as not sent; so do later ones, until somebody has the slot again."""
+    key = b"{d}:nobody"
+    slot = cluster.slot_of(key)
+    owner = cluster.node_of(slot)
+    async with linked(cluster.url) as link:
+        assert await link.submit(COUNT, key, [b"1"]) == 1
+        for node in cluster.masters:
+            node.call("CLUSTER", "DELSLOTS", slot)
+        errors = [await outcome(link.submit(COUNT, key, [b"1"]))]
+        while errors[-1].code:  # until the link has looked up who has it
+            errors.append(await outcome(link.submit(COUNT, key, [b"1"])))
+        assert isinstance(await outcome(link.submit(COUNT, b"{a}", [b"0"])), int)
+        cluster.finish_move(slot, owner)
+        while isinstance(counted := await outcome(link.submit(COUNT, key, [b"1"])), LinkError):
+            errors.append(counted)
+
+    assert counted == 2
+    assert [error.sent for error in errors] == [False] * len(errors)
+    assert "CLUSTERDOWN" in str(errors[0])
+    assert f"has slot {slot}; see CLUSTER INFO" in str(errors[-1])
