@@ -86,6 +86,7 @@ class Admission:
         "cache",
         "calls",
         "context",
+        "degraded",
         "engine",
         "hold",
         "opaque",
@@ -112,6 +113,8 @@ class Admission:
         self.receipts: tuple[Receipt, ...] = ()
         """Everything that was granted when it was opened."""
         self.cache: CacheDirective | None = None
+        self.degraded = False
+        """It was admitted by this process alone, because the storage did not answer."""
         self.seen = False
         """A call was seen inside it: granted, and made."""
         self.shared = False
@@ -137,6 +140,7 @@ class Admission:
             return answer
         self.hold = answer.request
         self.shared = answer.shared
+        self.degraded = answer.degraded
         self.receipts = answer.granted.receipts
         self.cache = answer.cache
         if answer.call is not None:
@@ -445,6 +449,8 @@ class ActiveCall:
                 self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
+            if asking.unknown:
+                donor.hold = msgspec.structs.replace(hold, uncertain=True)
             donor._take_back()
             if side is not None:
                 self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
@@ -639,10 +645,17 @@ class ActiveCall:
         debits: tuple[Claim, ...] = ()
         if self.call is None and charge.usage is not None:
             debits = self._debits(charge.usage, charge.cost_nanousd)
+        receipts = hold.receipts
+        if hold.uncertain:
+            # Amounts are in the order of the claims, and which claims the storage has is not known: whatever they
+            # are, they are given back, and what was used is charged beside them.
+            taken = zip(receipts, amounts, strict=True)
+            debits += tuple([_debit(receipt, amount) for receipt, amount in taken if receipt.taken])
+            amounts, receipts = (), ()
         if charge.outcome == "not_dispatched":
-            return Settlement(hold.call_id, amounts, None, hold.receipts)
+            return Settlement(hold.call_id, amounts, None, receipts)
         record = self._record(hold, charge, now_ms)
-        return Settlement(hold.call_id, amounts, record, hold.receipts, debits)
+        return Settlement(hold.call_id, amounts, record, receipts, debits)
 
     def _debits(self, usage: Usage, cost_nanousd: int | None) -> tuple[Claim, ...]:
         """What policies would have claimed, had the call been described: charged although it was not held."""
@@ -713,6 +726,11 @@ _COUNTS = tuple(name for name in Usage.__struct_fields__ if name.endswith("_toke
 def _says_nothing(answer: Answer) -> bool:
     """An error that the application answers is its own word: a call may have been made and billed before it."""
     return answer.kind == "error" and answer.usage is None and not answer.text_bytes
+
+
+def _debit(receipt: Receipt, amount: int | None) -> Claim:
+    claim = receipt.claim
+    return Claim(claim.meter, claim.amount if amount is None else amount, claim.member)
 
 
 def _request_settlement(hold: Hold) -> Settlement:

@@ -7,6 +7,7 @@ job is in `admission.py`; how it is configured is in `guard.py`.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -42,9 +43,10 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
 from asgi_llm_guard.denials import deny, held_by_others, refuse
 from asgi_llm_guard.describe import Describer
-from asgi_llm_guard.errors import ConfigurationError, StorageError
+from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.events import (
     Admission,
+    BacklogFull,
     Expired,
     Observer,
     SettledCall,
@@ -54,15 +56,18 @@ from asgi_llm_guard.events import (
     StorageRecovered,
     emit,
 )
+from asgi_llm_guard.events import DataLost as DataLostEvent
 from asgi_llm_guard.events import Refused as RefusedEvent
+from asgi_llm_guard.loss import Totals
+from asgi_llm_guard.outage import Fallback, lifted_bundle
 from asgi_llm_guard.plan import Asked, ask
 from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
-from asgi_llm_guard.storage.base import Completed, Pending, Selective, Storage
+from asgi_llm_guard.storage.base import Completed, Interruptible, LossAware, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import Distinct
 
-__all__ = ["OVERFLOW_SESSION", "Asking", "Engine", "Hold", "Reserved"]
+__all__ = ["OVERFLOW_SESSION", "Asking", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -73,6 +78,8 @@ _NONE: AbstractSet[str] = frozenset()
 _METERS_KEPT: Final = 4096
 _MOST_UNSETTLED: Final = 10_000
 """How many cancellations are kept while the storage does not answer."""
+_HANDED_OVER: Final = 256
+"""How many settlements are handed over in one step: the first of them also show whether the storage is back."""
 _FIRST_PAUSE_S: Final = 0.005
 _SLOTS: Final = Unit.SLOTS  # kept: looking it up costs more than the rest of the loop that asks for it
 
@@ -83,6 +90,8 @@ _UNAVAILABLE: Final = Refusal(
 )
 
 Answer = Granted | Refused | Ended
+State = Literal["ok", "failed", "lost"]
+OnDataLoss = Literal["deny", "accept", "rebuild"]
 
 
 class Hold(msgspec.Struct, frozen=True):
@@ -92,6 +101,10 @@ class Hold(msgspec.Struct, frozen=True):
     claims: tuple[Claim, ...]
     receipts: tuple[Receipt, ...]
     draft: UsageRecord | None = None
+    degraded: bool = False
+    """This process decided by itself, because the storage did not answer."""
+    uncertain: bool = False
+    """It may have been changed to other claims: the storage did not say."""
 
 
 class Reserved(msgspec.Struct, frozen=True):
@@ -105,6 +118,8 @@ class Reserved(msgspec.Struct, frozen=True):
     shared: bool
     """The session counts together with others: its caller has too many."""
     cache: CacheDirective | None = None
+    degraded: bool = False
+    """This process decided by itself, because the storage did not answer."""
 
 
 class Asking:
@@ -136,9 +151,15 @@ class Engine:
         session_ttl_ms: int,
         agents: Mapping[str, Mapping[str, object]],
         sources: Sequence[str],
+        local_storage: Callable[[], Storage],
+        on_data_loss: OnDataLoss = "deny",
         jitter: Callable[[int], int] | None = None,
     ) -> None:
         self.storage = storage
+        self._interruptible = storage if isinstance(storage, Interruptible) else None
+        self._loss_aware = storage if isinstance(storage, LossAware) else None
+        self.on_data_loss: OnDataLoss = on_data_loss
+        self._local_storage = local_storage
         self._selective = storage if isinstance(storage, Selective) else None
         self.describer = describer
         self.clock = clock
@@ -148,7 +169,12 @@ class Engine:
         self.disclose: Literal["owned", "all"] = disclose
         self.statuses = statuses
         self.session_overflow = session_overflow
-        self.failed = False
+        self.state: State = "ok"
+        self.since_ms = clock.now_ms()
+        """When `state` changed last."""
+        self.last_error: str | None = None
+        """The class of the last error of the storage."""
+        self._backlog_told = False
         self._closed = False
         self._agents = agents
         self._sources = sources
@@ -175,6 +201,11 @@ class Engine:
         self._numbers = itertools.count(1)
         self._slots: dict[str, Hold] = {}
         self._retaken: dict[str, Hold] = {}
+        self._here = Fallback(self._local_storage, self.clock)
+        rebuilds = self.on_data_loss == "rebuild" and self._loss_aware is not None
+        self._totals = Totals(self.clock) if rebuilds else None
+        self._state_lock = threading.Lock()
+        self._accepting: concurrent.futures.Future[bool] | None = None
         self._alive = False
 
     def new_id(self) -> str:
@@ -236,9 +267,9 @@ class Engine:
             if asked.refusal is not None:
                 return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
             bundles = self._bundles(asked, context, call, now_ms, calls=calls, shared=shared)
-            answer = await self._ask_storage(bundles)
+            answer, degraded = await self._ask_storage(bundles)
             if isinstance(answer, Granted):
-                return self._granted(asked, bundles, answer, context, call, shared=shared)
+                return self._granted(asked, bundles, answer, context, call, shared=shared, degraded=degraded)
             if isinstance(answer, Refusal):
                 return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
             if self.session_overflow == "share" and not shared and _overflows(answer):
@@ -278,26 +309,56 @@ class Engine:
             return hold
         bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms))
         asking = asking or Asking()
+        degraded = False
+        answer: Answer | Refusal
         try:
             answer = await self._amend(bundle, asking)
             if isinstance(answer, Refused) and self.hold_wait_s:
                 answer = await self._waiting(answer, lambda: self._amend(bundle, asking))
+        except DataLost as error:
+            asking.unknown = False
+            answer = Ended(hold.call_id, "unknown", now_ms) if await self._lose(error) else _UNAVAILABLE
         except StorageError as error:
+            asking.unknown &= error.sent
             self._storage_failed(error)
-            return self._denied(context, call, refuse(_UNAVAILABLE, statuses=self.statuses, now_ms=now_ms))
+            answer = _UNAVAILABLE
+            if self._here.may_decide(claims):
+                call_id = self.new_id()  # rule 3 of `outage.py`
+                bundle = Bundle(call_id, claims, draft(call_id, context, call, now_ms))
+                answer, degraded = await self._here.amend(self.owner, hold.call_id, bundle), True
+        else:
+            if self.failed:
+                self._recovered()
+            if isinstance(answer, Granted):
+                self._here.forget(hold.call_id)  # the storage had granted it after all
+        if isinstance(answer, Refusal):
+            return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
         if isinstance(answer, Ended):
+            if hold.degraded or answer.reason == "unknown":
+                self._give_back(hold)  # nothing was charged for it
             return None
         if isinstance(answer, Refused):
             return self._denied(context, call, self._deny(_in_order(answer, policies), call))
-        amended = Hold(hold.call_id, claims, answer.receipts, bundle.draft)
-        self._observe(context, call, answer)
+        amended = Hold(bundle.call_id, claims, answer.receipts, bundle.draft, degraded)
+        if degraded:
+            asking.unknown = False
+            self._give_back(hold)
+        self._keep(amended)
+        self._observe(context, call, answer, degraded=degraded)
         return amended
 
     async def _amend(self, bundle: Bundle, asking: Asking) -> Granted | Refused | Ended:
+        if self._unsettled:
+            await self._reconcile()
+        self._check_available()
         asking.unknown = True
         answer = await self.storage.amend(self.owner, bundle)
         asking.unknown = False
         return answer
+
+    def _give_back(self, hold: Hold) -> None:
+        """Nothing was used of it, whatever the storage knows of it."""
+        self.settle([Settlement(hold.call_id, (), None, hold.receipts)])
 
     def _bundles(
         self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool, shared: bool
@@ -343,31 +404,55 @@ class Engine:
                 limit=self._session_limits[anonymous],
                 window=self._session_window,
                 owned=not anonymous,
+                on_outage="local",
             )
         return Claim(meter, 1, context.session)
 
-    async def _ask_storage(self, bundles: tuple[Bundle, ...]) -> Granted | Refused | Refusal:
+    async def _ask_storage(
+        self, bundles: tuple[Bundle, ...], *, again: bool = True
+    ) -> tuple[Granted | Refused | Refusal, bool]:
+        """The storage's answer, or this process's own where the storage has none; and whether it is the latter."""
         if not bundles:
-            return Granted((), self.clock.now_ms())
+            return Granted((), self.clock.now_ms()), False
         try:
+            if self._unsettled:
+                await self._reconcile()
+            if self._interruptible is not None:
+                self._check_available()
             answer = await self.storage.reserve(self.owner, (bundles,))
             if isinstance(answer, Refused) and self.hold_wait_s:
                 answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, (bundles,)))
+        except DataLost as error:
+            if again and await self._lose(error):
+                return await self._ask_storage(bundles, again=False)
+            return _UNAVAILABLE, False
         except StorageError as error:
-            # The outcome is unknown: if it was granted it is given back, if it comes late it is refused.
-            self._cancel(bundles)
-            self._storage_failed(error)
-            return _UNAVAILABLE
+            return await self._undecided(bundles, error)
         except BaseException:
             # Cancelled, or closed (GeneratorExit) or interrupted while it waited: nobody will take what is granted.
             self._cancel(bundles)
             raise
         if self.failed:
-            self.failed = False
-            emit(self.observers, StorageRecovered())
+            self._recovered()
+        if self._totals is not None:
+            self._totals.decided()
         if isinstance(answer, Ended):
-            return _UNAVAILABLE
-        return answer
+            return _UNAVAILABLE, False
+        self._here.seen.keep(answer.receipts if isinstance(answer, Granted) else answer.states[0])
+        return answer, False
+
+    async def _undecided(
+        self, bundles: tuple[Bundle, ...], error: StorageError
+    ) -> tuple[Granted | Refused | Refusal, bool]:
+        """The storage did not answer: what this process says by itself. See the rules of `outage.py`."""
+        self._storage_failed(error)
+        answer: Granted | Refused | Refusal = _UNAVAILABLE
+        if self._here.may_decide([claim for bundle in bundles for claim in bundle.claims]):
+            answer = await self._here.reserve(self.owner, bundles)
+        if not isinstance(answer, Granted) and error.sent:
+            # The outcome is unknown: if it was granted it is given back, if it comes late it is refused.
+            self._cancel(bundles)
+        return answer, True
 
     async def _waiting(self, answer: Answer, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """Where only holds of others stand in the way, wait for them up to `hold_wait_s`, and ask again."""
@@ -410,25 +495,30 @@ class Engine:
         call: Call | None,
         *,
         shared: bool,
+        degraded: bool,
     ) -> Reserved:
         call_hold = request_hold = None
         first = 0
         for bundle in bundles:
             last = first + len(bundle.claims)
-            hold = Hold(bundle.call_id, bundle.claims, granted.receipts[first:last], bundle.draft)
+            hold = Hold(bundle.call_id, bundle.claims, granted.receipts[first:last], bundle.draft, degraded)
             first = last
             if bundle.draft is not None:
                 call_hold = hold
             else:
                 request_hold = hold
+            if degraded:
+                continue
             if _SLOTS in [claim.meter.unit for claim in bundle.claims]:
                 self._slots[hold.call_id] = hold
+            if self._totals is not None:
+                self._totals.opened(bundle)
         if self.observers:
-            self._observe(context, call, granted)
-        return Reserved(request_hold, call_hold, call, granted, shared, asked.cache)
+            self._observe(context, call, granted, degraded=degraded)
+        return Reserved(request_hold, call_hold, call, granted, shared, asked.cache, degraded)
 
-    def _observe(self, context: Context, call: Call | None, granted: Granted) -> None:
-        emit(self.observers, Admission(context, call, granted))
+    def _observe(self, context: Context, call: Call | None, granted: Granted, *, degraded: bool) -> None:
+        emit(self.observers, Admission(context, call, granted, degraded))
         for receipt in granted.receipts:
             meter = receipt.claim.meter
             if not meter.enforce and not receipt.fits and meter.limit is not None:
@@ -456,11 +546,140 @@ class Engine:
         for refusal in asked.shadow_refusals:
             emit(self.observers, ShadowMisfit(context, call, refusal.policy, 1, 0, 0, 0))
 
+    # ------------------------------------------------------------------------------- outage
+
+    @property
+    def failed(self) -> bool:
+        """Whether the storage did not answer, or had lost its data, when it was last asked."""
+        return self.state != "ok"
+
+    @property
+    def available(self) -> bool:
+        """Whether calls are decided by the storage."""
+        return not self.failed and (self._interruptible is None or self._interruptible.available())
+
+    def _check_available(self) -> None:
+        if self._interruptible is not None and not self._interruptible.available():
+            raise _unsent("it is known to be away")
+
+    def _change(self, state: State, error: Exception | None = None) -> bool:
+        """Enter a state. True for exactly one of those who see the change."""
+        if error is not None:
+            self.last_error = type(error).__name__
+        with self._state_lock:
+            if self.state == state:
+                return False
+            self.state = state
+            self.since_ms = self.clock.now_ms()
+            self._backlog_told = False
+            return True
+
     def _storage_failed(self, error: Exception) -> None:
-        if not self.failed:
-            self.failed = True
-            _log.error("the usage store failed; requests that it must decide are refused: %s", error)
+        if self._change("failed", error):
+            _log.error("the usage store failed; what its policies say for an outage (on_outage) holds: %s", error)
             emit(self.observers, StorageFailed(str(error)))
+
+    def _recovered(self) -> None:
+        if self._change("ok"):
+            self._here.end()
+            _log.warning("the usage store answers again, and decides")
+            emit(self.observers, StorageRecovered())
+
+    async def _reconcile(self) -> None:
+        """Hand over what waits to be settled, so that it counts in what is decided next.
+
+        Raises:
+            StorageError: the storage does not take it; nothing was asked.
+        """
+        try:
+            pending = self._hand_over(_HANDED_OVER)
+            while self._unsettled:  # more than one step takes; whether it is taken shows in the first
+                await pending
+                pending = self._hand_over(_HANDED_OVER)
+        except StorageError as error:
+            raise _unsent(str(error)) from error
+
+    def _hand_over(self, most: int) -> Pending[tuple[Settled, ...]]:
+        """Hand over the first of what waits.
+
+        Raises:
+            StorageError: as `Storage.settle`; they wait again.
+        """
+        first: list[Settlement] = []
+        while self._unsettled and len(first) < most:  # one by one: the storage's thread may add to them meanwhile
+            first.append(self._unsettled.popleft())
+        return self._deliver(first) if first else Completed(())
+
+    async def _lose(self, error: DataLost) -> bool:
+        """The storage has lost its data: do as the guard was told. Gives whether to go on with it."""
+        if self._totals is not None:
+            self._totals.lost()
+        if self._change("lost", error):
+            _log.error(
+                "the usage store has lost its data (on_data_loss=%r)%s: %s",
+                self.on_data_loss,
+                "; calls are refused until `await guard.accept_data_loss()`" if self.on_data_loss == "deny" else "",
+                error,
+            )
+            emit(self.observers, DataLostEvent(str(error), self.on_data_loss))
+        if self.on_data_loss == "deny" or self._loss_aware is None:
+            return False
+        mine: concurrent.futures.Future[bool] = concurrent.futures.Future()
+        mine.set_running_or_notify_cancel()  # those who wait cannot cancel it
+        with self._state_lock:  # one of those who have noticed accepts, the others wait for it
+            first = self._accepting is None
+            accepting = self._accepting = self._accepting or mine
+        if not first:
+            return await asyncio.wrap_future(accepting)
+        try:
+            await self.accept_loss()
+            mine.set_result(True)
+        except StorageError as failure:
+            self._storage_failed(failure)
+        finally:
+            self._accepting = None
+            if not mine.done():
+                mine.set_result(False)
+        return mine.result()
+
+    async def accept_loss(self) -> None:
+        """Go on with the data that there is; with `rebuild`, tell it first what this process has settled.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        if self._loss_aware is None:
+            return
+        if self._totals is not None:
+            told = self._totals.settlements(self.owner, self._loss_aware.epoch)
+            for first in range(0, len(told), _HANDED_OVER):
+                await self.storage.settle(told[first : first + _HANDED_OVER])
+        await self._loss_aware.accept_loss()
+        if self._totals is not None:
+            for bundle in self._totals.bundles:
+                await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+        self._recovered()
+
+    async def _reopen(self) -> None:
+        """Make holds of what was admitted here and is still open: it holds its slots, and is charged if we die."""
+        for bundle in self._here.bundles:
+            try:
+                answer = await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+            except StorageError as error:
+                self._storage_failed(error)
+                return
+            # If it ended meanwhile, its settlement has come before, and this was refused; or it will, and is no loss.
+            if self._here.forget(bundle.call_id) and isinstance(answer, Granted):
+                self._keep(Hold(bundle.call_id, bundle.claims, answer.receipts, bundle.draft))
+
+    def _keep(self, hold: Hold) -> None:
+        """Remember what the storage holds for us, as far as it may have to be asked for again."""
+        if hold.degraded:
+            return
+        if _SLOTS in [claim.meter.unit for claim in hold.claims]:
+            self._slots[hold.call_id] = hold
+        if self._totals is not None:
+            self._totals.opened(Bundle(hold.call_id, hold.claims, hold.draft))
 
     # ------------------------------------------------------------------------------- settle
 
@@ -468,11 +687,23 @@ class Engine:
         """Hand settlements over to the storage. Never raises: what the storage does not take is tried again."""
         if self._slots:
             settlements = self._without_slots(settlements)
+        if self._here:
+            self._here.settle(settlements)
+        if self._totals is not None:
+            self._totals.closed(settlements)
         try:
+            return self._deliver(settlements)
+        except StorageError:
+            return Completed(())  # it waits to be tried again
+
+    def _deliver(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        try:
+            if self._interruptible is not None:
+                self._check_available()
             pending = self.storage.settle(settlements)
         except StorageError as error:
             self._try_again(settlements, error)
-            return Completed(())
+            raise
         if pending.done():
             self._settled(settlements, pending)
         else:
@@ -495,31 +726,47 @@ class Engine:
             return
         if self._waiters:
             self._wake()
+        if self._totals is not None:
+            self._totals.settled(settlements, replies)
         if self.observers:
             for settlement, settled in zip(settlements, replies, strict=True):
                 if settlement.record is not None and settled.status != "duplicate":
                     emit(self.observers, SettledCall(settlement.record, settled))
 
     def _try_again(self, settlements: Sequence[Settlement], error: StorageError) -> None:
-        if self._closed:
-            return  # `retire` has charged what was open; there is nobody to try it
-        self._storage_failed(error)
+        if not self._closed:
+            self._storage_failed(error)
         for settlement in settlements:
             # A cancellation undoes what was never granted, most likely; what calls have used is kept whatever comes.
-            if len(self._unsettled) < _MOST_UNSETTLED or settlement.record is not None or settlement.receipts:
+            if len(self._unsettled) < _MOST_UNSETTLED or _matters(settlement):
                 self._unsettled.append(settlement)
+            elif not self._backlog_told:
+                self._backlog_told = True
+                _log.error("%s settlements wait for the usage store; cancellations are dropped", len(self._unsettled))
+                emit(self.observers, BacklogFull(len(self._unsettled)))
 
     # ---------------------------------------------------------------------------- heartbeat
 
     async def heartbeat(self) -> None:
         """Keep this process's holds alive, expire those of dead ones, and retry what could not be settled."""
-        self._settle_again()
+        # Settled before the beat, for holds that it may find lapsed; but not all of it, if nobody takes it.
+        with contextlib.suppress(StorageError):
+            self._hand_over(_HANDED_OVER)
         try:
             beat = await self.storage.heartbeat(self.owner)
+        except DataLost as error:
+            await self._lose(error)
+            return
         except StorageError as error:
             if not self._closed:  # else it was closed while this beat was on its way
                 self._storage_failed(error)
             return
+        self._here.processes = max(1, beat.owners)
+        if self.state == "failed":
+            self._recovered()
+        self._settle_again()
+        if self._here:
+            await self._reopen()
         if beat.expired:
             emit(self.observers, Expired(beat.expired))
         if beat.lapsed:
@@ -543,11 +790,9 @@ class Engine:
                 emit(self.observers, SlotOverrun(hold.call_id, tuple(claim.meter.policy for claim in claims)))
 
     def _settle_again(self) -> None:
-        retry: list[Settlement] = []
-        while self._unsettled:  # one by one: the storage's thread may add to them meanwhile
-            retry.append(self._unsettled.popleft())
-        if retry:
-            self.settle(retry)
+        with contextlib.suppress(StorageError):
+            for _ in range(0, len(self._unsettled), _HANDED_OVER):
+                self._hand_over(_HANDED_OVER)
 
     async def retire(self) -> None:
         """Expire, and charge, what this process still holds, as if it had died. Later settlements correct it.
@@ -568,6 +813,13 @@ class Engine:
         await self.retire()
         self._closed = True
         await self.storage.aclose()
+        lost = sum(settlement.record is not None for settlement in self._unsettled)
+        if lost:
+            _log.error(
+                "the usage store was still away when the guard was closed: what %s calls have used is not in it; "
+                "of these, it charges those that it knew as what they held",
+                lost,
+            )
 
     def describe_used(self, usage: Usage, cost_nanousd: int | None) -> Call:
         """A call as it turned out to be, for policies that are asked after it."""
@@ -590,8 +842,29 @@ class Engine:
         """How many settlements wait for the storage to answer again."""
         return len(self._unsettled)
 
+    @property
+    def degraded(self) -> int:
+        """How many requests and calls are open that this process admitted by itself."""
+        return len(self._here)
+
+    @property
+    def processes(self) -> int:
+        """How many processes shared the storage when it last answered a heartbeat."""
+        return self._here.processes
+
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _unsent(why: str) -> StorageError:
+    error = StorageError(f"{why}; nothing was asked")
+    error.sent = False
+    return error
+
+
+def _matters(settlement: Settlement) -> bool:
+    """Whether a settlement says more than that nothing was used of what was most likely never granted."""
+    return settlement.record is not None or bool(settlement.receipts) or bool(settlement.debits)
 
 
 def _counted_as(context: Context, *, shared: bool) -> Context:

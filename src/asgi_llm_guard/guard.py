@@ -23,8 +23,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -35,8 +36,8 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
-from asgi_llm_guard.engine import Engine
-from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
+from asgi_llm_guard.engine import Engine, OnDataLoss
+from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded, StorageError
 from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
 from asgi_llm_guard.identity.base import Resolver
@@ -52,6 +53,7 @@ __all__ = ["DRAINING", "Guard"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
 _DRAIN_S: Final = 5.0
+_NEVER_MS: Final = 100 * 366 * 86_400_000
 
 DRAINING: Final = Refusal(
     policy="guard",
@@ -78,6 +80,8 @@ class Guard:
         hold_wait_s: how long a call waits, in seconds, where only the holds of others stand in its way.
         max_waiting: how many calls may wait at the same time; more are refused at once.
         disclose: `owned`: refusals show limits and counts of scopes that the caller owns; `all`: of all.
+        on_data_loss: what to do when the storage was flushed or rolled back (`docs/outages.md`): `deny` every
+            call until `accept_data_loss`, `accept` and begin at zero, or `rebuild` from what this process knows.
         statuses: HTTP statuses by code (`budget_exhausted`) or rule (`budget`), in place of the table.
         session_limit, anonymous_session_limit: live session ids for each caller, and for all
             anonymous ones together.
@@ -108,6 +112,7 @@ class Guard:
         hold_wait_s: float = 0.25,
         max_waiting: int = 1000,
         disclose: Literal["owned", "all"] = "owned",
+        on_data_loss: OnDataLoss = "deny",
         statuses: Mapping[str, int] | None = None,
         session_limit: int = 10_000,
         anonymous_session_limit: int = 100_000,
@@ -125,6 +130,7 @@ class Guard:
         _extractor("session", session)
         _one_of("disclose", disclose, "owned", "all")
         _one_of("session_overflow", session_overflow, "deny", "share")
+        _one_of("on_data_loss", on_data_loss, "deny", "accept", "rebuild")
         for name, value in (
             ("session_limit", session_limit),
             ("anonymous_session_limit", anonymous_session_limit),
@@ -161,6 +167,8 @@ class Guard:
             session_ttl_ms=duration_ms(session_ttl, name="session_ttl"),
             agents=_agents(agents),
             sources=session.names,
+            local_storage=_local_storage(self.clock),
+            on_data_loss=on_data_loss,
             describer=Describer(
                 prices=prices or PriceBook.snapshot(),
                 clock=self.clock,
@@ -263,13 +271,19 @@ class Guard:
 
         Raises:
             LimitExceeded: none is left; names each provider's spend and limit, and the soonest reset.
+            StorageError: the storage does not answer, and a budget says `on_outage="deny"`.
         """
         kept: object = deployments
         for policy in self.policies:
             if isinstance(policy, DeploymentFilter):
                 candidates = policy.resolve(kept)
                 meters = policy.meters(candidates.providers)
-                readings = await self._engine.storage.read(list(meters.values()))
+                try:
+                    readings = await self._engine.storage.read(list(meters.values()))
+                except StorageError:
+                    if any(meter.on_outage == "deny" for meter in meters.values()):
+                        raise
+                    continue  # what is left is not known; each call is decided on when it is made
                 outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)))
                 denied = outcome.denied(self.clock.now_ms())
                 if denied is not None:
@@ -282,6 +296,42 @@ class Guard:
     async def heartbeat(self) -> None:
         """Keep this process's holds alive now. Done every 5 seconds in the background; for tests."""
         await self._engine.heartbeat()
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are decided by the storage, and new ones are taken: for readiness probes."""
+        return self._engine.available and not self._draining
+
+    def health(self) -> dict[str, object]:
+        """What a readiness probe may show: no ids, no limits, no addresses.
+
+        `storage` is `ok`, `failed` or `lost` (its data), since `since_ms`; `last_error` the class of its last
+        error. `unsettled` settlements wait for it, `degraded` requests and calls are open that were admitted
+        without it, `waiting` calls wait for the holds of others, and `processes` shared it when last heard of.
+        """
+        engine = self._engine
+        state = "failed" if engine.state == "ok" and not engine.available else engine.state
+        return {
+            "ready": self.ready,
+            "draining": self._draining,
+            "storage": state,
+            "since_ms": engine.since_ms,
+            "last_error": engine.last_error,
+            "unsettled": engine.unsettled,
+            "degraded": engine.degraded,
+            "waiting": engine.waiting,
+            "processes": engine.processes,
+        }
+
+    async def accept_data_loss(self) -> None:
+        """Go on with a storage that has lost its data, with the counters as they are now.
+
+        Nothing happens where nothing was lost, or where the storage cannot tell.
+
+        Raises:
+            StorageError: the storage does not answer; calls are refused as before.
+        """
+        await self._engine.accept_loss()
 
     @property
     def draining(self) -> bool:
@@ -469,6 +519,12 @@ def _leave(token: Token[Scope | None] | None) -> None:
 
 
 # ------------------------------------------------------------------------------- arguments
+
+
+def _local_storage(clock: Clock) -> Callable[[], Storage]:
+    from asgi_llm_guard.storage.memory import MemoryStorage
+
+    return partial(MemoryStorage, clock=clock, lapse_ms=_NEVER_MS)
 
 
 def _one_of(name: str, value: object, *allowed: str) -> None:

@@ -482,6 +482,7 @@ class GuardSettings(BaseSettings):
     session_limit: _Number | None = Field(default=None, ge=0)
     anonymous_session_limit: _Number | None = Field(default=None, ge=0)
     session_overflow: Literal["deny", "share"] | None = None
+    on_data_loss: Literal["deny", "accept", "rebuild"] | None = None
     session_ttl: str | None = None
     assumed_input_tokens: _Number | None = Field(default=None, ge=0)
     assumed_output_tokens: _Number | None = Field(default=None, ge=0)
@@ -610,6 +611,7 @@ _SAME_NAME: Final = (
     "anonymous_session_limit",
     "session_overflow",
     "session_ttl",
+    "on_data_loss",
     "assumed_input_tokens",
     "assumed_output_tokens",
     "max_body_bytes",

@@ -77,7 +77,7 @@ async def test_sqlite_file_that_cannot_be_used(tmp_path: Path, fail: Break) -> N
 async def test_closed_storage(tmp_path: Path, kind: str) -> None:
     """C7: a storage that was closed refuses with 503: by the middleware, the decorator and a WebSocket alike."""
     storage = MemoryStorage() if kind == "memory" else SqliteStorage(tmp_path / "guard.db")
-    guard = new_guard(Iterations(5), storage=storage)
+    guard = new_guard(Iterations(5, on_outage="deny"), storage=storage)
     app = guarded(Provider(), guard)
     await storage.aclose()
     assert (await ask(app)).status == 503
@@ -107,7 +107,8 @@ async def test_what_needs_no_store_is_decided_without_it() -> None:
 async def test_one_event_per_outage(failing: str, caplog: pytest.LogCaptureFixture) -> None:
     """An outage is one event and one log line, however many requests it refuses; so is its end."""
     storage, events = Unreliable(), list[Event]()
-    guard = new_guard(Iterations(100), RateLimit("100/hour", per="caller"), storage=storage, observers=[events.append])
+    policies = Iterations(100, on_outage="deny"), RateLimit("100/hour", per="caller")
+    guard = new_guard(*policies, storage=storage, observers=[events.append])
     app = guarded(Provider(), guard)
     for outage in range(2):
         storage.failing = failing
