@@ -616,7 +616,7 @@ async def test_a_store_that_hangs_is_an_error_within_the_timeout(own_redis: OwnR
     """A call whose store does not answer is refused as unavailable, nothing is asked twice, and it goes on afterwards."""
     server = own_redis()
     url = f"limits+{server.url}?timeout_s=0.05&prefix=p"
-    async with Guard([RateLimit("3/minute", per="caller")], storage=url) as guard:
+    async with Guard([RateLimit("3/minute", per="caller", on_outage="deny")], storage=url) as guard:
         async with guard.open(Context(caller="ada")):
             pass
         server.pause()
@@ -631,6 +631,23 @@ async def test_a_store_that_hangs_is_an_error_within_the_timeout(own_redis: OwnR
         assert await used(storage, meter.meter) == [1]
         await take(storage, "next", meter)
         await storage.aclose()
+
+
+async def test_what_is_let_through_in_an_outage_is_not_counted_later(own_redis: OwnRedis) -> None:
+    """With `on_outage="allow"` requests pass while the store is away, and their settlements add nothing to its counters."""
+    server = own_redis()
+    policies = [RateLimit("1/minute", per="caller", on_outage="allow")]
+    async with Guard(policies, storage=f"limits+{server.url}?prefix=p&timeout_s=5") as guard:
+        server.kill()
+        for _ in range(3):
+            async with guard.open(Context(caller="ada")):
+                pass
+        server.start()
+        await guard.heartbeat()
+        async with guard.open(Context(caller="ada")):
+            pass
+        with pytest.raises(LimitExceeded):
+            await guard.open(Context(caller="ada")).__aenter__()
 
 
 async def test_a_store_that_is_gone_is_an_error(own_redis: OwnRedis) -> None:

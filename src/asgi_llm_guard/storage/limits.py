@@ -14,8 +14,9 @@ first. One that another process has used up in between refuses the call, and wha
 stays taken: neither of the package's windows can give back soundly (`fixed`: the next window may have
 begun, and would start below zero).
 
-Rule 3: what is taken stays taken. There are no holds: a settlement changes no counter, and neither does the
-death of a process.
+Rule 3: what is taken stays taken, and what was not taken is not taken later. There are no holds: a settlement
+changes no counter, and neither does the death of a process. What a guard lets through while the store is
+away (`on_outage`) is not counted afterwards.
 
 | strategy | window | stores |
 |---|---|---|
@@ -406,16 +407,16 @@ class LimitsStorage:
 
     def _receipt(self, asked: _Asked, *, fits: bool, taken: bool) -> Receipt:
         claim, used, resets_at_ms = asked.claim, asked.used, asked.resets_at_ms
-        limit, period_ms = cast("int", claim.meter.limit), cast("Sliding", claim.meter.window).period_ms
+        limit, window = cast("int", claim.meter.limit), cast("Sliding", claim.meter.window)
         if fits and self.strategy == "moving":
             resets_at_ms = _now_ms()  # now: it fits
         elif claim.amount > limit:
             resets_at_ms = None
         elif resets_at_ms is None:
-            resets_at_ms = _now_ms() + period_ms
+            resets_at_ms = _now_ms() + window.period_ms
         if not fits and asked.room >= 0:
             used = limit  # somebody else was faster
-        return Receipt(claim, taken, fits, used, 0, 0, resets_at_ms)
+        return Receipt(claim, taken, fits, used, 0, _now_ms() // window.bucket_ms, resets_at_ms)
 
     async def _counts(self, store: Store, meters: Sequence[Meter]) -> list[_Count]:
         """What is counted, in one trip side by side."""
