@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asgi_llm_guard.clock import Clock
+from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.storage.base import Storage
 
@@ -13,6 +13,7 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
     """The storage that a URL names: `memory://`, `sqlite:///file.db` (relative) or `sqlite:////var/lib/file.db`.
 
     `sqlite:///file.db?synchronous=FULL` also survives a loss of power without losing the last commits.
+    `redis://`, `rediss://`, `unix://`, `redis+sentinel://host/master`, `redis+cluster://host`: Redis or Valkey.
     `limits+memcached://host:11211?strategy=fixed`: a store of the `limits` package, for rates of requests only.
 
     Raises:
@@ -33,11 +34,16 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
 
         path, _, query = rest.partition("?")
         return SqliteStorage(_sqlite_path(path, url), clock=clock, synchronous=_synchronous(query, url))
+    if scheme == "unix" or scheme.partition("+")[0] in {"redis", "rediss"}:
+        from asgi_llm_guard.storage.redis import RedisStorage
+
+        # The server's clock decides, but for a test that brings its own.
+        return RedisStorage(url, clock=None if isinstance(clock, SystemClock) else clock)
     if scheme.startswith("limits+"):
         from asgi_llm_guard.storage.limits import LimitsStorage
 
         return LimitsStorage.from_url(url.removeprefix("limits+"))
-    raise ConfigurationError(f"storage: expected memory:// or sqlite:///path, got the scheme {scheme!r}")
+    raise ConfigurationError(f"storage: expected memory://, sqlite:///path or redis://host, got the scheme {scheme!r}")
 
 
 def _sqlite_path(path: str, url: str) -> str:

@@ -20,7 +20,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Final, cast
@@ -91,6 +91,9 @@ _STATE: Final = {b"S": "settled", b"C": "cancelled", b"E": "expired"}
 def _script(parts: tuple[str, ...]) -> Script:
     folder = resources.files("asgi_llm_guard.storage") / "lua"
     return Script("\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
+
+
+_warned: set[tuple[str, str]] = set()  # each warning once per process and server
 
 
 class RedisStorage:
@@ -261,6 +264,7 @@ class RedisStorage:
 
     async def _settled_elsewhere(self, mine: _Connected) -> None:
         """Wait for what other event loops of this process have handed over: it is to be settled first."""
+        self._adopt_abandoned(mine)
         for lane in tuple(self._lanes.values()):
             if lane is not mine:
                 for group in tuple(lane.lane.unsettled):
@@ -376,7 +380,18 @@ class RedisStorage:
                 )
             link = Link(self._address, scripts=[_script(parts) for parts in _SCRIPTS], timeout_s=self._timeout_s)
             self._lanes[loop] = lane = _Connected(self, loop, link, self._key)
-            return lane
+        self._adopt_abandoned(lane)
+        return lane
+
+    def _adopt_abandoned(self, lane: _Connected) -> None:
+        """Settle here what was handed over to event loops that were closed since."""
+        if len(self._lanes) == 1:
+            return
+        with self._lanes_lock:
+            closed = [self._lanes.pop(loop) for loop in tuple(self._lanes) if loop.is_closed()]
+        for other in closed:
+            for group in other.lane.abandoned():
+                lane.lane.settle(group)
 
     def _will_send(self, shapes: Iterable[Shape]) -> None:
         sent = self._sent_shapes
@@ -430,7 +445,9 @@ class RedisStorage:
         if not self._checked:
             self._checked = True
             for warning in _warnings(await lane.link.server_info(self._key)):
-                logger.warning("redis: %s", warning)
+                if (str(self._address), warning) not in _warned:
+                    _warned.add((str(self._address), warning))
+                    logger.warning("%s: %s", self._address, warning)
 
     def _adopt(self, epoch: bytes) -> None:
         id_, beat, _before = epoch.split(b" ")
@@ -483,6 +500,7 @@ class RedisStorage:
 
     async def heartbeat(self, owner: str) -> Heartbeat:
         lane = self._lane()
+        self._adopt_abandoned(lane)
         if not self._epoch:
             await self._hello(lane)
         reply = await self._owners(lane, b"beat", owner)
@@ -508,6 +526,7 @@ class RedisStorage:
         return reply
 
     async def _all_settled(self) -> None:
+        self._adopt_abandoned(self._lane())
         for lane in tuple(self._lanes.values()):
             for group in tuple(lane.lane.unsettled):
                 with contextlib.suppress(StorageError):
@@ -634,26 +653,43 @@ class RedisStorage:
             lanes, self._lanes = self._lanes, {}
         here = asyncio.get_running_loop()
         for loop, lane in lanes.items():
-            lane.lane.fail(StorageError("redis: this storage was closed; make a new one"))
             if loop is here:
-                await lane.link.aclose()
+                await lane.aclose()
             elif loop.is_running():
                 with contextlib.suppress(RuntimeError):  # it stopped meanwhile
-                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.link.aclose(), loop))
+                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.aclose(), loop))
         if self._home is not None:
             self._home.stop()
 
 
 class _Connected:
-    """One event loop's lane and link."""
+    """One event loop's lane and link. They end with the loop, having sent what is still here."""
 
-    __slots__ = ("_key", "_storage", "lane", "link")
+    __slots__ = ("_end", "_key", "_storage", "lane", "link")
 
     def __init__(self, storage: RedisStorage, loop: asyncio.AbstractEventLoop, link: Link, key: bytes) -> None:
         self.link = link
         self._storage = storage
         self._key = key
         self.lane = Lane(loop, self)
+        self._end = self._until_the_end()
+        # To its `yield`. Event loops close the generators that were begun in them before they end.
+        with contextlib.suppress(StopIteration):
+            self._end.asend(None).send(None)
+
+    async def _until_the_end(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self.lane.flush()
+            for group in tuple(self.lane.unsettled):
+                with contextlib.suppress(StorageError):
+                    await group.handed
+            self.lane.fail(StorageError("redis: this storage, or the event loop it was used by, was closed"))
+            await self.link.aclose()
+
+    async def aclose(self) -> None:
+        await self._end.aclose()
 
     @property
     def link_up(self) -> bool:

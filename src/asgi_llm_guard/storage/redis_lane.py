@@ -13,6 +13,7 @@ ids, while its time lasts: the scripts know what they have done before.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
@@ -32,15 +33,34 @@ Reply = Any
 Batch = list[tuple[bytes, "asyncio.Future[Reply]"]]
 
 
+_numbers = itertools.count()
+
+
+class _Handed(Handed[tuple[Settled, ...]]):
+    """The answer to a group. It comes through an event loop, which must not be blocked by waiting for it."""
+
+    __slots__ = ("loop",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def result(self, timeout: float | None = None) -> tuple[Settled, ...]:
+        if not self.done() and self.loop is not None and self.loop is asyncio._get_running_loop():  # noqa: SLF001 - the documented way to ask without an exception
+            raise StorageError("redis: this event loop brings the answer, and would wait for itself; await it instead")
+        return super().result(timeout)
+
+
 class Group:
     """Settlements that were handed over together: one step, as far as the store knows their holds."""
 
-    __slots__ = ("arguments", "handed", "left", "replies", "settlements", "tries")
+    __slots__ = ("arguments", "handed", "left", "number", "replies", "settlements", "tries")
 
     def __init__(self, settlements: Sequence[Settlement], arguments: list[bytes]) -> None:
+        self.number = next(_numbers)
         self.settlements = settlements
         self.arguments = arguments
-        self.handed: Handed[tuple[Settled, ...]] = Handed()
+        self.handed: _Handed = _Handed()
         self.replies: list[Settled | None] = [None] * len(settlements)
         self.left = list(range(len(settlements)))
         """Which of them have no answer yet; `arguments` are theirs."""
@@ -89,6 +109,7 @@ class Lane:
     def settle(self, group: Group) -> None:
         """Hand settlements over. Their answer is `group.handed`."""
         self.unsettled.add(group)
+        group.handed.loop = self.loop
         self._groups.append(group)
         if not self._scheduled:
             self._scheduled = True
@@ -175,6 +196,13 @@ class Lane:
         decided.append(group.handed)
         self.unsettled.discard(group)
         return True
+
+    def abandoned(self) -> list[Group]:
+        """What has no answer, after the event loop was closed: to be settled by another lane."""
+        left = sorted(self.unsettled, key=lambda group: group.number)
+        self.unsettled.clear()
+        self._groups.clear()
+        return left
 
     def fail(self, error: StorageError) -> None:
         """Nobody will send what is still here."""
