@@ -4,14 +4,22 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
+from tests.servers import shared_cluster, shared_redis, shared_sentinel, shared_valkey, unique_namespace
 from tests.storage.values import DAY_MS, START, Make
 
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FrozenClock
+
+
+class HasUrl(Protocol):
+    @property
+    def url(self) -> str: ...
 
 
 def _memory(_folder: Path) -> Make:
@@ -31,8 +39,34 @@ def _sqlite(folder: Path) -> Make:
     return make
 
 
+def _redis(servers: Callable[[], HasUrl]) -> Callable[[Path], Make]:
+    """On servers that the first test starts, and all tests share; each storage has a namespace of its own."""
+
+    def factory(_folder: Path) -> Make:
+        def make(clock: FrozenClock, *, lapse_ms: int = LAPSE_MS, tombstone_ms: int = TOMBSTONE_MS) -> Storage:
+            return RedisStorage(
+                servers().url,
+                namespace=unique_namespace(),
+                clock=clock,
+                lapse_ms=lapse_ms,
+                tombstone_ms=tombstone_ms,
+                timeout_s=10,  # these tests are about answers, and machines that run tests are busy
+            )
+
+        return make
+
+    return factory
+
+
 # Every storage that keeps the contract joins here.
-FACTORIES: dict[str, Callable[[Path], Make]] = {"memory": _memory, "sqlite": _sqlite}
+FACTORIES: dict[str, Callable[[Path], Make]] = {
+    "memory": _memory,
+    "sqlite": _sqlite,
+    "redis": _redis(shared_redis),
+    "valkey": _redis(shared_valkey),
+    "sentinel": _redis(shared_sentinel),
+    "cluster": _redis(shared_cluster),
+}
 
 
 @pytest.fixture
