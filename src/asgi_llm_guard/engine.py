@@ -185,6 +185,8 @@ class Engine:
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
         self._waiters_lock = threading.Lock()
         self._unsettled: deque[Settlement] = deque()
+        self._tried: set[str] = set()
+        """Calls that were settled without an answer: if they turn out to be settled, it was by us."""
         self._new_owner()
         reference = weakref.ref(self)
 
@@ -730,8 +732,10 @@ class Engine:
             self._totals.settled(settlements, replies)
         if self.observers:
             for settlement, settled in zip(settlements, replies, strict=True):
-                if settlement.record is not None and settled.status != "duplicate":
-                    emit(self.observers, SettledCall(settlement.record, settled))
+                if settlement.record is not None:
+                    if settled.status != "duplicate" or settlement.call_id in self._tried:
+                        emit(self.observers, SettledCall(settlement.record, settled))
+                    self._tried.discard(settlement.call_id)
 
     def _try_again(self, settlements: Sequence[Settlement], error: StorageError) -> None:
         if not self._closed:
@@ -740,6 +744,8 @@ class Engine:
             # A cancellation undoes what was never granted, most likely; what calls have used is kept whatever comes.
             if len(self._unsettled) < _MOST_UNSETTLED or _matters(settlement):
                 self._unsettled.append(settlement)
+                if settlement.record is not None and error.sent and self.observers:
+                    self._tried.add(settlement.call_id)
             elif not self._backlog_told:
                 self._backlog_told = True
                 _log.error("%s settlements wait for the usage store; cancellations are dropped", len(self._unsettled))

@@ -161,6 +161,7 @@ class Fallback:
         self._new_storage = new_storage
         self._clock = clock
         self._storage: Storage | None = None
+        self._began_ms = 0
         self._granted = LastSeen()
         self._open: dict[str, _Here] = {}
 
@@ -183,8 +184,9 @@ class Fallback:
     async def reserve(self, owner: str, bundles: Sequence[Bundle]) -> Granted | Refused:
         """Take every claim from the share of this process, or none. Never waits."""
         now_ms = self._clock.now_ms()
+        storage = self._begin()
         local = tuple([Bundle(bundle.call_id, self._local(bundle.claims, now_ms)) for bundle in bundles])
-        answer = await self._begin().reserve(owner, (local,))
+        answer = await storage.reserve(owner, (local,))
         if isinstance(answer, Granted):
             for bundle in bundles:
                 self._open[bundle.call_id] = _Here(bundle, bundle.call_id)
@@ -196,8 +198,8 @@ class Fallback:
         here = self._open.get(call_id)
         now_ms = self._clock.now_ms()
         if here is not None:
-            changed = Bundle(here.local_id, self._local(bundle.claims, now_ms))
-            answer = await self._begin().amend(owner, changed)
+            storage = self._begin()
+            answer = await storage.amend(owner, Bundle(here.local_id, self._local(bundle.claims, now_ms)))
             if isinstance(answer, (Granted, Refused)):
                 if isinstance(answer, Granted):
                     self._open.pop(call_id, None)
@@ -230,6 +232,7 @@ class Fallback:
         storage = self._storage
         if storage is None:
             storage = self._storage = self._new_storage()
+            self._began_ms = self._clock.now_ms()
         return storage
 
     def _local(self, claims: Sequence[Claim], now_ms: int) -> tuple[Claim, ...]:
@@ -238,7 +241,7 @@ class Fallback:
     def _meter(self, meter: Meter, now_ms: int) -> Meter:
         if meter.limit is None or meter.on_outage == "allow":
             return lifted(meter)
-        return _limited(meter, share(meter, self.seen.get(meter.key), now_ms, self.processes), self.processes)
+        return _limited(meter, self._most(meter, self.seen.get(meter.key), now_ms), self.processes)
 
     # What is granted here is told, and later settled, in terms of the store's meters.
 
@@ -259,7 +262,7 @@ class Fallback:
         last = self.seen.get(meter.key)
         if meter.limit:
             # What is not this process's to grant shows as taken, so that what remains is what it has.
-            elsewhere = capacity(meter) - self._granted_at_most(meter, last, now_ms)
+            elsewhere = capacity(meter) - self._most(meter, last, now_ms)
             if meter.kind == SLOTS:
                 held += elsewhere
             else:
@@ -272,7 +275,10 @@ class Fallback:
             resets_at_ms = now_ms + _SHORT_MS  # more than this process may grant; the store may be back by then
         return Receipt(claim, state.taken, state.fits, used, held, pin, resets_at_ms)
 
-    def _granted_at_most(self, meter: Meter, last: Receipt | None, now_ms: int) -> int:
+    def _most(self, meter: Meter, last: Receipt | None, now_ms: int) -> int:
+        """What is this process's, of what it has granted meanwhile too."""
+        if meter.kind == BUCKET:
+            now_ms = self._began_ms  # what drains since then drains here, and must not do so twice
         if meter.on_outage == "allow":
             return left(meter, last, now_ms)
         return share(meter, last, now_ms, self.processes)

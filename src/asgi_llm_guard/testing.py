@@ -899,15 +899,18 @@ class OutageStorage:
         self._breaker = breaker
         self._mode: Literal["up", "down", "silent"] = "up"
         self._still_up = 0
+        self._unanswered = 0
         self._epoch = 0
         self._accepted = 0
 
-    def down(self, *, after: int = 0) -> None:
-        """Nothing reaches the store any more; with `after`, that many operations still do."""
-        self._mode, self._still_up = "down", after
+    def down(self, *, after: int = 0, unanswered: int = 0) -> None:
+        """Nothing reaches the store any more. Before that, `after` operations still work, and then so many reach it
+        of which nobody learns what became of them.
+        """
+        self._mode, self._still_up, self._unanswered = "down", after, unanswered
 
     def lose_replies(self, *, after: int = 0) -> None:
-        """Everything reaches the store, and nobody learns what became of it."""
+        """Everything reaches the store, and after so many operations nobody learns what became of them."""
         self._mode, self._still_up = "silent", after
 
     def up(self) -> None:
@@ -999,6 +1002,9 @@ class OutageStorage:
             self._still_up -= 1
             return "up"
         self.attempts += 1
+        if self._mode == "down" and self._unanswered:
+            self._unanswered -= 1
+            return "silent"
         return self._mode
 
 
