@@ -650,8 +650,8 @@ class Engine:
         Raises:
             StorageError: the storage does not answer.
         """
-        if self._loss_aware is None:
-            return
+        if self._loss_aware is None or (self._totals is not None and self.state != "lost"):
+            return  # what is told where nothing was lost would count twice
         if self._totals is not None:
             told = self._totals.settlements(self.owner, self._loss_aware.epoch)
             for first in range(0, len(told), _HANDED_OVER):

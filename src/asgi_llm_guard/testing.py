@@ -922,6 +922,11 @@ class OutageStorage:
         self.inner = fresh
         self._epoch += 1
 
+    @property
+    def lost(self) -> bool:
+        """Whether its data was lost, and nobody has accepted that."""
+        return self._epoch != self._accepted
+
     def available(self) -> bool:
         return self._mode != "down" or not self._breaker
 
@@ -989,7 +994,7 @@ class OutageStorage:
         mode = self._next()
         if mode == "down":
             raise _nobody_there()
-        if decides and self._epoch != self._accepted:
+        if decides and self.lost:
             raise DataLost("the store is not the one that it was")
         yield
         if mode == "silent":
