@@ -19,6 +19,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route as StarletteRoute
+from tests.fault_proxy import FaultProxy
 from tests.ports import free_port
 from tests.servers import OwnRedis, shared_redis, unique_namespace, wait_until
 from tests.storage.values import ME, OTHER, START_MS, ask, draft, record, refuse, settle, take
@@ -217,6 +218,29 @@ async def test_shadow_claims_refuse_nothing_and_count_what_was_granted(storage: 
     assert await used(storage, shadow.meter, other.meter, rate(3)) == [1, 0, 2]
 
 
+class Outrun(limits.aio.storage.MemoryStorage):
+    """A store that others change between every look and every take: it always shows itself empty."""
+
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        return time.time(), 0
+
+
+async def test_a_limit_that_others_use_up_in_between_refuses() -> None:
+    """Then the refusal names that limit as full, and nothing as taken; what was taken before it stays taken."""
+    store = Outrun()
+    storage = LimitsStorage(store)
+    await take(storage, "first", one(2, "full"))
+    await take(storage, "second", one(2, "full"))
+    before_ms = time.time_ns() // 1_000_000
+    scarce, full = await refuse(storage, "third", one(1, "scarce"), one(2, "full"))
+    assert (scarce.fits, scarce.taken) == (True, False)
+    assert (full.fits, full.taken, full.used) == (False, False, 2)
+    assert full.resets_at_ms is not None
+    assert before_ms + PERIOD_MS <= full.resets_at_ms <= before_ms + PERIOD_MS + 10_000
+    assert sorted(map(len, store.events.values())) == [1, 2]
+    await storage.aclose()
+
+
 async def test_what_left_the_window_no_longer_counts() -> None:
     """`moving`: a request counts for one period, to the request."""
     server, prefix = shared_redis(), unique_namespace()
@@ -365,6 +389,14 @@ async def test_an_amendment_that_does_not_fit_changes_nothing(storage: LimitsSto
     assert isinstance(await storage.amend(ME, Bundle("call", (one(1),))), Granted)
     assert isinstance(await storage.amend(ME, Bundle("call", (one(0),))), Refused)
     assert await used(storage, rate(3)) == [1]
+
+
+async def test_an_ended_call_cannot_be_amended(memory: LimitsStorage) -> None:
+    """Amending a call that has ended takes nothing."""
+    await take(memory, "call", one(3))
+    await settle(memory, "call")
+    assert isinstance(await memory.amend(ME, Bundle("call", (one(3), one(3, "bob")))), Ended)
+    assert await used(memory, rate(3, "bob")) == [0]
 
 
 async def test_an_unknown_call_cannot_be_amended(memory: LimitsStorage) -> None:
@@ -630,6 +662,19 @@ async def test_a_store_that_hangs_is_an_error_within_the_timeout(own_redis: OwnR
         (meter,) = guard.policies[0].plan(Context(caller="ada"), None, 0).claims
         assert await used(storage, meter.meter) == [1]
         await take(storage, "next", meter)
+        await storage.aclose()
+
+
+async def test_a_request_of_which_the_answer_is_lost_is_not_sent_again(own_redis: OwnRedis) -> None:
+    """A request that may have been counted is an error, and is counted once: the client library must not repeat it."""
+    server = own_redis()
+    async with FaultProxy(server.url) as proxy:
+        storage = LimitsStorage(proxy.url, strategy="fixed", timeout_s=5)
+        await take(storage, "first", one(9))
+        proxy.cut_at_reply(of="EVALSHA")
+        with pytest.raises(StorageError):
+            await ask(storage, "second", one(9))
+        assert await used(storage, rate(9)) == [2]
         await storage.aclose()
 
 

@@ -375,15 +375,15 @@ class LimitsStorage:
         asked = await self._look(store, [claim for claim in claims if not _keeps(claim, before)], before)
         taken: set[str] = set()
         lost: str | None = None
-        if all(each.room >= 0 for each in asked if each.claim.meter.enforce):
-            # The scarcest first, and last what only watches, which then counts only what was granted.
-            for each in sorted(asked, key=lambda each: (not each.claim.meter.enforce, each.room)):
-                meter = each.claim.meter
-                if each.room >= 0 and (each.more <= 0 or await self._hit(store, meter, each.more)):
-                    taken.add(meter.key)
-                elif meter.enforce:
-                    lost = meter.key
-                    break
+        # The scarcest first, so that nothing is taken unless all fit; last what only watches, which then counts
+        # only what was granted.
+        for each in sorted(asked, key=lambda each: (not each.claim.meter.enforce, each.room)):
+            meter = each.claim.meter
+            if each.room >= 0 and (each.more <= 0 or await self._hit(store, meter, each.more)):
+                taken.add(meter.key)
+            elif meter.enforce:
+                lost = meter.key
+                break
         granted = all(each.claim.meter.key in taken for each in asked if each.claim.meter.enforce)
         states = {
             each.claim.meter.key: self._receipt(
