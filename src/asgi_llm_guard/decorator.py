@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -112,9 +112,7 @@ class _Work:
         self.context = context
         self._bound: tuple[object, tuple[Policy, ...]] | None = None
 
-    def prepare(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, stacked: bool
-    ) -> _Run:
+    def start(self, function: Callable[..., Any], stacked: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
         """The call, which has claimed nothing yet, and the admission that it opens if there is none."""
         scope = current_scope()
         admission = scope.admission if isinstance(scope, ActiveCall) else scope
@@ -162,17 +160,34 @@ class _Work:
 
 
 class _Run:
-    """One call of a guarded function."""
+    """One call of a guarded function. As a block: what the function does, and the end of the call after it."""
 
-    __slots__ = ("call", "deferred", "own")
+    __slots__ = ("call", "claimed", "deferred", "inside", "own")
 
     def __init__(self, call: ActiveCall, own: Admission | None) -> None:
         self.call = call
         self.own = own
+        self.claimed = False
         self.deferred = False
+        """The function has returned, and its response is still to be streamed: the call ends with it."""
+        self.inside = _Inside(call)
 
     async def claim(self) -> None:
-        await self.call.claim(requests=True)
+        if not self.claimed:
+            await self.call.claim(requests=True)
+            self.claimed = True
+
+    def claim_sync(self) -> None:
+        if not self.claimed:
+            background.run(self.claim(), undo=self.call.discard)
+
+    def __enter__(self) -> None:
+        self.inside.__enter__()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.inside.__exit__()
+        if not self.deferred:
+            self.end(error)
 
     def returned(self, result: object) -> object:
         """Take the usage of a return value; a streaming response is metered while it is sent."""
@@ -181,80 +196,47 @@ class _Run:
             if result is not None and not self.call.recorded:
                 self.call.record_if_known(_content(result))
             return result
-        self.deferred = True
+        kind = _generator if isinstance(body, Iterator) else _async_generator
+        streamed = kind(lambda: body, lambda *_: self)()
         self.call.admission.defer(self.call)
-        streamed = self._stream_sync(body) if isinstance(body, Iterator) else self._stream(body)
         # A response that nobody sends never runs its body, and so never comes to the end of it.
         weakref.finalize(streamed, self._abandoned).atexit = False
         result.body_iterator = streamed  # type: ignore[attr-defined]
+        self.deferred = True
         return result
 
     def _abandoned(self) -> None:
-        self.deferred = False
         self.call.end(complete=False)
         if self.own is not None:
             self.own.end(complete=False)
 
-    def end(self, error: BaseException | None = None) -> None:
-        if self.deferred and error is None:
-            return
+    def end(self, error: BaseException | None) -> None:
         self.call.end(error)
         if self.own is not None:
             self.own.end()
 
-    async def _stream(self, body: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        error: BaseException | None = None
-        try:
-            while True:
-                # The response pulls from a task of its own; the scope must hold for each step there.
-                token = enter(self.call)
-                try:
-                    chunk = await anext(body)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    leave(token)
-                self.call.record_chunk(chunk)
-                yield chunk
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            closing = getattr(body, "aclose", None)
-            token = enter(self.call)
-            try:
-                if closing is not None:
-                    await closing()
-            finally:
-                leave(token)
-                self.deferred = False
-                self.end(error)
 
-    def _stream_sync(self, body: Iterator[Any]) -> Generator[Any, None, None]:
-        error: BaseException | None = None
-        try:
-            while True:
-                token = enter(self.call)
-                try:
-                    chunk = next(body)
-                except StopIteration:
-                    return
-                finally:
-                    leave(token)
-                self.call.record_chunk(chunk)
-                yield chunk
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.deferred = False
-            self.end(error)
+class _Inside:
+    """As a block, again and again: the code in it sees the call as its scope."""
+
+    __slots__ = ("_call", "_token")
+
+    def __init__(self, call: ActiveCall) -> None:
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._token = enter(self._call)
+
+    def __exit__(self, *_: object) -> None:
+        leave(self._token)
 
 
 # ------------------------------------------------------------------------------------ wrappers
 
 _wrappers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Every guarded function."""
+
+_Start = Callable[[tuple[Any, ...], dict[str, Any]], _Run]
 
 
 def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
@@ -263,139 +245,120 @@ def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigurationError(f"@guarded: expected a function, got {function!r}")
     target = _code(function)
-    wrapper: Callable[..., Any]
     if inspect.isasyncgenfunction(target):
-        wrapper = _async_generator(function, work)
+        kind = _async_generator
     elif inspect.isgeneratorfunction(target):
-        wrapper = _generator(function, work)
+        kind = _generator
     elif inspect.iscoroutinefunction(target):
-        wrapper = _coroutine(function, work)
+        kind = _coroutine
     else:
-        wrapper = _plain(function, work)
+        kind = _plain
+    wrapper = kind(function, functools.partial(work.start, function, target in _wrappers))
+    functools.update_wrapper(wrapper, function)
     _keep_signature(function, wrapper)
     mark(function, wrapper)
     _wrappers.add(wrapper)
     return wrapper
 
 
-def _coroutine(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
-    stacked = _code(function) in _wrappers
-
-    @functools.wraps(function)
+def _coroutine(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        run = work.prepare(function, args, kwargs, stacked=stacked)
+        run = start(args, kwargs)
         await run.claim()
-        token = enter(run.call)
-        try:
-            result = run.returned(await function(*args, **kwargs))
-        except BaseException as error:
-            run.end(error)
-            raise
-        finally:
-            leave(token)
-        run.end()
-        return result
+        with run:
+            return run.returned(await function(*args, **kwargs))
 
     return wrapper
 
 
-def _plain(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
-    stacked = _code(function) in _wrappers
-
-    @functools.wraps(function)
+def _plain(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        run = work.prepare(function, args, kwargs, stacked=stacked)
-        background.run(run.claim(), undo=run.call.discard)
-        token = enter(run.call)
-        try:
-            result = run.returned(function(*args, **kwargs))
-        except BaseException as error:
-            run.end(error)
-            raise
-        finally:
-            leave(token)
-        run.end()
-        return result
+        run = start(args, kwargs)
+        run.claim_sync()
+        with run:
+            return run.returned(function(*args, **kwargs))
 
     return wrapper
 
 
-def _async_generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
-    stacked = _code(function) in _wrappers
+def _async_generator(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:
+    """Meters what the function gives, and passes on to it what is sent or thrown; the call ends with it."""
 
-    @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        run = work.prepare(function, args, kwargs, stacked=stacked)
+        run = start(args, kwargs)
         await run.claim()
-        items: AsyncGenerator[Any, Any] = function(*args, **kwargs)
-        step, given = items.asend, None
+        items = function(*args, **kwargs)
+        step, given = anext, items
         error: BaseException | None = None
         try:
             while True:
                 # Each step may be pulled from another task: the scope holds for the step, not for the generator.
-                token = enter(run.call)
-                try:
-                    item = await step(given)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    leave(token)
+                with run.inside:
+                    try:
+                        item = await step(given)
+                    except StopAsyncIteration:
+                        return
                 run.call.record_chunk(item)
                 try:
-                    step, given = items.asend, (yield item)
+                    sent = yield item
                 except GeneratorExit:
                     raise
-                except BaseException as thrown:  # noqa: BLE001 - handed on to the function's own generator
-                    step, given = cast("Callable[[Any], Any]", items.athrow), thrown
+                except BaseException as thrown:
+                    if not hasattr(items, "athrow"):
+                        raise
+                    step, given = items.athrow, thrown
+                else:
+                    step, given = (anext, items) if sent is None else (items.asend, sent)
         except BaseException as caught:
             error = caught
             raise
         finally:
-            token = enter(run.call)
             try:
-                await items.aclose()
+                if hasattr(items, "aclose"):
+                    with run.inside:
+                        await items.aclose()
             finally:
-                leave(token)
                 run.end(error)
 
     return wrapper
 
 
-def _generator(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
-    stacked = _code(function) in _wrappers
+def _generator(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:
+    """As `_async_generator`, from which it differs in the names of what it calls."""
 
-    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        run = work.prepare(function, args, kwargs, stacked=stacked)
-        background.run(run.claim(), undo=run.call.discard)
-        items: Generator[Any, Any, Any] = function(*args, **kwargs)
-        step, given = items.send, None
+        run = start(args, kwargs)
+        run.claim_sync()
+        items = function(*args, **kwargs)
+        step, given = next, items
         error: BaseException | None = None
         try:
             while True:
-                token = enter(run.call)
-                try:
-                    item = step(given)
-                except StopIteration as stop:
-                    return stop.value
-                finally:
-                    leave(token)
+                with run.inside:
+                    try:
+                        item = step(given)
+                    except StopIteration as stop:
+                        return stop.value
                 run.call.record_chunk(item)
                 try:
-                    step, given = items.send, (yield item)
+                    sent = yield item
                 except GeneratorExit:
                     raise
-                except BaseException as thrown:  # noqa: BLE001 - handed on to the function's own generator
-                    step, given = cast("Callable[[Any], Any]", items.throw), thrown
+                except BaseException as thrown:
+                    if not hasattr(items, "throw"):
+                        raise
+                    step, given = items.throw, thrown
+                else:
+                    step, given = (next, items) if sent is None else (items.send, sent)
         except BaseException as caught:
             error = caught
             raise
         finally:
-            token = enter(run.call)
             try:
-                items.close()
+                if hasattr(items, "close"):
+                    with run.inside:
+                        items.close()
             finally:
-                leave(token)
                 run.end(error)
 
     return wrapper

@@ -188,6 +188,46 @@ async def test_response_with_a_plain_iterator() -> None:
     assert await ledger(guard) == [("measured", USED), ("estimated", 100 * 1_000 + 4 * 2_000)]
 
 
+class Pieces:
+    """An iterator that can do nothing but give the next piece."""
+
+    def __init__(self) -> None:
+        self.left = [event("four"), event("lo", last=True)]
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return self.left.pop(0)
+
+
+class SyncPieces(Pieces):
+    def __iter__(self) -> SyncPieces:
+        return self
+
+    def __next__(self) -> bytes:
+        return self.left.pop(0)
+
+
+async def test_response_with_an_iterator_that_takes_nothing() -> None:
+    """What is thrown at a body that cannot take it ends the body; one that cannot be closed is left."""
+    guard = new_guard(Budget("$1/1d", per="caller"))
+
+    @guarded(guard=guard, **BOUND)
+    async def answer(pieces: Any) -> SyncBody:
+        return SyncBody(pieces)
+
+    body: Any = (await answer(Pieces())).body_iterator
+    await anext(body)
+    with pytest.raises(KeyError, match="thrown"):
+        await body.athrow(KeyError("thrown"))
+    body = (await answer(SyncPieces())).body_iterator
+    next(body)
+    with pytest.raises(KeyError, match="thrown"):
+        body.throw(KeyError("thrown"))
+    assert await ledger(guard) == [("estimated", 100 * 1_000 + 4 * 2_000)] * 2
+
+
 # -------------------------------------------------------------------------------- at start
 
 
