@@ -101,8 +101,9 @@ class Budget(ScopedPolicy[_Meters]):
             all_limits = (*self._limits, *(limit for limits in self._by_subject.values() for limit in limits))
             leased = [limit.amount for limit in all_limits if limit.unit is unit]
             if not leased:
-                raise ConfigurationError(f"{name}.lease: no limit is in {unit}, got {lease!r}")
-            check_lease(amount, leased, name=f"{name}.lease (in {unit})")
+                kind = "dollars" if unit is Unit.NANOUSD else "tokens"
+                raise ConfigurationError(f"{name}.lease: no limit is in {kind}, got {lease!r}")
+            check_lease(amount, leased, name=f"{name}.lease", unit=unit)
 
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
         """The call's upper bound, from every meter of every subject."""

@@ -175,7 +175,7 @@ def parse_lease(value: object, *, name: str) -> tuple[Unit, int]:
     return unit, _some(amount, value, name)
 
 
-def check_lease(lease: object, limits: Iterable[int | None], *, name: str) -> int:
+def check_lease(lease: object, limits: Iterable[int | None], *, name: str, unit: Unit = Unit.TOKENS) -> int:
     """A chunk, as a whole number, that fits into each of these limits; those of 0 and `None` aside.
 
     Raises:
@@ -184,7 +184,8 @@ def check_lease(lease: object, limits: Iterable[int | None], *, name: str) -> in
     amount = _some(whole(lease, name=name), lease, name)
     lowest = min((limit for limit in limits if limit), default=amount)
     if amount > lowest:
-        raise ConfigurationError(f"{name}: must not be larger than the limit of {lowest}, got {amount}")
+        shown = format_usd if unit is Unit.NANOUSD else str
+        raise ConfigurationError(f"{name}: must not be larger than the limit of {shown(lowest)}, got {shown(amount)}")
     return amount
 
 
