@@ -125,7 +125,7 @@ class Copy:
             await self._send("PEXPIRE", f"oh:{hold.owner}", LONGEST_MS)
         for call_id, tombstone in snapshot.tombstones:
             value = await self._tombstone(tombstone, codec)
-            await self._send("SET", f"h:{call_id}", value, "PX", max(tombstone.until_ms - now_ms, 1))
+            await self._send("SET", f"h:{call_id}", value, "PX", max(tombstone.until_ms - now_ms, 0) + GRACE_MS)
         for record in snapshot.records:
             await self._record(record)
         for name in ("o", "ol", "s", "l", "li"):

@@ -38,9 +38,12 @@ class Script:
     text: str
     sha: str = field(init=False)
     """SHA-1 of the text, in hexadecimal."""
+    name: bytes = field(init=False, repr=False)
+    """The same, as it is sent."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sha", hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest())
+        object.__setattr__(self, "name", self.sha.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +114,10 @@ class Link:
             LinkError: no reply, or an error; `sent` says whether it may have been executed.
         """
         future = self._loop.create_future()
-        packed = pack(("EVALSHA", script.sha, 1, key, *args))
+        packed = pack((b"EVALSHA", script.name, b"1", key, *args))
         slot = key_slot(key) if self._in_cluster else 0
-        self._put(Call(future, packed, self._time(), max(timeout_s, self._timeout_s), slot))
+        own = self._timeout_s
+        self._put(Call(future, packed, self._time(), own if timeout_s <= own else timeout_s, slot))
         return future
 
     def submit_command(

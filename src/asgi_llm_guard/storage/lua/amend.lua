@@ -14,7 +14,8 @@ local lapse, owner, id, f = tonumber(ARGV[4]), ARGV[6], ARGV[7], cmsgpack.unpack
 
 local score = call('ZSCORE', OWNERS, owner)
 score = score and tonumber(score)
-if score and score <= now then return {now, epoch, {4}} end
+local lapsed = #call('ZRANGEBYSCORE', OWNERS, '-inf', now, 'LIMIT', 0, 1) > 0
+if lapsed and (score and score <= now or not score and call('HEXISTS', LAPSED, owner) == 1) then return {now, epoch, {4}} end
 local value = call('GET', HOLD .. id)
 if not value or state_of(value) ~= 'O' then
   local reason
@@ -55,7 +56,7 @@ end
 release(given_back, {}, true)
 local fits, out, holds = take(f, 1, 1, asked, 1, owner, h[3], h[4], kept)
 if fits == STALE then return {now, epoch, {5}} end
-if not fits and #call('ZRANGEBYSCORE', OWNERS, '-inf', now, 'LIMIT', 0, 1) > 0 then return {now, epoch, {4}} end
+if not fits and lapsed then return {now, epoch, {4}} end
 local answer, at = {fits and 1 or 0}, 1
 for i = 1, #asked do
   local old = kept[asked[i]]

@@ -123,7 +123,11 @@ for r = 1, #requests do
     end
   end
   local score = not reply and lapse_of(owner)
-  if score and score <= now then reply = {4} end
+  if score and score <= now then
+    reply = {4}
+  elseif not reply and not score and somebody_lapsed() and call('HEXISTS', LAPSED, owner) == 1 then
+    reply = {4} -- it has lapsed itself: what it takes now must not be expired with what it held before
+  end
   if not reply then
     local q, out, states = 4 + bundles, nil, nil
     for plan = 1, plans do
