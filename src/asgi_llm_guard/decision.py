@@ -24,6 +24,7 @@ Code = Literal[
     "model_unpriced",
     "feature_not_allowed",
     "invalid_request",
+    "credentials_invalid",
     "body_too_large",
     "body_encoded",
     "route_not_listed",

@@ -75,6 +75,7 @@ _STATUS: Final[Mapping[Code, int]] = {
     "model_unpriced": 403,
     "feature_not_allowed": 403,
     "invalid_request": 400,
+    "credentials_invalid": 403,
     "body_too_large": 413,
     "body_encoded": 415,
     "route_not_listed": 403,

@@ -17,7 +17,7 @@ import msgspec
 
 from asgi_llm_guard.admission import Admission, enter, leave
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.decision import Code, Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.identity.base import IdentityError
@@ -290,7 +290,7 @@ class GuardMiddleware:
             context = self.context(scope, None, route.session or guard.session, route)
         except IdentityError as error:
             nobody = guard.new_admission(Context(route=route.path))
-            return guard.engine.refused(Context(route=route.path), None, _malformed(error)), nobody
+            return guard.engine.refused(Context(route=route.path), None, _unidentified(error)), nobody
         admission = guard.new_admission(context, extra=plan.extra, opaque=_opaque(guard, route))
         if guard.draining:
             return guard.engine.refused(context, None, DRAINING), admission
@@ -443,7 +443,7 @@ class _Exchange:
         except BodyError as error:
             return self._refused(Refusal(policy="request", code=error.code, message=str(error), status=error.status))
         except IdentityError as error:
-            return self._refused(_malformed(error))
+            return self._refused(_unidentified(error))
         self.context = context
         if guard.draining:
             return self._refused(DRAINING)
@@ -673,8 +673,10 @@ class _ErrorPage:
 # --------------------------------------------------------------------------------- helpers
 
 
-def _malformed(error: IdentityError) -> Refusal:
-    return Refusal(policy="identity", code="invalid_request", message=str(error), status=error.status)
+def _unidentified(error: IdentityError) -> Refusal:
+    code: Code = "credentials_invalid" if error.status == 403 else "invalid_request"
+    status = None if error.status in (400, 403) else error.status  # those of the two codes, unless the guard has others
+    return Refusal(policy="identity", code=code, message=str(error), status=status)
 
 
 def _opaque(guard: Guard, route: Route) -> bool:

@@ -138,6 +138,7 @@ OWN_CODES: dict[Code, int] = {
     "route_not_listed": 403,
     "session_required": 400,
     "invalid_request": 400,
+    "credentials_invalid": 403,
     "body_too_large": 413,
     "body_encoded": 415,
     "guard_unavailable": 503,

@@ -229,6 +229,7 @@ TYPES: list[tuple[Code, str, str]] = [
     ("quota_exceeded", "insufficient_quota", "rate_limit_error"),
     ("budget_exhausted", "insufficient_quota", "billing_error"),
     ("model_not_allowed", "permission_error", "permission_error"),
+    ("credentials_invalid", "permission_error", "permission_error"),
     ("session_required", "invalid_request_error", "invalid_request_error"),
     ("guard_unavailable", "server_error", "api_error"),
 ]

@@ -13,7 +13,8 @@ from starlette.routing import Route as Path
 from starlette.testclient import TestClient
 
 from asgi_llm_guard import Context, Guard, GuardMiddleware, Iterations, RateLimit, current_admission
-from asgi_llm_guard.identity import ApiKeys, PeerAddress, Resolver, TrustedHeaders
+from asgi_llm_guard.identity import ApiKeys, Identity, IdentityError, PeerAddress, Resolver, TrustedHeaders
+from asgi_llm_guard.identity.base import Scope
 
 SECRET = "a pepper that is long enough"
 
@@ -80,19 +81,32 @@ def test_missing_session() -> None:
 
 
 @pytest.mark.parametrize(
-    "headers, status",
+    "headers, status, code",
     [
-        ([("x-api-key", "lg-canary-unknown")], 403),
-        ([("x-session-id", "canary"), ("x-session-id", "canary")], 400),
-        ([("x-session-id", "s" * 257)], 400),
-        ([("x-session-id", "canary\x1b[31m")], 400),
+        ([("x-api-key", "lg-canary-unknown")], 403, "credentials_invalid"),
+        ([("x-session-id", "canary"), ("x-session-id", "canary")], 400, "invalid_request"),
+        ([("x-session-id", "s" * 257)], 400, "invalid_request"),
+        ([("x-session-id", "canary\x1b[31m")], 400, "invalid_request"),
     ],
 )
-def test_refusals(headers: list[tuple[str, str]], status: int) -> None:
+def test_refusals(headers: list[tuple[str, str]], status: int, code: str) -> None:
     """T16: a request whose identity does not hold is answered by the guard, without repeating what was sent."""
     guard = Guard(identity=ApiKeys([], secret=SECRET))
     with client(guard) as http:
         answer = http.post("/", headers=headers)
-    assert answer.status_code == status
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert "canary" not in answer.text
     assert answer.headers["x-should-retry"] == "false"
+
+
+def test_status_of_refused_credentials() -> None:
+    """The guard may say which status credentials that do not hold are answered with; a resolver's own wins over it."""
+
+    def closed(scope: Scope) -> Identity | None:
+        raise IdentityError("No identities are taken today.", status=451)
+
+    statuses = {"credentials_invalid": 404}
+    with client(Guard(identity=ApiKeys([], secret=SECRET), statuses=statuses)) as http:
+        assert http.post("/", headers={"x-api-key": "lg-unknown"}).status_code == 404
+    with client(Guard(identity=closed, statuses={**statuses, "invalid_request": 422})) as http:
+        assert http.post("/").status_code == 451

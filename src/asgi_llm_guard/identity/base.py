@@ -47,7 +47,8 @@ class IdentityError(GuardError):
     """What a request says about itself cannot be accepted.
 
     The message is for the caller to read: it names the header or field, never the value. Answered
-    with `status`: 400 for what is malformed or sent twice, 403 for credentials that do not hold.
+    with `status`: 400 for what is malformed or sent twice (code `invalid_request`), 403 for credentials
+    that do not hold (`credentials_invalid`). For these two the guard's `statuses` may say otherwise.
     """
 
     def __init__(self, message: str, *, status: int = 400) -> None:

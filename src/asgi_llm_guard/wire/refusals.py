@@ -198,6 +198,7 @@ _KINDS: Final[Mapping[Code, str]] = {
     "model_unpriced": "forbidden",
     "feature_not_allowed": "forbidden",
     "route_not_listed": "forbidden",
+    "credentials_invalid": "forbidden",
     "session_required": "invalid",
     "invalid_request": "invalid",
     "body_too_large": "invalid",
