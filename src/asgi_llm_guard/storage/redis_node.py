@@ -509,7 +509,8 @@ def translated(error: ServerError, where: object) -> LinkError:
     """What a server answered, with the next step."""
     code = error.code
     step = f"; {_NEXT_STEPS[code]}" if code in _NEXT_STEPS else ""
-    return LinkError(f"redis: {where} answered: {error}{step}", sent=code not in _NOT_EXECUTED, code=code)
+    said = str(error).rstrip(".")
+    return LinkError(f"redis: {where} answered: {said}{step}", sent=code not in _NOT_EXECUTED, code=code)
 
 
 def info_fields(reply: object) -> dict[str, str]:

@@ -66,6 +66,15 @@ async def outcomes(futures: Iterable[asyncio.Future[Any]]) -> list[Any]:
     return list(await asyncio.gather(*map(outcome, futures)))
 
 
+async def fail_until_down(link: Link) -> list[Any]:
+    """Call until the link leaves its server alone; the outcomes."""
+    seen = []
+    async with asyncio.timeout(PATIENT_S):
+        while link.state == "up":
+            seen.append(await outcome(link.submit(COUNT, b"{down}", [b"0"])))
+    return seen
+
+
 async def until(done: Callable[[], bool]) -> None:
     """Give way to the event loop until something is so."""
     async with asyncio.timeout(PATIENT_S):

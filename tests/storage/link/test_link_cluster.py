@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 from tests.ports import free_port
 from tests.servers import RedisCluster, RedisServer
-from tests.storage.link.kit import COUNT, PUSH, Changes, linked, outcome, outcomes
+from tests.storage.link.kit import COUNT, PUSH, Changes, linked, outcome, outcomes, until
 
+from asgi_llm_guard.storage.redis_address import Endpoint
+from asgi_llm_guard.storage.redis_cluster import Cluster
 from asgi_llm_guard.storage.redis_link import LinkError
 
 pytestmark = pytest.mark.anyio
@@ -90,6 +92,55 @@ async def test_many_calls_that_come_back_keep_their_order(cluster: RedisCluster)
         await outcomes(calls)
 
         assert await link.command("LRANGE", key, 0, -1, key=key) == [str(n).encode() for n in range(len(calls))]
+
+
+async def test_a_slot_that_is_seen_to_have_moved_is_followed_in_order(cluster: RedisCluster) -> None:
+    """Calls under way to a node that does not answer are not overtaken when a look-up tells that their slot has moved."""
+    cluster.flush()
+    key, other = b"{a}:seen", b"{b}:seen"
+    slot, other_slot = cluster.slot_of(key), cluster.slot_of(other)
+    source, target = cluster.node_of(slot), cluster.node_of(other_slot)
+    if target is source:  # tests before this one have moved them
+        target = next(node for node in cluster.masters if node is not source)
+        cluster.move_slot(other_slot, target)
+    third = next(node for node in cluster.masters if node not in {source, target})
+    async with linked(cluster.url) as link:
+        await outcomes([link.submit_command("GET", each, key=each) for each in (key, other)])
+        cluster.move_slot(slot, target)
+        cluster.move_slot(other_slot, third)
+        source.pause()
+        try:
+            calls = [link.submit(PUSH, key, [n]) for n in range(10)]
+            assert await outcome(link.submit(COUNT, other, [b"1"])) == 1  # comes back, so the slots are looked up
+            servers = link._servers
+            assert isinstance(servers, Cluster)
+            await until(lambda: getattr(servers._slots[slot], "endpoint", None) == Endpoint(target.host, target.port))
+            calls += [link.submit(PUSH, key, [n]) for n in range(10, 20)]
+            await asyncio.wait(calls, timeout=0.05)
+        finally:
+            source.resume()
+        await outcomes(calls)
+
+        assert await link.command("LRANGE", key, 0, -1, key=key) == [str(n).encode() for n in range(20)]
+
+
+async def test_what_was_not_loaded_goes_before_what_was_moved(cluster: RedisCluster) -> None:
+    """A call that came back for its script, and one behind it that came back for its slot, are made in that order."""
+    cluster.flush()
+    key = b"{c}:both"
+    slot = cluster.slot_of(key)
+    source = cluster.node_of(slot)
+    target = next(node for node in cluster.masters if node is not source)
+    async with linked(cluster.url) as link:
+        await link.command("GET", key, key=key)
+        source.call("SCRIPT", "FLUSH")
+        first = link.submit(PUSH, key, ["first"])  # written at once; its answer is not read before the loop goes on
+        source.call("PING")
+        cluster.move_slot(slot, target)
+        second = link.submit(PUSH, key, ["second"])
+        await outcomes([first, second])
+
+        assert await link.command("LRANGE", key, 0, -1, key=key) == [b"first", b"second"]
 
 
 async def test_a_key_that_is_on_its_way_is_asked_for(cluster: RedisCluster) -> None:
