@@ -17,6 +17,7 @@ __all__ = ["Handed", "again", "tell"]
 logger = logging.getLogger("asgi_llm_guard.storage")
 
 T = TypeVar("T")
+Raised = TypeVar("Raised", bound=Exception)
 
 Future = asyncio.Future  # by its short name: it is named often below
 
@@ -87,7 +88,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def again(error: Exception) -> Exception:
+def again(error: Raised) -> Raised:
     """The same error for another asker: one that is raised twice collects two tracebacks."""
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)

@@ -43,7 +43,7 @@ from asgi_llm_guard.claims import (
 )
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
-from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Pending
+from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
 from asgi_llm_guard.storage.cells import Hold, Tombstone
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
 from asgi_llm_guard.storage.redis_address import Address
@@ -193,14 +193,18 @@ class RedisStorage:
                 return remembered[1]
         if not self._epoch:
             await self._hello(lane)
+        sent = False
         for asked in range(_MOST_ASKED):
             shapes: list[Shape] = []
             argument = self._codec.plans(owner, plans, self._now_ms(), shapes)
             self._will_send(shapes)
             try:
                 now_ms, epoch, reply = await lane.lane.reserve(argument)
-            except LinkError:
+            except LinkError as error:
+                sent |= error.sent
                 if asked or self._closed or not lane.link_up:
+                    if sent and not error.sent:
+                        raise _sent_before(error) from error
                     raise
                 continue  # the connection broke: once more, under the same call ids
             self._heard(now_ms)
@@ -282,6 +286,7 @@ class RedisStorage:
             await self._settled_elsewhere(lane)
         if not self._epoch:
             await self._hello(lane)
+        sent = False
         for asked in range(_MOST_ASKED):
             shapes: list[Shape] = []
             argument = self._codec.bundle(bundle, self._now_ms(), shapes)
@@ -290,8 +295,11 @@ class RedisStorage:
             lane.lane.flush()
             try:
                 reply = await lane.submit(_AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
-            except LinkError:
+            except LinkError as error:
+                sent |= error.sent
                 if asked or self._closed or not lane.link_up:
+                    if sent and not error.sent:
+                        raise _sent_before(error) from error
                     raise
                 continue
             now_ms, epoch, answer = reply
@@ -312,6 +320,8 @@ class RedisStorage:
     def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
         if self._closed:
             raise StorageError("redis: this storage was closed; make a new one")
+        if not settlements:
+            return Completed(())
         if self._refusals:
             self._refusals.clear()
         shapes: list[Shape] = []
@@ -623,7 +633,7 @@ class RedisStorage:
     async def _hold(self, lane: _Connected, call_id: str, fields: Any) -> Hold:
         digest, at_ms, owner, plan, draft, *rows = fields
         receipts = await self._receipts(lane, digest.decode(), rows)
-        return Hold(call_id, owner.decode(), receipts, read_record(draft) if draft else None, at_ms, plan)
+        return Hold(call_id, owner.decode(), receipts, read_record(call_id, draft) if draft else None, at_ms, plan)
 
     async def load(self, lines: Iterable[bytes]) -> None:
         snapshot = parse_lines(lines)
@@ -726,6 +736,11 @@ class _Home:
         self._thread.join(1)
 
 
+def _sent_before(error: LinkError) -> LinkError:
+    """What the last try failed with, where an earlier one may have been executed."""
+    return LinkError(f"{error}; an earlier try may have been executed", sent=True, code=error.code)
+
+
 # ------------------------------------------------------------------------------------ replies
 
 
@@ -771,7 +786,7 @@ def _amended(bundle: Bundle, answer: Any, now_ms: int) -> Granted | Refused:
 
 def _record_of(fields: Sequence[bytes]) -> UsageRecord:
     values = dict(zip(fields[::2], fields[1::2], strict=True))
-    record = read_record(values[b"r"])
+    record = read_record(values[b"c"].decode(), values[b"r"])
     if b"x" in values:  # a draft, of a call whose owner died
         cost = record.cost_nanousd if record.estimate_nanousd is None else record.estimate_nanousd
         return msgspec.structs.replace(

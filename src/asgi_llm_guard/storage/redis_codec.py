@@ -22,6 +22,7 @@ from asgi_llm_guard.windows import (
     CALENDAR,
     DISTINCT,
     LIFETIME,
+    ROLLING,
     SLIDING,
     SLOTS,
     Bucket,
@@ -76,29 +77,35 @@ def pack_text(data: bytes) -> msgspec.Raw:
 
 # ---------------------------------------------------------------------------------- records
 
-_FIELDS: Final = UsageRecord.__struct_fields__
+_FIELDS: Final = UsageRecord.__struct_fields__[1:]  # the call id stands beside the record
 _USAGE_AT: Final = _FIELDS.index("usage")
+_DEFAULTS: Final = {"departments": (), "tags": (), "outcome": "measured", "late": False}
+_DEFAULTS_AT: Final = tuple((_FIELDS.index(name), value) for name, value in _DEFAULTS.items())
 
 
 def write_record(record: UsageRecord) -> bytes:
-    """A usage record: its fields in their order, the last ones left out where they are `None`."""
-    values = list(msgspec.structs.astuple(record))
+    """A usage record without its call id: its fields in their order, what is as usual as `None`, the last of those left out."""
+    values: list[Any] = list(msgspec.structs.astuple(record)[1:])
     if record.usage is not None:
         values[_USAGE_AT] = msgspec.structs.astuple(record.usage)
+    for at, usual in _DEFAULTS_AT:
+        if values[at] == usual:
+            values[at] = None
     while values[-1] is None:
         values.pop()
     return _encode(values)
 
 
-def read_record(data: bytes) -> UsageRecord:
+def read_record(call_id: str, data: bytes) -> UsageRecord:
     """The record that `write_record` gave these bytes for."""
     fields = dict(zip(_FIELDS, _decode(data), strict=False))
+    for name, usual in _DEFAULTS.items():
+        value = fields.get(name)
+        fields[name] = usual if value is None else tuple(value) if isinstance(value, list) else value
     usage = fields.get("usage")
     if usage is not None:
         fields["usage"] = Usage(**dict(zip(Usage.__struct_fields__, usage, strict=True)))
-    fields["departments"] = tuple(fields["departments"])
-    fields["tags"] = tuple(fields["tags"])
-    return UsageRecord(**fields)
+    return UsageRecord(call_id=call_id, **fields)
 
 
 # ----------------------------------------------------------------------------------- shapes
@@ -235,8 +242,11 @@ class Codec:
             if written.template.flags >= _SUBJECT:
                 flat.append(claim.meter.subject)
             pin = receipt.pin if kind in (SLIDING, SLOTS, DISTINCT) else at_ms - receipt.pin
-            resets = None if receipt.resets_at_ms is None else receipt.resets_at_ms - at_ms
-            flat += (claim.amount, written.limit, int(receipt.taken), receipt.used, receipt.held, pin, resets)
+            resets = receipt.resets_at_ms
+            if resets is not None:
+                resets -= receipt.pin + written.template.p1 if kind <= ROLLING else at_ms
+            amount = claim.amount if receipt.taken else -1 - claim.amount
+            flat += (amount, written.limit, receipt.used, receipt.held, pin, resets)
 
     def meters(self, meters: Iterable[Meter]) -> bytes:
         """The argument for `read` and `reset`."""
@@ -268,7 +278,7 @@ class Codec:
                 flat += (template.kind, template.p1, template.p2, template.flags, template.prefix)
             script = _encode(flat)
             common = _encode([(pack_text(template.common), template.subject_at) for template in templates])
-            digest = hashlib.blake2b(script + common, digest_size=9).digest()
+            digest = hashlib.blake2b(script + common, digest_size=6).digest()
             shape = Shape(base64.b64encode(digest).decode(), script, common)
             self._shapes[templates] = shape
             self._templates[shape.digest] = templates
@@ -325,12 +335,17 @@ def _intern(template: _Template) -> _Template:
     return _interned.setdefault(template, template)
 
 
+_KINDS_OF_SUBJECTS: Final = frozenset({"agent", "caller", "department", "model", "provider", "tag", "user"})
+"""A part of the shape and not of the claim: there are few of them, whereas anything else may be somebody's id."""
+
+
 def _split(key: str) -> tuple[str, str, str]:
-    """Policy, unit and window of a meter's key; a colon; and its subject."""
-    parts = key.split(":", 3)
-    if len(parts) < 4:
+    """Policy, unit, window and the kind of the subject; a colon; and the rest of a meter's key."""
+    parts = key.split(":", 4)
+    upto = 4 if len(parts) == 5 and parts[3] in _KINDS_OF_SUBJECTS else 3
+    if len(parts) <= upto:
         return "", "", key
-    return ":".join(parts[:3]), ":", parts[3]
+    return ":".join(parts[:upto]), ":", ":".join(parts[upto:])
 
 
 def _subject_at(subject: str, suffix: str) -> tuple[int, int]:

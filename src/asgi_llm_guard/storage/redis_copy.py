@@ -138,7 +138,9 @@ class Copy:
         shape = codec.shape_of(hold.receipts)
         await self._send("HSET", "s", shape.digest, shape.script, f"m{shape.digest}", shape.common)
         draft = None if hold.draft is None else pack_text(write_record(hold.draft))
-        fields: list[Any] = ["O", hold.owner, hold.at_ms, hold.plan, draft, shape.digest]
+        owner, dash, _ = hold.call_id.rpartition("-")
+        written = "" if dash and owner == hold.owner else hold.owner
+        fields: list[Any] = ["O", written, hold.at_ms, hold.plan, draft, shape.digest]
         codec.hold_claims(fields, hold.receipts, at_ms=hold.at_ms)
         return _array(fields)
 

@@ -54,7 +54,7 @@ class _Handed(Handed[tuple[Settled, ...]]):
 class Group:
     """Settlements that were handed over together: one step, as far as the store knows their holds."""
 
-    __slots__ = ("arguments", "handed", "left", "number", "replies", "settlements", "tries")
+    __slots__ = ("arguments", "handed", "left", "number", "replies", "sent", "settlements", "tries")
 
     def __init__(self, settlements: Sequence[Settlement], arguments: list[bytes]) -> None:
         self.number = next(_numbers)
@@ -65,6 +65,8 @@ class Group:
         self.left = list(range(len(settlements)))
         """Which of them have no answer yet; `arguments` are theirs."""
         self.tries = 0
+        self.sent = False
+        """A try that failed may have been executed."""
 
 
 class Sender(Protocol):
@@ -177,10 +179,13 @@ class Lane:
                 if self._answered(group, done.result()[first:at], done.result()[0], decided):
                     continue
             failure = error or StorageError("redis: the settlement keeps coming back; nothing was charged twice")
+            group.sent |= failure.sent
             if group.tries < _MOST_TRIES:
                 retried.append(group)
                 continue
-            group.handed.decide(None, again(failure))
+            failed = again(failure)
+            failed.sent = group.sent
+            group.handed.decide(None, failed)
             decided.append(group.handed)
             self.unsettled.discard(group)
         self._groups[:0] = retried
@@ -232,7 +237,7 @@ def _first(groups: list[Group], most: int) -> list[Group]:
     return batch
 
 
-def _error(done: asyncio.Future[Reply]) -> Exception | None:
+def _error(done: asyncio.Future[Reply]) -> StorageError | None:
     if done.cancelled():
         return StorageError("redis: the connection was closed before the answer came")
     error = done.exception()

@@ -117,7 +117,7 @@ class Link:
         packed = pack((b"EVALSHA", script.name, b"1", key, *args))
         slot = key_slot(key) if self._in_cluster else 0
         own = self._timeout_s
-        self._put(Call(future, packed, self._time(), own if timeout_s <= own else timeout_s, slot))
+        self._put(Call(future, packed, self._time(), max(own, timeout_s), slot))
         return future
 
     def submit_command(

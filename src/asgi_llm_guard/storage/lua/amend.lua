@@ -54,7 +54,7 @@ for _, c in ipairs(before) do
   if c.kept then kept[c.name] = c else given_back[#given_back + 1] = c end
 end
 release(given_back, {}, true)
-local fits, out, holds = take(f, 1, 1, asked, 1, owner, h[3], h[4], kept)
+local fits, out, holds = take(f, 1, 1, asked, 1, h[3], h[4], kept)
 if fits == STALE then return {now, epoch, {5}} end
 if not fits and lapsed then return {now, epoch, {4}} end
 local answer, at = {fits and 1 or 0}, 1
@@ -67,9 +67,11 @@ end
 if not fits then return {now, epoch, answer} end
 
 save_cells()
+holds[1][2] = written_owner(owner, id)
 call('SET', HOLD .. id, pack_array(holds[1].n, holds[1]), 'PX', LONGEST)
-if h[2] ~= owner then
-  call('SREM', OPEN .. h[2], id)
+local before_it = owner_of(h, id)
+if before_it ~= owner then
+  call('SREM', OPEN .. before_it, id)
   call('SADD', OPEN .. owner, id)
   call('PEXPIRE', OPEN .. owner, LONGEST)
 end

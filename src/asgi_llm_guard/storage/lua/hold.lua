@@ -11,7 +11,7 @@ for r = 2, #ARGV do
     reply = {state, state == 'O' and 0 or till}
     if state == 'E' then h = cmsgpack.unpack(h[3]) end
     if state ~= 'S' and state ~= 'C' then
-      local flat = {h[6], h[3], h[2], h[4], h[5] or ''}
+      local flat = {h[6], h[3], owner_of(h, ARGV[r]), h[4], h[5] or ''}
       for i, c in ipairs(claims_of(h, h[3], shape_of(h[6]), 7)) do
         flat[5 + i] = {c.suffix, c.member or '', c.subject or '', c.amount, c.limit, c.taken, c.used, c.held, c.pin, c.resets or -1}
       end

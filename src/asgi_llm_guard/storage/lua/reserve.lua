@@ -131,7 +131,7 @@ for r = 1, #requests do
   if not reply then
     local q, out, states = 4 + bundles, nil, nil
     for plan = 1, plans do
-      local fits, result, holds = take(f, q, bundles, cell_names, k, owner, now, plan - 1)
+      local fits, result, holds = take(f, q, bundles, cell_names, k, now, plan - 1)
       if fits == STALE then
         reply = {5}
         break
@@ -139,6 +139,7 @@ for r = 1, #requests do
         out = {1, plan - 1}
         for i = 1, #result do out[2 + i] = result[i] end
         for b = 1, bundles do
+          holds[b][2] = written_owner(owner, f[3 + b])
           local value = pack_array(holds[b].n, holds[b])
           known_holds[f[3 + b]] = value
           taken[#taken + 1] = {f[3 + b], owner, value}

@@ -32,7 +32,7 @@ for r = 1, #all do
       h = cmsgpack.unpack(h[3])
       p.claims = claims_of(h, h[3], shape_of(h[6]), 7)
     elseif h[1] == 'O' then
-      p.owner = h[2]
+      p.owner = owner_of(h, s[1])
       p.claims = claims_of(h, h[3], shape_of(h[6]), 7)
     else
       p.till = h[2]

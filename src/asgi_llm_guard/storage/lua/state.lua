@@ -7,7 +7,7 @@
 --   <ns>:c:<meter>   cell        a byte: the window's kind; 4 doubles: used, held, start, end; then for sliding windows 3 for
 --                                each sub-bucket: number, used, held
 --   <ns>:m:<meter>   members     sorted set: id by the instant until which it is live
---   <ns>:h:<call>    hold        MessagePack array: 'O', owner, at, plan, draft, shape, then the claims; once ended a
+--   <ns>:h:<call>    hold        MessagePack array: 'O', owner (see `owner_of`), at, plan, draft, shape, then the claims; ended a
 --                                tombstone: 'S' (settled), 'C' (cancelled) or 'E' (expired), until when, and for 'E' the hold
 --   <ns>:o           owners      sorted set: owner by the instant of its lapse
 --   <ns>:ol          lapsed      hash: owner to when it lapsed, until it has been told
@@ -121,7 +121,9 @@ local function flag(flags, bit)
   return fmod(floor(flags / bit), 2) == 1
 end
 
--- The claims of a hold (or of receipts, which are written alike), as tables.
+-- The claims of a hold (or of receipts, which are written alike), as tables. Each is its key's suffix, its id (distinct ids
+-- only), its subject (flag 8), the amount (below 0: -1 less what was not taken), limit, used, held, pin (most kinds: how long
+-- before `at`), and when it resets (how long after the usual end of its window, or after `at`).
 local function claims_of(h, at, shape, first)
   local claims, n, q = {}, 0, first
   for i = 1, #shape, 5 do
@@ -137,10 +139,11 @@ local function claims_of(h, at, shape, first)
       c.subject = h[q]
       q = q + 1
     end
-    c.amount, c.limit, c.taken, c.used, c.held, c.pin, c.resets = h[q], h[q + 1], h[q + 2], h[q + 3], h[q + 4], h[q + 5], h[q + 6]
+    c.amount, c.limit, c.taken, c.used, c.held, c.pin, c.resets = h[q], h[q + 1], 1, h[q + 2], h[q + 3], h[q + 4], h[q + 5]
+    if c.amount < 0 then c.amount, c.taken = -1 - c.amount, 0 end
     if kind ~= SLIDING and kind < SLOTS then c.pin = at - c.pin end
-    if c.resets then c.resets = c.resets + at end
-    q = q + 7
+    if c.resets then c.resets = c.resets + (kind <= ROLLING and c.pin + c.p1 or at) end
+    q = q + 6
     n = n + 1
     claims[n] = c
   end
@@ -154,6 +157,17 @@ end
 
 local function state_of(value)
   return sub(value, 5, 5)
+end
+
+-- Call ids mostly begin with their owner and a dash; then a hold leaves its owner out.
+local function owner_of(h, id)
+  if h[2] ~= '' then return h[2] end
+  return string.match(id, '^(.*)%-')
+end
+
+local function written_owner(owner, id)
+  if string.match(id, '^(.*)%-') == owner then return '' end
+  return owner
 end
 
 local REASON = {S = 'settled', C = 'cancelled', E = 'expired'}

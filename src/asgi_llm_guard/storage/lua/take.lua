@@ -7,14 +7,14 @@ local STALE = 'stale'
 -- works them out. `names` has the names of the cells, from `k` on. `kept`: claims by cell that stay as they were taken.
 --
 -- Gives whether all fit (or STALE: a calendar window is over), for each claim five numbers (fits, used, held, pin, resets),
--- and the holds to write. Where not all fit nothing has changed.
-local function take(f, q, bundles, names, k, owner, at, plan, kept)
+-- and the holds to write, without their owners. Where not all fit nothing has changed.
+local function take(f, q, bundles, names, k, at, plan, kept)
   local out, o, holds, refused = {}, 0, {}, false
   local todo, t = {}, 0
   for b = 1, bundles do
     local id = f[q + 1]
     local shape = shapes[id]
-    local h, n = {'O', owner, at, plan, f[q], id}, 6
+    local h, n = {'O', '', at, plan, f[q], id}, 6
     q = q + 2
     for i = 1, #shape, 5 do
       local kind, p1, p2, flags = shape[i], shape[i + 1], shape[i + 2], shape[i + 3]
@@ -108,10 +108,10 @@ local function take(f, q, bundles, names, k, owner, at, plan, kept)
       end
       out[o + 1], out[o + 2], out[o + 3], out[o + 4], out[o + 5] = fits and 1 or 0, used, held, pin, resets or -1
       o = o + 5
-      h[n + 1], h[n + 2], h[n + 3], h[n + 4], h[n + 5] = amount, limit, fits and 1 or 0, used, held
-      h[n + 6] = (kind ~= SLIDING and kind < SLOTS) and at - pin or pin
-      h[n + 7] = resets and resets - at
-      n = n + 7
+      h[n + 1], h[n + 2], h[n + 3], h[n + 4] = fits and amount or -1 - amount, limit, used, held
+      h[n + 5] = (kind ~= SLIDING and kind < SLOTS) and at - pin or pin
+      h[n + 6] = resets and resets - (kind <= ROLLING and pin + p1 or at)
+      n = n + 6
       if fits and not old then
         todo[t + 1], todo[t + 2], todo[t + 3], todo[t + 4], todo[t + 5] = kind, name, cell or member, amount, pin
         todo[t + 6], todo[t + 7], todo[t + 8], todo[t + 9] = p1, p2, limit, resets or 0
