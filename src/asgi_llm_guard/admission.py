@@ -404,7 +404,7 @@ class ActiveCall:
     async def _adopt(self, donor: ActiveCall, *, requests: bool) -> bool:
         engine, context = self.admission.engine, self.admission.context
         hold = donor.hold
-        assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it  # pragma: no branch
+        assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it
         side: Hold | None = None
         asking = Asking()
         try:

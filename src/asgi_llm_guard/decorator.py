@@ -201,7 +201,7 @@ class _Run:
         self.call.admission.defer(self.call)
         # A response that nobody sends never runs its body, and so never comes to the end of it.
         weakref.finalize(streamed, self._abandoned).atexit = False
-        result.body_iterator = streamed  # type: ignore[attr-defined]
+        result.body_iterator = streamed  # type: ignore[attr-defined]  # it was there above
         self.deferred = True
         return result
 
@@ -386,7 +386,7 @@ def _keep_signature(function: Callable[..., Any], wrapper: Callable[..., Any]) -
         signature = inspect.signature(function, eval_str=True)
     except (NameError, TypeError, ValueError, SyntaxError, AttributeError):
         return  # names that exist for type checkers only: newer frameworks unwrap and look for themselves
-    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]  # functions may have one
     annotations = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()

@@ -488,7 +488,9 @@ class _Exchange:
 
     def _rewrite(self, *, wants_usage: bool, stream: bool) -> None:
         """Put what the route asks for into the body: usage on streams, and the output limit that was held for."""
-        assert self.admission is not None and self.view is not None and self.dialect is not None  # noqa: PT018, S101
+        assert self.admission is not None  # noqa: S101 - `admit` granted it
+        assert self.view is not None  # noqa: S101 - what was asked for was read from it
+        assert self.dialect is not None  # noqa: S101 - and by it
         root, route = self.admission.root, self.plan.route
         held = root.call if root is not None else None
         limit = None

@@ -98,7 +98,7 @@ class HeaderField:
     def names(self) -> tuple[str, ...]:
         return (f"header {self.name}",)
 
-    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002
+    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002 - see Extractor
         return self.pick(scan(headers, self.table))
 
     def pick(self, found: Mapping[bytes, tuple[bytes, bytes]]) -> str | None:
@@ -124,7 +124,7 @@ class BodyField:
     def names(self) -> tuple[str, ...]:
         return (f"field {self.path}",)
 
-    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002
+    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002 - see Extractor
         if view is None:
             return None
         value = view.get(self.path)
@@ -158,7 +158,7 @@ class BaggageEntry:
     def names(self) -> tuple[str, ...]:
         return (f"baggage entry {self.key}",)
 
-    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002
+    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002 - see Extractor
         what, wanted = f"The baggage entry {self.key}", self.key.encode()
         found: bytes | None = None
         for name, line in headers:
@@ -205,7 +205,7 @@ class VendorHeader:
     def names(self) -> tuple[str, ...]:
         return (f"header {self.pattern}",)
 
-    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002
+    def extract(self, headers: Headers, view: BodyLike | None = None, /) -> str | None:  # noqa: ARG002 - see Extractor
         before, after = self.ends
         shortest = len(before) + len(after) + 1
         for name, value in headers:

@@ -176,7 +176,7 @@ class QueueLock:
 
     if sys.platform == "win32":
 
-        def acquire(self, timeout_s: float) -> bool:  # noqa: ARG002
+        def acquire(self, timeout_s: float) -> bool:  # noqa: ARG002 - one signature on every system
             return True
 
         def release(self) -> None: ...

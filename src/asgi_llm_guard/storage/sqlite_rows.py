@@ -486,7 +486,7 @@ class SqliteDatabase:
     def _read_cells(self, keys: set[str]) -> None:
         rows, found = self._cell_rows, self._state.cells
         gone = keys.intersection(rows)
-        for row in self._select(f"SELECT {CELL_COLUMNS} FROM cells WHERE key", keys):  # noqa: S608
+        for row in self._select(f"SELECT {CELL_COLUMNS} FROM cells WHERE key", keys):  # noqa: S608 - our names
             key = row[0]
             gone.discard(key)
             if rows.get(key) != row:  # else the cell that was made of it is still the right one

@@ -58,7 +58,7 @@ def _upsert(table: str, key: str, *columns: str) -> str:
     names = (*keys, *columns)
     marks = ", ".join("?" * len(names))
     changes = ", ".join(f"{name} = excluded.{name}" for name in columns)
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}) ON CONFLICT ({key}) DO UPDATE SET {changes}"  # noqa: S608
+    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}) ON CONFLICT ({key}) DO UPDATE SET {changes}"  # noqa: S608 - our names
 
 
 CELL_COLUMNS: Final = "key, kind, used, held, starts, ends_ms, parts"
@@ -140,7 +140,7 @@ def tombstone_row(call_id: str, tombstone: Tombstone, codec: HoldCodec) -> tuple
 def records_since(connection: sqlite3.Connection, since_ms: int, limit: int | None) -> Iterator[UsageRecord]:
     """Usage records by instant and call id."""
     rows = connection.execute(
-        f"SELECT {', '.join(LEDGER_COLUMNS)} FROM ledger WHERE at_ms >= ? ORDER BY at_ms, call_id LIMIT ?",  # noqa: S608
+        f"SELECT {', '.join(LEDGER_COLUMNS)} FROM ledger WHERE at_ms >= ? ORDER BY at_ms, call_id LIMIT ?",  # noqa: S608 - our names
         (since_ms, -1 if limit is None else limit),
     )
     return map(record_of_row, rows)
@@ -151,7 +151,7 @@ def snapshot(connection: sqlite3.Connection) -> Snapshot:
     codec = HoldCodec(connection)
     ask = connection.execute
     return Snapshot(
-        cells=map(cell_of_row, ask(f"SELECT {CELL_COLUMNS} FROM cells ORDER BY key")),  # noqa: S608
+        cells=map(cell_of_row, ask(f"SELECT {CELL_COLUMNS} FROM cells ORDER BY key")),  # noqa: S608 - our names
         members=ask("SELECT key, member, until_ms FROM members ORDER BY key, until_ms, member"),
         owners=((row[0], Owner(*row[1:])) for row in ask("SELECT owner, lapse_at_ms, lapsed_ms FROM owners")),
         holds=(codec.decode(data) for (data,) in ask("SELECT data FROM holds ORDER BY rowid")),
@@ -173,7 +173,7 @@ class TableOperation(Protocol[T_co]):
 
 
 class CountHolds(msgspec.Struct, frozen=True):
-    def run(self, connection: sqlite3.Connection, codec: HoldCodec) -> int:  # noqa: ARG002
+    def run(self, connection: sqlite3.Connection, codec: HoldCodec) -> int:  # noqa: ARG002 - see TableOperation
         count: int = connection.execute("SELECT count(*) FROM holds").fetchone()[0]
         return count
 
@@ -189,7 +189,7 @@ class Load(msgspec.Struct, frozen=True):
 
     def run(self, connection: sqlite3.Connection, codec: HoldCodec) -> None:
         for table in ("cells", "crowds", "holds", "tombstones", "ledger"):
-            if connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():  # noqa: S608
+            if connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():  # noqa: S608 - our names
                 raise StorageError(f"import: this storage is not empty (it has {table}); load into a new one")
         source = self.snapshot
         connection.executemany(UPSERT_CELL, (row_of_cell(key, cell) for key, cell in source.cells))

@@ -122,7 +122,7 @@ class BodyView:
         if value[:1] in b"{[":
             raise self._wrong(name, "a text, a number, true, false or null", "an object or a list")
         try:
-            return msgspec.json.decode(value)  # type: ignore[no-any-return]
+            return msgspec.json.decode(value)  # type: ignore[no-any-return]  # no container, so one of four
         except (msgspec.DecodeError, ValueError):  # 1e999, or an integer of thousands of digits
             raise self._wrong(name, "a number that fits 64 bits", "one out of range") from None
 

@@ -246,7 +246,7 @@ def _guard(denied: Denied) -> dict[str, object]:
     return {**_members(denied), "violated_policies": _violated(denied)}
 
 
-def _openai(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+def _openai(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     return {
         "error": {
             "message": denied.message,
@@ -265,7 +265,7 @@ def _anthropic(denied: Denied, instance: str | None) -> dict[str, object]:
     return {"type": "error", "error": {"type": kind, "message": denied.message, "details": details}, **named}
 
 
-def _gemini(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+def _gemini(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     information = {
         "@type": "type.googleapis.com/google.rpc.ErrorInfo",
         "reason": denied.code.upper(),
@@ -282,7 +282,7 @@ def _gemini(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa:
     }
 
 
-def _mistral(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+def _mistral(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     return {
         "object": "error",
         "message": denied.message,
@@ -298,11 +298,11 @@ def _cohere(denied: Denied, instance: str | None) -> dict[str, object]:
     return {**named, "message": denied.message, "code": denied.code, "guard": _guard(denied)}
 
 
-def _bedrock(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+def _bedrock(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     return {"message": denied.message, "code": denied.code, "guard": _guard(denied)}
 
 
-def _ollama(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001
+def _ollama(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     return {"error": denied.message, "code": denied.code, "guard": _guard(denied)}
 
 
