@@ -206,6 +206,7 @@ class Engine:
         self._here = Fallback(self._local_storage, self.clock)
         rebuilds = self.on_data_loss == "rebuild" and self._loss_aware is not None
         self._totals = Totals(self.clock) if rebuilds else None
+        self._epoch = ""
         self._state_lock = threading.Lock()
         self._accepting: concurrent.futures.Future[bool] | None = None
         self._alive = False
@@ -421,6 +422,8 @@ class Engine:
                 await self._reconcile()
             if self._interruptible is not None:
                 self._check_available()
+            if self._totals is not None:
+                await self._follow(self._totals)
             answer = await self.storage.reserve(self.owner, (bundles,))
             if isinstance(answer, Refused) and self.hold_wait_s:
                 answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, (bundles,)))
@@ -436,7 +439,7 @@ class Engine:
             raise
         if self.failed:
             self._recovered()
-        if self._totals is not None:
+        if self._totals is not None and self._is_same_data():
             self._totals.decided()
         if isinstance(answer, Ended):
             return _UNAVAILABLE, False
@@ -653,14 +656,37 @@ class Engine:
         if self._loss_aware is None or (self._totals is not None and self.state != "lost"):
             return  # what is told where nothing was lost would count twice
         if self._totals is not None:
-            told = self._totals.settlements(self.owner, self._loss_aware.epoch)
-            for first in range(0, len(told), _HANDED_OVER):
-                await self.storage.settle(told[first : first + _HANDED_OVER])
+            await self._tell_totals(self._totals, self._loss_aware.epoch)
         await self._loss_aware.accept_loss()
         if self._totals is not None:
-            for bundle in self._totals.bundles:
-                await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+            self._epoch = self._loss_aware.epoch
+            await self._hold_again(self._totals)
         self._recovered()
+
+    def _is_same_data(self) -> bool:
+        """Whether the storage goes by the data that it went by when this was asked last."""
+        epoch = self._loss_aware.epoch if self._loss_aware is not None else ""
+        self._epoch = self._epoch or epoch
+        return self._epoch == epoch
+
+    async def _follow(self, totals: Totals) -> None:
+        """If another process has accepted a loss, and the storage here with it, tell what this one knows."""
+        if self._is_same_data() or self._loss_aware is None:
+            return
+        accepted = self._loss_aware.epoch
+        totals.lost()
+        await self._tell_totals(totals, self._epoch)
+        await self._hold_again(totals)
+        self._epoch = accepted
+
+    async def _tell_totals(self, totals: Totals, epoch: str) -> None:
+        told = totals.settlements(self.owner, epoch)
+        for first in range(0, len(told), _HANDED_OVER):
+            await self.storage.settle(told[first : first + _HANDED_OVER])
+
+    async def _hold_again(self, totals: Totals) -> None:
+        for bundle in totals.bundles:
+            await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
 
     async def _reopen(self) -> None:
         """Make holds of what was admitted here and is still open: it holds its slots, and is charged if we die."""
@@ -771,6 +797,11 @@ class Engine:
         if self.state == "failed":
             self._recovered()
         self._settle_again()
+        if self._totals is not None:
+            try:
+                await self._follow(self._totals)
+            except StorageError as error:
+                self._storage_failed(error)
         if self._here:
             await self._reopen()
         if beat.expired:

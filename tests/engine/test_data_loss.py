@@ -231,6 +231,47 @@ async def test_accepting_where_nothing_was_lost(storage: OutageStorage, clock: F
     assert await counters(guard) == [(1, 0), (40_000, 0), (0, 0), (1, 0)]
 
 
+async def test_loss_that_another_process_has_accepted(clock: FrozenClock) -> None:
+    """A process that learns of a loss by its storage going by other data tells what it knows, too, once."""
+
+    class Following(OutageStorage):
+        """Accepts when another has accepted, as Redis does."""
+
+        leader: OutageStorage | None = None
+
+        async def reserve(self, owner: str, plans: Any) -> Any:
+            await self.follow()
+            return await super().reserve(owner, plans)
+
+        async def heartbeat(self, owner: str) -> Any:
+            await self.follow()
+            return await super().heartbeat(owner)
+
+        async def follow(self) -> None:
+            if self.leader is not None and not self.leader.lost:
+                await self.accept_loss()
+
+    shared = MemoryStorage(clock=clock)
+    storages = OutageStorage(shared), Following(shared), Following(shared)
+    guards = [guard_over(each, clock, *LIMITS, on_data_loss="rebuild") for each in storages]
+    for guard in guards:
+        await one_call(guard)
+    fresh = MemoryStorage(clock=clock)
+    async with guards[1].open(CONTEXT), guards[1].call(**CALL) as call:
+        for each in storages:
+            each.lose_data(fresh)
+        storages[1].leader = storages[2].leader = storages[0]
+        await one_call(guards[0])
+        for _ in range(3):
+            await guards[1].heartbeat()
+        assert await counters(guards[0]) == [(3, 1), (120_000, 100_000), (0, 1), (3, 1)]
+        call.record(USED)
+    for _ in range(2):  # it finds out by a call, and tells before the next
+        await one_call(guards[2])
+    assert await counters(guards[0]) == [(7, 0), (280_000, 0), (0, 0), (7, 0)]
+    assert await fresh.open_holds() == 0
+
+
 async def test_two_losses(storage: OutageStorage, clock: FrozenClock) -> None:
     """A second loss is told again as the first was."""
     guard = guard_over(storage, clock, *LIMITS, on_data_loss="rebuild")
