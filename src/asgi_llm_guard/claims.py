@@ -18,7 +18,7 @@ import msgspec
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.windows import Bucket, Distinct, Slots, Window
+from asgi_llm_guard.windows import Bucket, Window, leasable
 
 __all__ = [
     "Bundle",
@@ -107,8 +107,11 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"{self.policy}: limit must be from 0 to {MAX_AMOUNT}, got {self.limit}")
         if not 0 <= self.lease <= MAX_AMOUNT:
             raise ConfigurationError(f"{self.policy}: lease must be from 0 to {MAX_AMOUNT}, got {self.lease}")
-        if self.lease and isinstance(self.window, (Slots, Distinct)):
-            raise ConfigurationError(f"{self.policy}: slots and ids are taken one by one; leave lease out")
+        if self.lease and not leasable(self.window):
+            raise ConfigurationError(
+                f"{self.policy}: a lease cannot be spent later than it was taken where a bucket drains, use renews "
+                f"the window, or slots or ids are counted; leave lease out"
+            )
         if isinstance(self.window, Bucket) and (self.limit is None or self.limit * self.window.period_ms > 2**52):
             raise ConfigurationError(
                 f"{self.policy}: a bucket's limit x period must be at most 2^52 to be exact, "

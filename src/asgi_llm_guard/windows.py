@@ -43,6 +43,7 @@ __all__ = [
     "Slots",
     "Window",
     "duration_ms",
+    "leasable",
     "parse_window",
 ]
 
@@ -213,6 +214,17 @@ class Distinct(msgspec.Struct, frozen=True):
 
 
 Window = Lifetime | Rolling | Calendar | Sliding | Bucket | Slots | Distinct
+
+
+def leasable(window: Window) -> bool:
+    """Whether a chunk of a meter may be spent later than it was taken, without loosening the limit.
+
+    Not of a bucket, which drains meanwhile; not where each use renews the window, which would end early; not of
+    slots, which are freed when a process is taken for dead; and ids are no amounts.
+    """
+    if isinstance(window, Lifetime):
+        return not window.renew
+    return isinstance(window, (Rolling, Calendar, Sliding))
 
 # ---------------------------------------------------------------------------------- grammar
 

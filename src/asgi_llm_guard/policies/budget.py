@@ -15,7 +15,7 @@ from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, Per, ScopedPo
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import LIMIT_GRAMMAR, Limit, check_lease, parse_lease, parse_limits, ttl_ms
 from asgi_llm_guard.policies.providers import canonical_model, canonical_provider, provider_of
-from asgi_llm_guard.windows import Lifetime
+from asgi_llm_guard.windows import Lifetime, leasable
 
 __all__ = ["Budget", "Candidates", "Eligibility", "ProviderBudget"]
 
@@ -104,6 +104,8 @@ class Budget(ScopedPolicy[_Meters]):
                 kind = "dollars" if unit is Unit.NANOUSD else "tokens"
                 raise ConfigurationError(f"{name}.lease: no limit is in {kind}, got {lease!r}")
             check_lease(amount, leased, name=f"{name}.lease", unit=unit)
+            if not all(leasable(limit.window) for limit in all_limits if limit.unit is unit):
+                raise ConfigurationError(f"{name}: with renew=True every call must reach the store; leave lease out")
 
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
         """The call's upper bound, from every meter of every subject."""

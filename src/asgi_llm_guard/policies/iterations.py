@@ -11,7 +11,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Counts, ExpiryCharge, Per, ScopedPolicy, Subject, caller_subject
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import check_lease, ttl_ms, whole
-from asgi_llm_guard.windows import Lifetime
+from asgi_llm_guard.windows import Lifetime, leasable
 
 __all__ = ["Iterations", "max_iterations"]
 
@@ -98,6 +98,8 @@ class Iterations(ScopedPolicy[Verdict]):
             raise ConfigurationError(f"{name}: missing={missing!r} is about sessions, but per is {per!r}")
         self.missing: Missing = missing
         self._window = Lifetime(ttl_ms(ttl, name=f"{name}.ttl"), renew)
+        if lease is not None and not leasable(self._window):
+            raise ConfigurationError(f"{name}: with renew=True every call must reach the store; leave lease out")
         self._own_agents = _agent_limits(agents or {}, name)
         self._agents = self._own_agents
         self._sources: tuple[str, ...] = _SOURCES
