@@ -30,6 +30,7 @@ import msgspec
 from asgi_llm_guard.claims import (
     Bundle,
     Claim,
+    Durable,
     Ended,
     Granted,
     Heartbeat,
@@ -64,7 +65,7 @@ SCHEMA: Final = 1
 MAX_RECORDS: Final = 100_000
 """The ledger's stream keeps this many records, and drops the oldest beyond."""
 
-OPTIONS: Final = ("max_records", "namespace", "timeout")
+OPTIONS: Final = ("max_records", "namespace", "timeout", "wait_replicas")
 """What the query of a URL may say besides how to connect."""
 
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -106,6 +107,7 @@ class RedisStorage:
         clock: for tests; without it the server's clock decides.
         timeout_s: how long one call may take.
         max_records: how many usage records are kept until somebody takes them away.
+        wait_replicas: how many replicas must have what policies with `durable="replica"` take.
         remember_refusals_ms: for so long the same plan is refused again without a call. `None`: 100,
             and with an injected clock not at all.
 
@@ -124,6 +126,7 @@ class RedisStorage:
         tombstone_ms: int = TOMBSTONE_MS,
         timeout_s: float | None = None,
         max_records: int | None = None,
+        wait_replicas: int | None = None,
         remember_refusals_ms: int | None = None,
     ) -> None:
         self._address, options = Address.parse(url, storage_options=OPTIONS)
@@ -132,6 +135,7 @@ class RedisStorage:
             raise ConfigurationError(f"namespace: expected 1 to 64 letters, digits, _ . or -, got {self._namespace!r}")
         self._timeout_s = _seconds(timeout_s, options.get("timeout"))
         self._max_records = _whole("max_records", max_records, options.get("max_records"), MAX_RECORDS)
+        self.wait_replicas = _whole("wait_replicas", wait_replicas, options.get("wait_replicas"), 1)
         self._lapse_ms = _whole("lapse_ms", lapse_ms, None, LAPSE_MS)
         self._tombstone_ms = _whole("tombstone_ms", tombstone_ms, None, TOMBSTONE_MS)
         if remember_refusals_ms is None:
@@ -199,7 +203,7 @@ class RedisStorage:
             argument = self._codec.plans(owner, plans, self._now_ms(), shapes)
             self._will_send(shapes)
             try:
-                now_ms, epoch, reply = await lane.lane.reserve(argument)
+                now_ms, epoch, reply = await lane.lane.reserve(argument, _durable(shapes))
             except LinkError as error:
                 sent |= error.sent
                 if asked or self._closed or not lane.link_up:
@@ -293,8 +297,13 @@ class RedisStorage:
             self._will_send(shapes)
             arguments = [*self._head(), *self._epoch_arguments(), self._constant[0], self._new_shapes()]
             lane.lane.flush()
+            durable = _durable(shapes)
             try:
-                reply = await lane.submit(_AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
+                changed = lane.submit(_AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
+                confirmed = None if durable is None else lane.confirm(durable)
+                reply = await changed
+                if confirmed is not None:
+                    await confirmed
             except LinkError as error:
                 sent |= error.sent
                 if asked or self._closed or not lane.link_up:
@@ -434,6 +443,13 @@ class RedisStorage:
     def settle_arguments(self, arguments: list[bytes]) -> list[bytes]:
         """All arguments of a call of the settle script."""
         return [*self._head(), *self._constant[1:], self._new_shapes(), *arguments]
+
+    def wait(self, link: Link, durable: Durable) -> asyncio.Future[Any]:
+        """Ask how many replicas, or whose disk, have what was sent before."""
+        patience_ms = max(1, int(self._timeout_s * 800))  # its answer has to come in time, too
+        if durable == "disk":
+            return link.submit_command("WAITAOF", 1, 0, patience_ms, key=self._key, trailing=True)
+        return link.submit_command("WAIT", self.wait_replicas, patience_ms, key=self._key, trailing=True)
 
     def _now_ms(self) -> int:
         """The server's clock, as far as it is known: calendar windows are worked out here."""
@@ -711,6 +727,21 @@ class _Connected:
     def send_reserves(self, arguments: list[bytes]) -> asyncio.Future[Any]:
         return self.link.submit(_script(_RESERVE), self._key, self._storage.reserve_arguments(arguments))
 
+    def confirm(self, durable: Durable) -> asyncio.Future[None]:
+        confirmed = asyncio.ensure_future(self._confirm(self._storage.wait(self.link, durable), durable))
+        confirmed.add_done_callback(_seen)
+        return confirmed
+
+    async def _confirm(self, asked: asyncio.Future[Any], durable: Durable) -> None:
+        # At once and not in the task: it has to stand right behind what it is about.
+        reply = await asked
+        count, wanted = (reply[0], 1) if durable == "disk" else (reply, self._storage.wait_replicas)
+        if count < wanted:
+            where = "the server's disk" if durable == "disk" else f"{wanted} replicas"
+            raise StorageError(
+                f"redis: what was taken did not reach {where} in time ({count} of {wanted}); it is given back"
+            )
+
     def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Any]:
         return self.link.submit(_script(_SETTLE), self._key, self._storage.settle_arguments(arguments))
 
@@ -805,6 +836,21 @@ def _warnings(server: ServerInfo) -> Iterator[str]:
         yield "neither AOF nor snapshots are on: a restart forgets all counters; set appendonly yes"
     elif server.aof is False:
         yield "AOF is off: a crash forgets what was counted since the last snapshot; set appendonly yes"
+
+
+def _seen(done: asyncio.Future[Any]) -> None:
+    """Whoever waits for it may have failed before: then its own failure is no news."""
+    if not done.cancelled():
+        done.exception()
+
+
+def _durable(shapes: Sequence[Shape]) -> Durable | None:
+    """The most that any of them asks for."""
+    found: Durable | None = None
+    for shape in shapes:
+        if shape.durable is not None:
+            found = "disk" if "disk" in (shape.durable, found) else shape.durable
+    return found
 
 
 def _texts(values: Iterable[bytes]) -> tuple[str, ...]:

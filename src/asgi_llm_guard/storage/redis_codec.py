@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from asgi_llm_guard.claims import Bundle, Claim, Meter, Plan, Receipt, Rule, Settlement, Unit, escape
+from asgi_llm_guard.claims import Bundle, Claim, Durable, Meter, Plan, Receipt, Rule, Settlement, Unit, escape
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import (
     CALENDAR,
@@ -143,6 +143,8 @@ class Shape(NamedTuple):
     """For the scripts: kind, p1, p2, flags and prefix of each claim."""
     common: bytes
     """For the client: the rest of each claim's meter."""
+    durable: Durable | None
+    """The most that one of its meters asks for."""
 
 
 class Codec:
@@ -279,7 +281,9 @@ class Codec:
             script = _encode(flat)
             common = _encode([(pack_text(template.common), template.subject_at) for template in templates])
             digest = hashlib.blake2b(script + common, digest_size=6).digest()
-            shape = Shape(base64.b64encode(digest).decode(), script, common)
+            asked = {_decode(template.common)[_COMMON.index("durable")] for template in templates}
+            durable: Durable | None = "disk" if "disk" in asked else "replica" if "replica" in asked else None
+            shape = Shape(base64.b64encode(digest).decode(), script, common, durable)
             self._shapes[templates] = shape
             self._templates[shape.digest] = templates
         self._by_ids[key] = shape

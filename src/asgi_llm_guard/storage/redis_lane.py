@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
-from asgi_llm_guard.claims import Settled, Settlement
+from asgi_llm_guard.claims import Durable, Settled, Settlement
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage.pending import Handed, again, tell
 
@@ -30,7 +31,7 @@ MOST_FLYING: Final = 6
 _MOST_TRIES: Final = 4
 
 Reply = Any
-Batch = list[tuple[bytes, "asyncio.Future[Reply]"]]
+Batch = list[tuple[bytes, "asyncio.Future[Reply]", Durable | None]]
 
 
 _numbers = itertools.count()
@@ -76,6 +77,10 @@ class Sender(Protocol):
         """Hand a call of the reserve script over, at once; the reply has one answer for each argument, after two more."""
         ...
 
+    def confirm(self, durable: Durable) -> asyncio.Future[None]:
+        """Wait until what was sent before is where `durable` says. The future fails with a `StorageError` if it is not."""
+        ...
+
     def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Reply]:
         """The same for the settle script; its reply has one more before the answers."""
         ...
@@ -97,10 +102,10 @@ class Lane:
         self._scheduled = False
         self.unsettled: set[Group] = set()
 
-    def reserve(self, argument: bytes) -> asyncio.Future[Reply]:
+    def reserve(self, argument: bytes, durable: Durable | None = None) -> asyncio.Future[Reply]:
         """Hand over one reservation. The future fails with a `StorageError`; the epoch's loss is in the reply."""
         future: asyncio.Future[Reply] = self.loop.create_future()
-        self._reserves.append((argument, future))
+        self._reserves.append((argument, future, durable))
         if not self._flying:
             self._flush()
         elif not self._scheduled and self._flying < MOST_FLYING:
@@ -141,22 +146,23 @@ class Lane:
         if not batch:
             return
         self._flying += 1
-        sent = self._sender.send_reserves([argument for argument, _ in batch])
+        sent = self._sender.send_reserves([argument for argument, _, _ in batch])
         sent.add_done_callback(lambda done: self._reserved(batch, done))
+        for durable in {asked for _, _, asked in batch if asked is not None}:
+            waiting = [future for _, future, asked in batch if asked == durable]
+            self._sender.confirm(durable).add_done_callback(partial(_confirm, waiting, sent, batch))
 
     def _reserved(self, batch: Batch, done: asyncio.Future[Reply]) -> None:
         self._flying -= 1
         error = _error(done)
         if error is not None:
-            for _, future in batch:
+            for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(error if len(batch) == 1 else again(error))
         else:
-            reply = done.result()
-            now_ms, lost = reply[0], len(reply) > 2 and reply[2] == b"lost"
-            for n, (_, future) in enumerate(batch):
-                if not future.done():
-                    future.set_result((now_ms, reply[1], None if lost else reply[2 + n]))
+            for n, (_, future, durable) in enumerate(batch):
+                if durable is None and not future.done():
+                    future.set_result(_answer(done.result(), n))
         if self._groups or self._reserves:
             self._flush()
 
@@ -211,7 +217,7 @@ class Lane:
 
     def fail(self, error: StorageError) -> None:
         """Nobody will send what is still here."""
-        for _, future in self._reserves:
+        for _, future, _ in self._reserves:
             if not future.done():
                 future.set_exception(again(error))
         self._reserves.clear()
@@ -222,6 +228,26 @@ class Lane:
             self.unsettled.discard(group)
         self._groups.clear()
         tell(decided)
+
+
+def _answer(reply: Reply, n: int) -> tuple[int, bytes, Reply]:
+    """Clock, epoch, and the answer to the n-th request; `None`: the epoch is another one."""
+    lost = len(reply) > 2 and reply[2] == b"lost"
+    return reply[0], reply[1], None if lost else reply[2 + n]
+
+
+def _confirm(
+    waiting: Sequence[asyncio.Future[Reply]], sent: asyncio.Future[Reply], batch: Batch, done: asyncio.Future[None]
+) -> None:
+    """Give the answers that had to wait. What was refused needs no confirmation."""
+    error = _error(done)
+    for n, (_, future, _) in enumerate(batch):
+        if future in waiting and not future.done():
+            answer = _answer(sent.result(), n)  # it came before the confirmation, or has failed the future
+            if error is None or answer[2] is None or answer[2][0] not in (1, 3):
+                future.set_result(answer)
+            else:
+                future.set_exception(again(error))
 
 
 def _first(groups: list[Group], most: int) -> list[Group]:
