@@ -179,6 +179,18 @@ async def test_second_outage_grants_nothing_twice(storage: OutageStorage, new_gu
     assert await how_many(lambda: opened(guard)) == 4
 
 
+async def test_second_outage_begins_with_what_the_storage_said(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """What was granted in one outage, and is settled, does not count twice in the next."""
+    guard = new_guard(Iterations(10))
+    storage.down()
+    for _ in range(3):
+        await one_call(guard)
+    storage.up()
+    await one_call(guard)
+    storage.down()
+    assert await how_many(lambda: opened(guard)) == 6
+
+
 async def test_allow_lets_everything_pass(storage: OutageStorage, new_guard: NewGuard) -> None:
     """With `allow` calls pass whatever the limit, and are charged past it afterwards."""
     guard = new_guard(Budget("$0.0003/1d", per="caller", on_outage="allow"))
@@ -427,6 +439,23 @@ async def test_hold_of_the_outage_is_changed(
     assert await counters(guard) == [(1, 0), (40_000, 0), (0, 0), (1, 0)]
     assert [record.outcome for record in await storage.records()] == ["measured"]
     assert await storage.open_holds() == 0
+
+
+async def test_changed_hold_that_the_storage_had(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """A hold of which only the answer was lost is the storage's as soon as it says so, and nothing of the outage is left."""
+    guard = new_guard(*LIMITS)
+    storage.lose_replies()
+    admission = guard.new_admission(CONTEXT)
+    await admission.open(guard.describe(MODEL, input_tokens=10, max_output_tokens=0))
+    assert guard.engine.degraded == 2
+    storage.up()
+    with scope_of(admission):
+        async with guard.call(**CALL) as call:
+            assert guard.engine.degraded == 1  # what the request itself holds waits for the heartbeat
+            assert guard.ready
+            call.record(USED)
+    admission.end()
+    assert guard.engine.degraded == 0
 
 
 @WAYS
