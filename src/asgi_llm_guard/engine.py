@@ -61,9 +61,9 @@ from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, lifted_bundle
 from asgi_llm_guard.plan import Asked, ask
-from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Policy, SessionAware
+from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Leased, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
-from asgi_llm_guard.storage.base import Completed, Interruptible, LossAware, Pending, Selective, Storage
+from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import Distinct
 
@@ -152,10 +152,13 @@ class Engine:
         agents: Mapping[str, Mapping[str, object]],
         sources: Sequence[str],
         local_storage: Callable[[], Storage],
+        with_leases: Callable[[Storage], Leasing],
         on_data_loss: OnDataLoss = "deny",
         jitter: Callable[[int], int] | None = None,
     ) -> None:
         self.storage = storage
+        self._with_leases = with_leases
+        self._leasing: Leasing | None = None
         self._interruptible = storage if isinstance(storage, Interruptible) else None
         self._loss_aware = storage if isinstance(storage, LossAware) else None
         self.on_data_loss: OnDataLoss = on_data_loss
@@ -235,6 +238,8 @@ class Engine:
             bound.append(known)
         if bound and self._selective is not None:
             self._selective.check(bound)
+        elif self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in bound):
+            self.storage = self._leasing = self._with_leases(self.storage)
         return tuple(bound)
 
     # ------------------------------------------------------------------------------ reserve
@@ -417,6 +422,8 @@ class Engine:
         """The storage's answer, or this process's own where the storage has none; and whether it is the latter."""
         if not bundles:
             return Granted((), self.clock.now_ms()), False
+        if self._leasing is not None and (granted := self._leasing.admit(self.owner, bundles)) is not None:
+            return granted, False
         try:
             if self._unsettled:
                 await self._reconcile()

@@ -45,7 +45,7 @@ from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
-from asgi_llm_guard.storage import open_storage
+from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.windows import duration_ms
 
@@ -168,6 +168,7 @@ class Guard:
             agents=_agents(agents),
             sources=session.names,
             local_storage=_local_storage(self.clock),
+            with_leases=partial(with_leases, clock=self.clock),
             on_data_loss=on_data_loss,
             describer=Describer(
                 prices=prices or PriceBook.snapshot(),

@@ -226,6 +226,7 @@ def leasable(window: Window) -> bool:
         return not window.renew
     return isinstance(window, (Rolling, Calendar, Sliding))
 
+
 # ---------------------------------------------------------------------------------- grammar
 
 PERIOD_GRAMMAR: Final = (

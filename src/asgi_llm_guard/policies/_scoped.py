@@ -181,6 +181,11 @@ class NamedPolicy:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
+    @property
+    def leased(self) -> bool:
+        """Whether workers may take chunks of its meters."""
+        return self._enforce and bool(self._leases)
+
     def shadow(self) -> Self:
         """A copy that only watches: meters of its own that refuse nothing, refusals that are events."""
         if not self._enforce:

@@ -17,6 +17,7 @@ __all__ = [
     "Candidates",
     "DeploymentFilter",
     "Eligibility",
+    "Leased",
     "Policy",
     "Sampled",
     "SessionAware",
@@ -94,6 +95,16 @@ class Sampled(Protocol):
 
     def samples(self) -> tuple[Meter, ...]:
         """One meter of each kind that it may claim on, of a subject without a name; none where it never claims."""
+        ...
+
+
+@runtime_checkable
+class Leased(Protocol):
+    """A policy that may have chunks of its meters leased to workers."""
+
+    @property
+    def leased(self) -> bool:
+        """Whether it has: else its guard has no need of leases."""
         ...
 
 

@@ -64,6 +64,7 @@ __all__ = [
     "Bundle",
     "Completed",
     "Interruptible",
+    "Leasing",
     "LossAware",
     "Pending",
     "Plan",
@@ -218,6 +219,14 @@ class Selective(Protocol):
         Raises:
             ConfigurationError: names the first policy that it cannot keep, and why.
         """
+        ...
+
+
+class Leasing(Storage, Protocol):
+    """A storage that may grant by itself what was reserved beforehand, also while the store is away."""
+
+    def admit(self, owner: str, plan: Plan, /) -> Granted | None:
+        """Grant the whole plan without asking the store, or change nothing. In an event loop; never waits."""
         ...
 
 
