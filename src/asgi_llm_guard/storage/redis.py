@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any, Final, cast
 
@@ -150,6 +150,8 @@ class RedisStorage:
         self._unsent: dict[str, Shape] = {}
         self._epoch = b""
         self._seen_beat = 0
+        self._beats: dict[str, int] = {}
+        self._unsure: set[str] = set()
         self._checked = False
         self._lost: str | None = None
         self._closed = False
@@ -529,7 +531,13 @@ class RedisStorage:
         self._adopt_abandoned(lane)
         if not self._epoch:
             await self._hello(lane)
+        # A beat whose answer was lost may have been the one that was told of a lapse.
+        unsure = owner in self._unsure
+        self._unsure.add(owner)
         reply = await self._owners(lane, b"beat", owner)
+        self._unsure.discard(owner)
+        missed = unsure and reply[0] - self._beats.get(owner, reply[0]) >= self._lapse_ms
+        self._beats[owner] = reply[0]
         epoch = reply[1]
         if epoch.startswith(self._epoch):
             beat = int(epoch.split(b" ")[1])
@@ -537,19 +545,31 @@ class RedisStorage:
                 with contextlib.suppress(DataLost):
                     self._data_lost(epoch)
             self._seen_beat = max(self._seen_beat, beat)
-        return Heartbeat(reply[2] == 1, _texts(reply[4:]), reply[0], reply[3])
+        return Heartbeat(reply[2] == 1 or missed, _texts(reply[4:]), reply[0], reply[3])
 
     async def retire(self, owner: str) -> None:
         lane = self._lane()
         await self._all_settled()
         await self._owners(lane, b"retire", owner)
+        self._beats.pop(owner, None)
+        self._unsure.discard(owner)
 
     async def _owners(self, lane: _Connected, action: bytes, owner: str) -> Any:
         lane.lane.flush()
-        arguments = [*self._head(), action, owner.encode(), *self._constant, self._epoch.strip()]
-        reply = await lane.submit(_OWNERS, arguments)
+        arguments = [action, owner.encode(), *self._constant, self._epoch.strip()]
+        ask = lane.submit if action == b"beat" else partial(self._twice, lane)
+        reply = await ask(_OWNERS, [*self._head(), *arguments])
         self._heard(reply[0])
         return reply
+
+    async def _twice(self, lane: _Connected, parts: tuple[str, ...], arguments: Sequence[bytes]) -> Any:
+        """Ask for what may be done twice: once more if the connection broke."""
+        try:
+            return await lane.submit(parts, arguments)
+        except LinkError as error:
+            if error.code or self._closed or not lane.link_up:
+                raise
+        return await lane.submit(parts, arguments)
 
     async def _all_settled(self) -> None:
         self._adopt_abandoned(self._lane())
@@ -566,7 +586,7 @@ class RedisStorage:
         lane = self._lane()
         await self._settled_elsewhere(lane)
         lane.lane.flush()
-        reply = await lane.submit(_METERS, [*self._head(), b"read", self._codec.meters(meters)])
+        reply = await self._twice(lane, _METERS, [*self._head(), b"read", self._codec.meters(meters)])
         return tuple(
             [
                 Reading(used, held, None if resets < 0 else resets)
@@ -580,7 +600,7 @@ class RedisStorage:
             lane = self._lane()
             await self._settled_elsewhere(lane)
             lane.lane.flush()
-            await lane.submit(_METERS, [*self._head(), b"reset", self._codec.meters(meters)])
+            await self._twice(lane, _METERS, [*self._head(), b"reset", self._codec.meters(meters)])
 
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         lane = self._lane()
