@@ -34,7 +34,7 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
                 storage=storage,
                 load=Load(seed=seed, calls=1_500),
                 seconds=5,
-                lapse_ms=2_000,
+                lapse_ms=4_000 if storage == "redis" else 2_000,
                 kill_every_s=None if storage == "memory" else 0.6,
                 fault_every_s=0.3 if storage == "redis" else None,
             )
@@ -50,6 +50,7 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
                     storage=storage,
                     load=Load(seed=seed, calls=12_000),
                     seconds=15,
+                    lapse_ms=10_000,  # so that nobody lapses only because no heartbeat comes through
                     fault_every_s=0.3,
                 )
                 yield Plan(
@@ -57,6 +58,7 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
                     storage=storage,
                     load=Load(seed=seed, calls=20_000),
                     seconds=20,
+                    lapse_ms=10_000,
                     kill_every_s=0.7,
                     fault_every_s=0.3,
                 )

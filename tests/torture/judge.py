@@ -21,6 +21,7 @@ _SLACK_NS: Final = 5_000_000
 """Between the clock of the store, which counts in milliseconds, and the one that the truth is timed by."""
 _LATE: Final = 2
 _ODD: Final = 3
+_TOLD_LATER: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +189,8 @@ def _charge(row: CallRow, record: UsageRecord | None, charged: _Sums, verdict: V
     if record.late:
         verdict.late += 1
         cost, tokens = max(cost, held[0]), max(tokens, held[1])
-    verdict.check(record.late == (row.settled == _LATE) or not row.settled, f"{name}: late={record.late}")
+    if row.settled not in {0, _TOLD_LATER}:
+        verdict.check(record.late == (row.settled == _LATE), f"{name}: late={record.late}")
     charged.add(row, cost, tokens, 1, provider=record.provider)
 
 

@@ -81,7 +81,7 @@ class CallRow(NamedTuple):
     call_id: str = ""
     stage: int = 0
     settled: int = 0
-    """The store's word, heard by the worker: 0 none, 1 settled, 2 late, 3 another."""
+    """The store's word, heard by the worker: 0 none, 1 settled, 2 late, 4 settled before, unheard; 3 another."""
 
 
 class JobRow(NamedTuple):

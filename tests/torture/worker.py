@@ -48,7 +48,7 @@ _REFUSED_JOB, _REFUSED_CALL, _AWAY, _LAPSED, _OVERRUN, _DUPLICATE, _NOT_DUPLICAT
 )
 SLOW_BEATS: Final = _SLOW
 
-_SETTLED: Final = {"settled": 1, "late": 2}
+_SETTLED: Final = {"settled": 1, "late": 2, "duplicate": 4}
 _GIVE_UP_S: Final = 15.0
 
 
@@ -185,9 +185,10 @@ class _Worker:
                 await asyncio.sleep(self.spec.lapse_ms / 50_000)
                 self._stop = self.stopped()
             await self.guard.heartbeat()
-            last, beat = beat, time.monotonic()
-            if beat - last > self.spec.lapse_ms / 1000 * 0.8:
-                self.truth.count(_SLOW)
+            if self.guard.engine.state != "failed":
+                last, beat = beat, time.monotonic()
+                if beat - last > self.spec.lapse_ms / 1000 * 0.8:
+                    self.truth.count(_SLOW)
             ended, self._again = self._again, []
             with contextlib.suppress(StorageError):
                 replies = await self.storage.settle([Settlement(call_id, ()) for call_id in ended])
