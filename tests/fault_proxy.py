@@ -304,9 +304,9 @@ class _Link:
                 proxy.note(bytes_dropped=len(data))
                 continue
             for packet in lane.packets(data):
+                proxy.passed(lane, len(packet))  # before anybody can have it
                 writer.write(packet)
                 await writer.drain()
-                proxy.passed(lane, len(packet))
                 if lane.sizes:
                     await asyncio.sleep(lane.pause_ms / 1000)
         await lane.opened()

@@ -88,6 +88,8 @@ def _root() -> Path:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the tests, whose end the watcher has to see
     )
+    assert watcher.stdin is not None
+    os.register_at_fork(after_in_child=watcher.stdin.close)  # a fork that lives on is no reason to wait
     atexit.register(watcher.communicate)
     return root
 

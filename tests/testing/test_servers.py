@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -187,35 +190,36 @@ def test_a_missing_program_is_an_error_that_says_how_to_install_it() -> None:
         find_program("redis", path="/no/such/folder")
 
 
-@pytest.mark.parametrize("end", ["process.kill()", "raise SystemExit", "os.kill(os.getpid(), 9)", "os._exit(0)"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "raise SystemExit",
+        "os._exit(0)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os.fork() or signal.pause()",
+    ],
+)
 def test_servers_die_with_their_process(end: str) -> None:
-    """However a process ends, by SIGKILL at worst, its servers end too, and their folders go."""
+    """However a process ends, by SIGKILL at worst, its servers end too, and their folders go; a fork keeps nothing."""
     script = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
         "from tests.servers import RedisServer\n"
         "server = RedisServer().start()\n"
         "server.pause()\n"
-        "print(server.port, server.folder, flush=True)\n"
-        "sys.stdin.readline()\n"
+        "print(server.port, server.folder, os.getpgid(0), flush=True)\n"
     )
-    ends_itself = not end.startswith("process")
     with subprocess.Popen(
-        [sys.executable, "-c", script + (end if ends_itself else "")],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-c", script + end],
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
-        assert process.stdin is not None
         assert process.stdout is not None
-        port, folder = process.stdout.readline().split()
-        assert Path(folder).exists()
-        if ends_itself:
-            process.stdin.write("\n")
-        else:
-            process.kill()
-
-    wait_until(lambda: not Path(folder).parent.exists(), "the folder of all servers is gone")
-    wait_until(lambda: not listens(int(port)), "the server is gone")
+        port, folder, group = process.stdout.readline().split()
+        wait_until(lambda: not Path(folder).parent.exists(), "the folder of all servers is gone")
+        wait_until(lambda: not listens(int(port)), "the server is gone")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------- cluster and Sentinel
