@@ -13,6 +13,9 @@ from asgi_llm_guard.storage.redis_link import Link, LinkError, LinkState, Script
 PATIENT_S = 10.0
 """A timeout that only something that is broken reaches."""
 
+QUICK_S = 0.2
+"""For calls that are to get no answer; those that get one have more time."""
+
 COUNT = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
 """Adds to the key, and gives the sum."""
 PUSH = Script("redis.call('RPUSH', KEYS[1], ARGV[1]) return ARGV[1]")

@@ -14,6 +14,7 @@ from tests.storage.link.kit import (
     COUNT,
     PATIENT_S,
     PUSH,
+    QUICK_S,
     SCRIPTS,
     Changes,
     fail_until_down,
@@ -28,8 +29,6 @@ from asgi_llm_guard.storage.redis_link import Link, LinkError, Script
 from asgi_llm_guard.storage.redis_node import Node
 
 pytestmark = pytest.mark.anyio
-
-QUICK_S = 0.1
 
 
 @pytest.fixture(params=["redis", "valkey"])
@@ -147,8 +146,8 @@ async def test_what_comes_back_is_sent_before_what_is_handed_over_then(own_redis
         async with linked(proxy.url) as link:
             await link.command("SCRIPT", "FLUSH")
             proxy.to_client.hold()
-            first = link.submit(PUSH, b"list", ["first"])
             asked = proxy.counts.replies
+            first = link.submit(PUSH, b"list", ["first"])
             await proxy.until(lambda counts: counts.replies > asked)
             proxy.to_client.release()
             others: list[asyncio.Future[bytes]] = []
@@ -296,7 +295,7 @@ async def test_a_reply_that_never_comes_fails_in_time(redis_server: RedisServer,
     """Without a reply a call fails when its time is over, and not much later."""
     with FaultProxy(redis_server.url) as proxy:
         async with linked(proxy.url, timeout_s=QUICK_S) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             proxy.to_client.drop = True
             begun = time.monotonic()
             error = await outcome(link.submit(COUNT, key, [b"1"]))
@@ -304,19 +303,19 @@ async def test_a_reply_that_never_comes_fails_in_time(redis_server: RedisServer,
 
     assert isinstance(error, LinkError)
     assert error.sent
-    assert "did not answer within 0.1 s" in str(error)
-    assert QUICK_S <= took < QUICK_S + 0.1
+    assert "did not answer within 0.2 s" in str(error)
+    assert QUICK_S <= took < 2 * QUICK_S
 
 
 async def test_a_late_reply_is_not_taken_for_the_next_one(redis_server: RedisServer, key: bytes) -> None:
     """After a timeout the late reply is thrown away, and the next call gets its own."""
     with FaultProxy(redis_server.url) as proxy:
         async with linked(proxy.url, timeout_s=QUICK_S) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             proxy.to_client.hold()
             late = await outcome(link.submit(COUNT, key, [b"1"]))
             assert isinstance(late, LinkError)
-            next_call = link.submit(COUNT, key, [b"1"])
+            next_call = link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S)
             proxy.to_client.release()
             assert await outcome(next_call) == 2
             assert proxy.counts.connections == 1
@@ -326,7 +325,7 @@ async def test_a_longer_timeout_is_for_one_call(redis_server: RedisServer, key: 
     """A call that was given more time waits longer than those before and behind it."""
     with FaultProxy(redis_server.url) as proxy:
         async with linked(proxy.url, timeout_s=QUICK_S, failures=100) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             proxy.to_client.hold()
             before = link.submit(COUNT, key, [b"1"])
             patient = link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S)
@@ -386,7 +385,7 @@ async def test_calls_wait_no_longer_than_their_timeout_for_a_connection(redis_se
             error = await outcome(link.submit(COUNT, b"key", [b"1"]))
             assert isinstance(error, LinkError)
             assert not error.sent
-            assert "could not be asked within 0.1 s" in str(error)
+            assert "could not be asked within 0.2 s" in str(error)
 
 
 async def test_a_connection_that_is_not_made_in_time_is_given_up(redis_server: RedisServer) -> None:
@@ -444,7 +443,7 @@ async def test_a_server_that_stops_is_left_alone_until_it_answers(own_redis: Own
     changes = Changes()
     with FaultProxy(server.url) as proxy:
         async with linked(proxy.url, timeout_s=QUICK_S, on_change=changes) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             server.pause()
             assert [error.sent for error in await fail_until_down(link)] == [True] * 3
 
@@ -457,13 +456,13 @@ async def test_a_server_that_stops_is_left_alone_until_it_answers(own_redis: Own
                 assert isinstance(error, LinkError)
                 assert not error.sent
                 assert "is left alone for now" in str(error)
-                assert "did not answer within 0.1 s" in str(error)
+                assert "did not answer within 0.2 s" in str(error)
             assert min(took) < 0.001
             assert proxy.counts.requests == written
 
             server.resume()
             await changes.last("up")
-            assert await link.submit(COUNT, b"other", [b"1"]) == 1
+            assert await link.submit(COUNT, b"other", [b"1"], timeout_s=PATIENT_S) == 1
             assert changes.told == ["down", "up"]
 
 
@@ -486,12 +485,12 @@ async def test_one_answer_between_timeouts_keeps_the_link_up(redis_server: Redis
     with FaultProxy(redis_server.url) as proxy:
         changes = Changes()
         async with linked(proxy.url, timeout_s=QUICK_S, failures=2, on_change=changes) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             for _ in range(3):
                 proxy.to_client.hold()
                 assert isinstance(await outcome(link.submit(COUNT, key, [b"1"])), LinkError)
                 proxy.to_client.release()
-                assert isinstance(await outcome(link.submit(COUNT, key, [b"1"])), int)
+                assert isinstance(await outcome(link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S)), int)
             assert changes.told == []
 
 
@@ -500,13 +499,13 @@ async def test_a_connection_that_hangs_is_replaced(redis_server: RedisServer, ke
     with FaultProxy(redis_server.url) as proxy:
         changes = Changes()
         async with linked(proxy.url, timeout_s=QUICK_S, on_change=changes) as link:
-            await link.command("PING")
+            await link.command("PING", timeout_s=PATIENT_S)
             proxy.to_client.drop = True  # what is open stays lost for good, as behind a firewall that forgot it
             await outcomes([link.submit(COUNT, key, [b"1"]) for _ in range(2)])
             await fail_until_down(link)
             proxy.to_client.drop = False
             await changes.last("up")
-            assert isinstance(await link.submit(COUNT, key, [b"1"]), int)
+            assert isinstance(await link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S), int)
             assert proxy.counts.connections >= 2
 
 
@@ -700,7 +699,7 @@ async def test_closing_ends_when_the_server_does_not_answer(redis_server: RedisS
         up, connecting = [
             Link(Address.parse(proxy.url)[0], scripts=SCRIPTS, timeout_s=QUICK_S, failures=100) for _ in range(2)
         ]
-        await up.command("PING")
+        await up.command("PING", timeout_s=PATIENT_S)
         proxy.to_client.hold()
         calls = [link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S) for link in (up, connecting)]
         await connected(proxy, 2)
@@ -745,14 +744,15 @@ def test_works_on_another_event_loop(own_redis: OwnRedis) -> None:
         with FaultProxy(f"redis://{server.host}:{server.port}/0") as proxy:
             changes = Changes()
             async with linked(proxy.url, timeout_s=QUICK_S, failures=2, on_change=changes) as link:
-                assert await outcomes([link.submit(COUNT, b"key", [1]) for _ in range(500)]) == list(range(1, 501))
+                calls = [link.submit(COUNT, b"key", [1], timeout_s=PATIENT_S) for _ in range(500)]
+                assert await outcomes(calls) == list(range(1, 501))
                 proxy.cut_at_reply(of="EVALSHA")
-                assert (await outcome(link.submit(COUNT, b"key", [1]))).sent
+                assert (await outcome(link.submit(COUNT, b"key", [1], timeout_s=PATIENT_S))).sent
                 proxy.to_client.drop = True
                 await fail_until_down(link)
                 proxy.heal()
                 await changes.last("up")
-                assert isinstance(await link.submit(COUNT, b"key", [1]), int)
+                assert isinstance(await link.submit(COUNT, b"key", [1], timeout_s=PATIENT_S), int)
         async with linked(server.url) as link:
             assert await outcomes([link.submit(COUNT, b"tls", [1]) for _ in range(500)]) == list(range(1, 501))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
 from tests.ports import free_port
-from tests.servers import RedisCluster, RedisServer
-from tests.storage.link.kit import COUNT, PUSH, Changes, linked, outcome, outcomes, until
+from tests.servers import FaultProxy, OwnRedis, RedisCluster, RedisServer
+from tests.storage.link.kit import COUNT, PATIENT_S, PUSH, QUICK_S, Changes, linked, outcome, outcomes, until
 
 from asgi_llm_guard.storage.redis_address import Endpoint
 from asgi_llm_guard.storage.redis_cluster import Cluster
@@ -231,6 +233,99 @@ def _relay_to(server: RedisServer):  # type: ignore[no-untyped-def]  # noqa: ANN
         await asyncio.gather(copy(reader, back), copy(there, writer))
 
     return relay
+
+
+async def test_a_node_that_hangs_after_its_slot_moved_is_passed_over(cluster: RedisCluster) -> None:
+    """What it was asked stays unknown; calls handed over later are made where the slot is now."""
+    cluster.flush()
+    key, other = b"{a}:hangs", b"{b}:hangs"
+    slot, other_slot = cluster.slot_of(key), cluster.slot_of(other)
+    source = cluster.node_of(slot)
+    target, third = (node for node in cluster.masters if node is not source)
+    cluster.move_slot(other_slot, target)
+    async with linked(cluster.url, timeout_s=QUICK_S) as link:
+        asked = [link.submit_command("GET", each, key=each, timeout_s=PATIENT_S) for each in (key, other)]
+        assert await outcomes(asked) == [None, None]
+        cluster.move_slot(slot, target)
+        cluster.move_slot(other_slot, third)
+        source.pause()
+        try:
+            lost = link.submit(COUNT, key, [b"1"])
+            assert await outcome(link.submit(COUNT, other, [b"1"], timeout_s=PATIENT_S)) == 1
+            while isinstance(found := await outcome(link.submit(COUNT, key, [b"1"])), LinkError):
+                pass
+            assert found == 1
+            error = lost.exception()
+            assert isinstance(error, LinkError)
+            assert error.sent
+        finally:
+            source.resume()
+
+
+async def test_calls_wait_no_longer_than_their_timeout_for_the_slots(cluster: RedisCluster) -> None:
+    """While no node tells who has which slot, calls fail in their time, as not sent, and past a bound at once."""
+    with FaultProxy(f"redis://{cluster.masters[0].host}:{cluster.masters[0].port}") as proxy:
+        proxy.to_client.hold()
+        async with linked(f"redis+cluster://{proxy.host}:{proxy.port}", timeout_s=QUICK_S, most=3) as link:
+            calls = [link.submit(COUNT, b"{a}:waits", [b"1"]) for _ in range(4)]
+            assert link.in_flight == 3
+            errors = await outcomes(calls)
+            assert [(type(error), error.sent) for error in errors] == [(LinkError, False)] * 4
+            assert "could not be asked within 0.2 s" in str(errors[0])
+            assert "3 calls wait" in str(errors[3])
+            assert link.in_flight == 0
+
+            left = link.submit(COUNT, b"{a}:waits", [b"1"], timeout_s=PATIENT_S)
+            await link.aclose()
+            assert "the link was closed" in str(left.exception())
+            assert "the link was closed" in str(link.submit(COUNT, b"{a}:waits", [b"1"]).exception())
+
+
+async def test_a_lone_node_without_slots_is_named(own_redis: OwnRedis) -> None:
+    """A node that belongs to no cluster yet cannot say who has which slot."""
+    server = own_redis(cluster=True)
+    async with linked(f"redis+cluster://{server.host}:{server.port}") as link:
+        error = await outcome(link.submit(COUNT, b"key", [b"1"]))
+
+    assert isinstance(error, LinkError)
+    assert not error.sent
+    assert "is a node without a cluster" in str(error)
+
+
+async def test_slots_that_cannot_be_read_are_logged(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is not a list of slots fails the calls as not sent, and the log says what happened."""
+    with FaultProxy(redis_server.url) as proxy:
+        proxy.answer(b"*1\r\n*1\r\n:7\r\n", of="CLUSTER")
+        async with linked(f"redis+cluster://{proxy.host}:{proxy.port}") as link:
+            error = await outcome(link.submit(COUNT, b"key", [b"1"]))
+
+    assert isinstance(error, LinkError)
+    assert not error.sent
+    assert "answered something that is not a list of slots" in str(error)
+    assert {record.message for record in caplog.records} == {
+        f"redis: the slots of {proxy.host}:{proxy.port} cannot be read"
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+async def test_a_forked_process_does_not_use_the_nodes(cluster: RedisCluster) -> None:
+    """In a child, calls fail as not sent, whether their slot's node is known or not."""
+    async with linked(cluster.url) as link, linked(cluster.url) as unused:
+        await link.command("GET", "{a}", key=b"{a}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads, which is what is tested
+            child = os.fork()
+        if child == 0:  # pragma: no cover - in another process
+            code = 1
+            try:
+                errors = [each.submit(COUNT, b"{a}:fork", [b"1"]).exception() for each in (link, unused)]
+                code = 0 if all(isinstance(error, LinkError) and "forked" in str(error) for error in errors) else 2
+            finally:
+                os._exit(code)
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
 
 
 async def test_one_node_that_dies_takes_only_its_slots_along() -> None:
