@@ -114,7 +114,7 @@ class Admission:
         """Everything that was granted when it was opened."""
         self.cache: CacheDirective | None = None
         self.degraded = False
-        """It was admitted by this process alone, because the storage did not answer."""
+        """It, or a call inside it, was admitted by this process alone: the storage did not answer."""
         self.seen = False
         """A call was seen inside it: granted, and made."""
         self.shared = False
@@ -345,6 +345,7 @@ class ActiveCall:
 
     def _begin(self, hold: Hold | None) -> None:
         self.hold = hold
+        self.admission.degraded |= hold is not None and hold.degraded
         self.admission.seen = True
         self.task = _current_task()
         self._begin_moment()

@@ -624,8 +624,6 @@ class Engine:
 
     async def _lose(self, error: DataLost) -> bool:
         """The storage has lost its data: do as the guard was told. Gives whether to go on with it."""
-        if self._totals is not None:
-            self._totals.lost()
         if self._change("lost", error):
             _log.error(
                 "the usage store has lost its data (on_data_loss=%r)%s: %s",
@@ -681,7 +679,6 @@ class Engine:
         if self._is_same_data() or self._loss_aware is None:
             return
         accepted = self._loss_aware.epoch
-        totals.lost()
         await self._tell_totals(totals, self._epoch)
         await self._hold_again(totals)
         self._epoch = accepted

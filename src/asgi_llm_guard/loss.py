@@ -1,8 +1,8 @@
 """What one process has settled and still holds, so that it can be told again to a store that has lost it.
 
 Rule 1: a settlement is counted when the store has confirmed it, and found its hold. One whose hold the
-store did not know (`lost`) may have been charged to the new data already: it is counted only when the next
-decision has shown that nothing was lost in between.
+store did not know (`lost`) may have been charged to new data already, which must not be told of it again: it
+is counted when the next decision has shown that it is in the data that the store goes by.
 
 Rule 2: totals are told under ids that name the process, the lost data and the meter. Told again, for the
 first answer was lost, they change nothing.
@@ -61,15 +61,11 @@ class Totals:
                 self._unsure.append(settlement)
 
     def decided(self) -> None:
-        """The store has decided by the data that it had: what was charged without a hold is in it."""
+        """The store has decided by the data that was last told: what was charged without a hold is in it, too."""
         if self._unsure:
             unsure, self._unsure = self._unsure, []
             for settlement in unsure:
                 self._count(settlement)
-
-    def lost(self) -> None:
-        """The data was lost: what was charged without a hold is in the new data, and not to be told again."""
-        self._unsure = []
 
     def settlements(self, owner: str, epoch: str) -> list[Settlement]:
         """What to tell a store that has lost the data `epoch`: one settlement for each meter and window."""
@@ -103,8 +99,10 @@ class Totals:
                 amount += _backlog(before, pin)
             elif pin < before.pin:
                 return  # of an instance that is over
-            elif pin == before.pin:
+            elif pin == before.pin or meter.kind < CALENDAR:
+                # A later start in a window that runs was made up by this process, during an outage.
                 amount += before.claim.amount
+                pin = before.pin
                 resets_at_ms = max(resets_at_ms or 0, before.resets_at_ms or 0)
         if before is None:
             self._purge(now_ms)

@@ -120,6 +120,41 @@ async def test_goes_on(storage: OutageStorage, clock: FrozenClock, decision: str
     assert await storage.open_holds() == 0
 
 
+async def test_one_of_all_who_notice_accepts(clock: FrozenClock) -> None:
+    """However many calls notice a loss at once, it is accepted by one of them, and the others wait for it."""
+
+    class Slow(OutageStorage):
+        accepted = 0
+
+        async def accept_loss(self) -> None:
+            self.accepted += 1
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await super().accept_loss()
+
+    storage = Slow(MemoryStorage(clock=clock))
+    guard = guard_over(storage, clock, *LIMITS, on_data_loss="accept")
+    storage.lose_data(MemoryStorage(clock=clock))
+    first = asyncio.create_task(one_call(guard))
+    others = [asyncio.create_task(one_call(guard)) for _ in range(9)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    others[0].cancel()  # one that waits
+    answers = await asyncio.gather(first, *others, return_exceptions=True)
+    assert [type(answer) for answer in answers if answer is not None] == [asyncio.CancelledError]
+    assert storage.accepted == 1
+
+    storage.lose_data(MemoryStorage(clock=clock))
+    others = [asyncio.create_task(one_call(guard)) for _ in range(9)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    others[0].cancel()  # the one that accepts: the others are refused, and the next one accepts
+    answers = await asyncio.gather(*others, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {asyncio.CancelledError, LimitExceeded}
+    await one_call(guard)
+    assert storage.accepted == 3
+
+
 async def test_rebuilt_limits_hold(storage: OutageStorage, clock: FrozenClock) -> None:
     """What was used before the loss counts after it: a spent limit is not fresh, in its old window."""
     guard = guard_over(storage, clock, Iterations(3, ttl="1h"), on_data_loss="rebuild")
@@ -192,11 +227,16 @@ async def test_what_was_charged_to_the_new_data_is_not_told_again(storage: Outag
         call.record(USED)
     await one_call(guard)
     assert await counters(guard) == [(3, 0), (120_000, 0), (0, 0), (3, 0)]
+    storage.lose_data(MemoryStorage(clock=clock))  # and is told after the next loss
+    await one_call(guard)
+    assert await counters(guard) == [(4, 0), (160_000, 0), (0, 0), (4, 0)]
 
 
 async def test_what_an_outage_left_is_told_after_a_loss(storage: OutageStorage, clock: FrozenClock) -> None:
     """What was admitted in an outage, and settled after it, is among what a later loss is told."""
-    guard = guard_over(storage, clock, Iterations(100), on_data_loss="rebuild")
+    guard = guard_over(storage, clock, Iterations(100, ttl="1h"), on_data_loss="rebuild")
+    await one_call(guard)
+    clock.advance(seconds=60)
     storage.down()
     await one_call(guard)
     storage.up()
@@ -204,7 +244,9 @@ async def test_what_an_outage_left_is_told_after_a_loss(storage: OutageStorage, 
     await one_call(guard)
     storage.lose_data(MemoryStorage(clock=clock))
     await one_call(guard)
-    assert await counters(guard) == [(4, 0)]
+    assert await counters(guard) == [(5, 0)]
+    clock.advance(seconds=3540)  # the hour of the first call is over
+    assert await counters(guard) == [(0, 0)]
 
 
 async def test_each_process_tells_its_own(storage: OutageStorage, clock: FrozenClock) -> None:

@@ -191,6 +191,43 @@ async def test_second_outage_begins_with_what_the_storage_said(storage: OutageSt
     assert await how_many(lambda: opened(guard)) == 6
 
 
+async def test_more_than_a_share(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """What is larger than the share, and not than the limit, may be asked again soon: the storage may be back."""
+    guard = new_guard(RateLimit("150 tokens/hour", per="caller"))
+    for other in (guard, new_guard()):
+        await other.heartbeat()
+    await guard.heartbeat()
+    storage.down()
+    denied = await opened(guard)
+    assert denied is not None
+    assert (denied.code, denied.retry, denied.retry_after_s) == ("rate_limit_exceeded", True, 1)
+
+
+async def test_change_takes_nothing_twice(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """A hold of the outage that is changed has its part of the share before and after, and gives it back when it ends."""
+    guard = new_guard(Iterations(5), Concurrency(2, counts="calls"))
+    storage.down()
+    admission = guard.new_admission(CONTEXT)
+    await admission.open(None)
+    with scope_of(admission):
+        async with guard.call(**CALL):
+            assert await how_many(lambda: opened(guard)) == 1  # the other slot
+        assert await how_many(lambda: opened(guard)) == 1  # the one that is free again
+    assert await how_many(lambda: opened(guard, Context(caller="acme", user="u", session="s"))) == 2
+
+
+async def test_what_was_not_described_counts_in_the_share(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """What an undescribed call has used during the outage is not there for the next one."""
+    guard = new_guard(Budget("$0.0001/1d", per="caller", on_outage="local"))
+    storage.down()
+    async with guard.open(CONTEXT), guard.call() as call:
+        call.record(Usage(input_tokens=90, output_tokens=0, model=MODEL))
+    assert await opened(guard) is not None
+    storage.up()
+    await guard.heartbeat()
+    assert await counters(guard) == [(90_000, 0)]
+
+
 async def test_allow_lets_everything_pass(storage: OutageStorage, new_guard: NewGuard) -> None:
     """With `allow` calls pass whatever the limit, and are charged past it afterwards."""
     guard = new_guard(Budget("$0.0003/1d", per="caller", on_outage="allow"))
@@ -214,6 +251,17 @@ async def test_shadow_passes(storage: OutageStorage, new_guard: NewGuard) -> Non
     storage.up()
     await guard.heartbeat()
     assert await counters(guard) == [(120_000, 0), (3, 0)]
+
+
+async def test_admissions_say_so(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """A request knows that it, or a call inside it, was admitted without the storage."""
+    guard = new_guard(Iterations(10))
+    async with guard.open(CONTEXT) as admission:
+        async with guard.call(**CALL):
+            assert not admission.degraded
+        storage.down()
+        async with guard.call(**CALL):
+            assert admission.degraded
 
 
 async def test_headers_show_what_this_process_has(storage: OutageStorage, new_guard: NewGuard) -> None:
@@ -496,6 +544,42 @@ async def test_refused_change_of_a_call_that_was_made(
     assert await counters(guard) == [(40_000, 0), (1, 0), (1, 0)]
     assert await storage.open_holds() == 0
     assert [record.outcome for record in await storage.records()] == ["measured"]
+
+
+@WAYS
+async def test_refused_change_of_a_request_that_went_on(
+    storage: OutageStorage, new_guard: NewGuard, goes: GoesAway
+) -> None:
+    """A request that goes on after the change of its hold was refused is charged what it held, not what was refused."""
+    guard = new_guard(Budget("$1/1d"), Iterations(5), Iterations(5, name="other"))
+    admission = guard.new_admission(CONTEXT, opaque=True)
+    await admission.open(None)
+    with scope_of(admission):
+        goes(storage)
+        with pytest.raises(LimitExceeded):
+            await guard.call(**CALL).__aenter__()
+    storage.up()
+    admission.end(status=200)
+    await guard.heartbeat()
+    assert await counters(guard) == [(0, 0), (1, 0), (1, 0)]
+    assert await storage.open_holds() == 0
+    assert [record.outcome for record in await storage.records()] == ["unseen"]
+
+
+async def test_hold_that_surely_was_not_changed(
+    storage: OutageStorage, new_guard: NewGuard, clock: FrozenClock
+) -> None:
+    """A hold whose refused change never reached the storage is settled in the window that it was granted in."""
+    guard = new_guard(Budget("$1/1d"), Iterations(5, ttl="2d"))
+    async with guard.open(CONTEXT), guard.call(model=MODEL, input_tokens=50, max_output_tokens=0) as outer:
+        storage.down()
+        with pytest.raises(LimitExceeded):
+            await guard.call(**CALL).__aenter__()
+        storage.up()
+        await guard.heartbeat()
+        clock.advance(seconds=86_400)
+        outer.record(USED)
+    assert await counters(guard) == [(0, 0), (1, 0)]
 
 
 async def test_local_change_that_does_not_fit(storage: OutageStorage, new_guard: NewGuard) -> None:

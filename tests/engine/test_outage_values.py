@@ -10,7 +10,7 @@ from tests.storage.values import DAY_MS, meter
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Reading, Receipt, Settlement
 from asgi_llm_guard.loss import Totals
-from asgi_llm_guard.outage import LastSeen, left, lifted, over, share
+from asgi_llm_guard.outage import Fallback, LastSeen, left, lifted, over, share
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.usage import UsageRecord
@@ -131,6 +131,16 @@ def seen_of(number: int) -> Receipt:
     """What was seen of one of many meters with a local share."""
     one = replace(meter(Rolling(DAY_MS), 100, subject=str(number)), on_outage="local")
     return Receipt(Claim(one, 1), True, True, 0, 0, 0, None)
+
+
+def test_who_decides() -> None:
+    """A claim that says `deny` is not decided on without the storage, unless it refuses nothing anyway."""
+    fallback = Fallback(MemoryStorage, FrozenClock(NOW_MS))
+    strict, shadow = meter(Rolling(DAY_MS)), meter(Rolling(DAY_MS), subject="shadow", enforce=False)
+    assert strict.on_outage == shadow.on_outage == "deny"
+    assert fallback.may_decide([Claim(shadow, 1), Claim(replace(strict, on_outage="allow"), 1)])
+    assert not fallback.may_decide([Claim(shadow, 1), Claim(strict, 0)])
+    assert fallback.may_decide([])
 
 
 # ------------------------------------------------------------------------------------- totals
