@@ -143,7 +143,7 @@ async def test_what_comes_back_is_sent_before_what_is_handed_over_then(own_redis
     """A call handed over in the very turn in which another comes back does not overtake it."""
     server = own_redis()
     with FaultProxy(server.url) as proxy:
-        async with linked(proxy.url) as link:
+        async with linked(proxy.url, most=10**6) as link:
             await link.command("SCRIPT", "FLUSH")
             proxy.to_client.hold()
             asked = proxy.counts.replies

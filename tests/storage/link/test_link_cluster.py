@@ -84,7 +84,7 @@ async def test_many_calls_that_come_back_keep_their_order(cluster: RedisCluster)
     key = b"{b}:moved"
     slot = cluster.slot_of(key)
     target = next(node for node in cluster.masters if node is not cluster.node_of(slot))
-    async with linked(cluster.url) as link:
+    async with linked(cluster.url, most=10**6) as link:
         await link.command("GET", key, key=key)
         cluster.move_slot(slot, target)
         calls = [link.submit(PUSH, key, [n]) for n in range(500)]
