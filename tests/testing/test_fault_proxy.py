@@ -236,6 +236,21 @@ def test_cut_at_the_reply_to_a_command(
     assert redis_server.call("GET", namespace) == b"2"
 
 
+def test_pushes_answer_nothing(client: Client, proxy: FaultProxy, redis_server: RedisServer, namespace: str) -> None:
+    """What a server says unasked, in RESP3, passes, and is no reply to what is asked next."""
+    client.say(("HELLO", 3), ("CLIENT", "TRACKING", "ON"), ("GET", namespace))
+    assert [client.hear() for _ in range(3)][1:] == [b"OK", None]
+    redis_server.call("SET", namespace, "changed")
+    assert client.hear() == [b"invalidate", [namespace.encode()]]
+    assert proxy.counts.replies == 3
+
+    proxy.cut_at_reply(of="ECHO")
+    client.say(("PING",), ("ECHO", "a"))
+
+    assert client.hear() == b"PONG"
+    assert client.lost()
+
+
 def test_cut_at_request(client: Client, proxy: FaultProxy, redis_server: RedisServer, namespace: str) -> None:
     """The n-th request is not executed, those before it are, and those after it are not."""
     proxy.cut_at_request(3, of="INCR")
