@@ -300,17 +300,19 @@ async def test_loss_that_another_process_has_accepted(clock: FrozenClock) -> Non
         await one_call(guard)
     fresh = MemoryStorage(clock=clock)
     async with guards[1].open(CONTEXT), guards[1].call(**CALL) as call:
-        for each in storages:
-            each.lose_data(fresh)
+        async with guards[2].open(CONTEXT), guards[2].call(**CALL) as other:
+            for each in storages:
+                each.lose_data(fresh)
+            other.record(USED)  # is charged to the new data, which its process does not know to be new
         storages[1].leader = storages[2].leader = storages[0]
         await one_call(guards[0])
         for _ in range(3):
             await guards[1].heartbeat()
-        assert await counters(guards[0]) == [(3, 1), (120_000, 100_000), (0, 1), (3, 1)]
+        assert await counters(guards[0]) == [(4, 1), (160_000, 100_000), (0, 1), (4, 1)]
         call.record(USED)
     for _ in range(2):  # it finds out by a call, and tells before the next
         await one_call(guards[2])
-    assert await counters(guards[0]) == [(7, 0), (280_000, 0), (0, 0), (7, 0)]
+    assert await counters(guards[0]) == [(8, 0), (320_000, 0), (0, 0), (8, 0)]
     assert await fresh.open_holds() == 0
 
 

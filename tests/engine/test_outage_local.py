@@ -205,7 +205,7 @@ async def test_more_than_a_share(storage: OutageStorage, new_guard: NewGuard) ->
 
 async def test_change_takes_nothing_twice(storage: OutageStorage, new_guard: NewGuard) -> None:
     """A hold of the outage that is changed has its part of the share before and after, and gives it back when it ends."""
-    guard = new_guard(Iterations(5), Concurrency(2, counts="calls"))
+    guard = new_guard(Iterations(5), Concurrency(2, counts="calls"), Budget("$1/1d", on_outage="allow"))
     storage.down()
     admission = guard.new_admission(CONTEXT)
     await admission.open(None)
@@ -421,8 +421,16 @@ async def test_charged_to_the_window_that_was_seen(
     """What the outage used is charged to the window that ran then; when that is over, the new one is untouched."""
     guard = new_guard(Budget("$1/1d", per="caller", on_outage="allow"))
     await one_call(guard)
+    began_ms = clock.now_ms()
     clock.advance(seconds=20 * 3600)
     storage.down()
+    admission = guard.new_admission(CONTEXT)
+    await admission.open(guard.describe(**CALL))
+    assert [(receipt.pin, receipt.resets_at_ms) for receipt in admission.receipts] == [
+        (began_ms, began_ms + 86_400_000)
+    ]
+    assert admission.root is not None
+    admission.root.discard()
     await one_call(guard)
     storage.up()
     await guard.heartbeat()

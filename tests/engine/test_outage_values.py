@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 from tests.storage.values import DAY_MS, meter
 
-from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Reading, Receipt, Settlement
+from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Reading, Receipt, Settled, Settlement
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, LastSeen, left, lifted, over, share
 from asgi_llm_guard.storage.memory import MemoryStorage
@@ -217,3 +217,17 @@ async def test_window_that_began_anew() -> None:
     fresh = MemoryStorage(clock=clock)
     await fresh.settle(totals.settlements("me", "0"))
     assert await fresh.read([one]) == await storage.read([one]) == (Reading(2, 0, NOW_MS + 121_000),)
+
+
+@pytest.mark.parametrize("window", [Rolling(DAY_MS), Lifetime(DAY_MS)], ids=repr)
+def test_window_whose_start_was_made_up(window: Window) -> None:
+    """What an outage charged to a window that it believed to begin then is told with the one that ran."""
+    totals = Totals(FrozenClock(NOW_MS))
+    one = meter(window, 100)
+    for number, later_ms in enumerate([0, 60_000]):
+        receipt = Receipt(Claim(one, 5), True, True, 0, 0, NOW_MS + later_ms, NOW_MS + DAY_MS + later_ms)
+        settled = Settlement(str(number), (3,), None, (receipt,))
+        totals.settled([settled], [Settled(str(number), "settled")])
+    (told,) = totals.settlements("me", "0")
+    assert told.actuals == (6,)
+    assert [(receipt.pin, receipt.resets_at_ms) for receipt in told.receipts] == [(NOW_MS, NOW_MS + DAY_MS + 60_000)]
