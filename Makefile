@@ -1,5 +1,5 @@
 # Every target installs what it needs first; `scripts/install` does nothing when all is there.
-.PHONY: help install demo test lint fix types coverage bench mutants model check-full ci
+.PHONY: help install demo test lint fix types coverage bench mutants model torture check-full ci
 
 help:           ## Show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,8 +31,11 @@ bench: install  ## Run the benchmarks; results on the screen
 mutants: install ## Break the code in small ways and list what no test notices
 	@scripts/mutants
 
-model: install ## Check the model of reserve, settle, lapse and lease in every state
+model:          ## Check the model of reserve, settle, lapse and lease in every state
 	@scripts/model
+
+torture: install ## Kill and cut off processes that make calls, for two minutes; compare the books
+	@scripts/torture
 
 check-full: install ## Run the long tests as well
 	@scripts/check-full

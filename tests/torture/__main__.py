@@ -33,8 +33,8 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
                 name="killed",
                 storage=storage,
                 load=Load(seed=seed, calls=1_500),
-                seconds=5,
-                lapse_ms=4_000 if storage == "redis" else 2_000,
+                seconds=4,
+                lapse_ms=3_000 if storage == "redis" else 2_000,
                 kill_every_s=None if storage == "memory" else 0.6,
                 fault_every_s=0.3 if storage == "redis" else None,
             )
@@ -66,7 +66,7 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
             name="check-then-record",
             storage=storage,
             load=Load(seed=seed, calls=300 if short else 2_000),
-            seconds=4 if short else 10,
+            seconds=3 if short else 10,
             naive=True,
         )
 
