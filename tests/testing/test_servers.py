@@ -193,11 +193,10 @@ def test_a_server_is_started_once(redis_server: RedisServer) -> None:
 
 def test_a_taken_port_is_no_mistake_at_first(redis_server: RedisServer) -> None:
     """Another port is tried if somebody was quicker, and the error tells when that does not help."""
-    with (
-        pytest.raises(ServerError, match="no free port in ten tries"),
-        RedisServer(config=[f"port {redis_server.port}"]),
-    ):
-        pass
+    server = RedisServer(config=[f"port {redis_server.port}"])
+
+    with pytest.raises(ServerError, match="no free port in ten tries"), contextlib.ExitStack() as stack:
+        stack.enter_context(server)
 
 
 def test_a_connection_that_the_server_closes_is_an_error(own_redis: OwnRedis) -> None:
