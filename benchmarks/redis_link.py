@@ -63,9 +63,9 @@ class Bare(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
 
-    def submit(self) -> asyncio.Future[Any]:
+    def submit(self, packed: bytes = b"") -> asyncio.Future[Any]:
         future = self.loop.create_future()
-        packed = pack(COMMAND)
+        packed = packed or pack(COMMAND)
         if self.waiting:
             if not self.buffer:
                 self.loop.call_soon(self.flush)

@@ -55,7 +55,7 @@ from asgi_llm_guard.storage.redis_link import Link, LinkError, Script, ServerInf
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import DISTINCT
 
-__all__ = ["MAX_RECORDS", "OPTIONS", "RedisStorage"]
+__all__ = ["MAX_RECORDS", "OPTIONS", "RESERVE", "RedisStorage", "script"]
 
 logger = logging.getLogger("asgi_llm_guard.storage")
 
@@ -74,14 +74,14 @@ _REMEMBERED: Final = 1024
 _PAGE: Final = 1000
 
 _COMMON: Final = ("state", "windows")
-_RESERVE: Final = (*_COMMON, "take", "reserve")
+RESERVE: Final = (*_COMMON, "take", "reserve")
 _SETTLE: Final = (*_COMMON, "release", "settle")
 _AMEND: Final = (*_COMMON, "take", "release", "amend")
 _OWNERS: Final = (*_COMMON, "release", "sweep", "owners")
 _METERS: Final = (*_COMMON, "meters")
 _EPOCH: Final = ("state", "epoch")
 _HOLD: Final = ("state", "hold")
-_SCRIPTS: Final = (_RESERVE, _SETTLE, _AMEND, _OWNERS, _METERS, _EPOCH, _HOLD)
+_SCRIPTS: Final = (RESERVE, _SETTLE, _AMEND, _OWNERS, _METERS, _EPOCH, _HOLD)
 
 _ENDED: Final = {b"settled": "settled", b"cancelled": "cancelled", b"expired": "expired", b"unknown": "unknown"}
 _STATUS: Final = {1: "settled", 2: "late", 3: "lost", 4: "duplicate", 5: "cancelled"}
@@ -89,7 +89,8 @@ _STATE: Final = {b"S": "settled", b"C": "cancelled", b"E": "expired"}
 
 
 @cache
-def _script(parts: tuple[str, ...]) -> Script:
+def script(parts: tuple[str, ...]) -> Script:
+    """The script that is made of these files."""
     folder = resources.files("asgi_llm_guard.storage") / "lua"
     return Script("\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
 
@@ -399,7 +400,7 @@ class RedisStorage:
                 self._lanes.pop(other).lane.fail(
                     StorageError("redis: the event loop was closed before the answer came")
                 )
-            link = Link(self._address, scripts=[_script(parts) for parts in _SCRIPTS], timeout_s=self._timeout_s)
+            link = Link(self._address, scripts=[script(parts) for parts in _SCRIPTS], timeout_s=self._timeout_s)
             self._lanes[loop] = lane = _Connected(self, loop, link, self._key)
         self._adopt_abandoned(lane)
         return lane
@@ -742,10 +743,10 @@ class _Connected:
         return self.link.state == "up"
 
     def submit(self, parts: tuple[str, ...], arguments: Sequence[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(_script(parts), self._key, arguments)
+        return self.link.submit(script(parts), self._key, arguments)
 
     def send_reserves(self, arguments: list[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(_script(_RESERVE), self._key, self._storage.reserve_arguments(arguments))
+        return self.link.submit(script(RESERVE), self._key, self._storage.reserve_arguments(arguments))
 
     def confirm(self, durable: Durable) -> asyncio.Future[None]:
         confirmed = asyncio.ensure_future(self._confirm(self._storage.wait(self.link, durable), durable))
@@ -763,7 +764,7 @@ class _Connected:
             )
 
     def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(_script(_SETTLE), self._key, self._storage.settle_arguments(arguments))
+        return self.link.submit(script(_SETTLE), self._key, self._storage.settle_arguments(arguments))
 
     def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
         return self._storage.settled(group, replies, now_ms)
