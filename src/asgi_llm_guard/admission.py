@@ -222,9 +222,7 @@ class Admission:
             return  # a coroutine that is being closed must not wait
         for pending in self._handed:
             if not pending.done():
-                # What the storage does not take is the engine's to try again, and nobody's here.
-                with contextlib.suppress(StorageError):
-                    await asyncio.shield(_result(pending))
+                await asyncio.shield(_over(pending))
 
     def close_sync(self) -> None:
         """As `close`, for synchronous code, which leaves no call behind: its blocks end with their function."""
@@ -240,8 +238,11 @@ class Admission:
             call.end(complete=False)
 
 
-async def _result(pending: Awaitable[object]) -> None:
-    await pending
+async def _over(pending: Awaitable[object]) -> None:
+    # What the storage does not take is the engine's to try again, and nobody's here. Here, and not where it is
+    # awaited: whoever waits may be cancelled.
+    with contextlib.suppress(StorageError):
+        await pending
 
 
 _NOTHING = Completed(())
