@@ -110,6 +110,8 @@ class _Faults:
                 *[("request cut", self._cut_request)] * 2,
                 ("all cut", self._cut),
                 ("replies slow", self._slow),
+                ("requests slow", self._slow_requests),
+                ("server stopped", self._pause),
                 ("replies swallowed", self._swallow),
                 ("server killed", self._restart),
             ]
@@ -136,6 +138,16 @@ class _Faults:
     def _slow(self) -> float:
         self.proxy.to_client.delay_ms = 350
         return 0.4
+
+    def _slow_requests(self) -> float:
+        self.proxy.to_server.delay_ms = 350
+        return 0.4
+
+    def _pause(self) -> float:
+        self.server.pause()
+        time.sleep(0.35)
+        self.server.resume()
+        return 0
 
     def _swallow(self) -> float:
         self.proxy.to_client.drop = True
