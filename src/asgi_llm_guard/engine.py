@@ -444,7 +444,7 @@ class Engine:
             # Cancelled, or closed (GeneratorExit) or interrupted while it waited: nobody will take what is granted.
             self._cancel(bundles)
             raise
-        if self.failed:
+        if self.state != "ok":  # not `failed`: a property costs more than the rest of the line
             self._recovered()
         if self._totals is not None and self._is_same_data():
             self._totals.decided()
@@ -719,7 +719,7 @@ class Engine:
         """Hand settlements over to the storage. Never raises: what the storage does not take is tried again."""
         if self._slots:
             settlements = self._without_slots(settlements)
-        if self._here:
+        if self._here.open:
             self._here.settle(settlements)
         if self._totals is not None:
             self._totals.closed(settlements)
@@ -806,7 +806,7 @@ class Engine:
                 await self._follow(self._totals)
             except StorageError as error:
                 self._storage_failed(error)
-        if self._here:
+        if self._here.open:
             await self._reopen()
         if beat.expired:
             emit(self.observers, Expired(beat.expired))
@@ -886,7 +886,7 @@ class Engine:
     @property
     def degraded(self) -> int:
         """How many requests and calls are open that this process admitted by itself."""
-        return len(self._here)
+        return len(self._here.open)
 
     @property
     def processes(self) -> int:

@@ -163,19 +163,13 @@ class Fallback:
         self._storage: Storage | None = None
         self._began_ms = 0
         self._granted = LastSeen()
-        self._open: dict[str, _Here] = {}
-
-    def __len__(self) -> int:
-        """How many bundles are open that were admitted here, and that the store does not know as holds."""
-        return len(self._open)
-
-    def __contains__(self, call_id: str) -> bool:
-        return call_id in self._open
+        self.open: dict[str, _Here] = {}
+        """What was admitted here and has not ended, by call id, as long as the store does not know it as a hold."""
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:
-        """Those bundles, in the order of their admission."""
-        return tuple([here.bundle for here in tuple(self._open.values())])
+        """What is open, in the order of admission."""
+        return tuple([here.bundle for here in tuple(self.open.values())])
 
     def may_decide(self, claims: Iterable[Claim]) -> bool:
         """Whether none of these claims has to be refused while the store is away."""
@@ -189,21 +183,21 @@ class Fallback:
         answer = await storage.reserve(owner, (local,))
         if isinstance(answer, Granted):
             for bundle in bundles:
-                self._open[bundle.call_id] = _Here(bundle, bundle.call_id)
+                self.open[bundle.call_id] = _Here(bundle, bundle.call_id)
         claims = tuple([claim for bundle in bundles for claim in bundle.claims])
         return self._answer(answer, claims, now_ms)
 
     async def amend(self, owner: str, call_id: str, bundle: Bundle) -> Granted | Refused:
         """As `reserve`, for a bundle that takes the place of the hold `call_id` if that was admitted here."""
-        here = self._open.get(call_id)
+        here = self.open.get(call_id)
         now_ms = self._clock.now_ms()
         if here is not None:
             storage = self._begin()
             answer = await storage.amend(owner, Bundle(here.local_id, self._local(bundle.claims, now_ms)))
             if isinstance(answer, (Granted, Refused)):
                 if isinstance(answer, Granted):
-                    self._open.pop(call_id, None)
-                    self._open[bundle.call_id] = _Here(bundle, here.local_id)
+                    self.open.pop(call_id, None)
+                    self.open[bundle.call_id] = _Here(bundle, here.local_id)
                 return self._answer(answer, bundle.claims, now_ms)
         return await self.reserve(owner, (bundle,))  # of before the outage, or of another one
 
@@ -212,14 +206,14 @@ class Fallback:
         ended = [
             Settlement(here.local_id, settlement.actuals, None, (), settlement.debits)
             for settlement in settlements
-            if (here := self._open.pop(settlement.call_id, None)) is not None
+            if (here := self.open.pop(settlement.call_id, None)) is not None
         ]
         if ended and self._storage is not None:
             self._storage.settle(ended)
 
     def forget(self, call_id: str) -> bool:
         """The store knows the hold. Gives whether it was still open."""
-        return self._open.pop(call_id, None) is not None
+        return self.open.pop(call_id, None) is not None
 
     def end(self) -> None:
         """The store answers: what was taken here is no longer left of what was seen of it."""
