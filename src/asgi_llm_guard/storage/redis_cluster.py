@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, Final
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -152,7 +153,7 @@ class Cluster:
         """Look up the slots, soon, unless that is under way."""
         if self._task is not None or self._later is not None or self._refusing:
             return
-        wait_s = max(self._breaker.wait_s, self._looked_at + _REST_S - self._loop.time())
+        wait_s = max(self._breaker.wait_s, self._looked_at + _REST_S - monotonic())
         if wait_s > 0:
             self._later = self._loop.call_later(wait_s, self._start)
         else:
@@ -196,7 +197,7 @@ class Cluster:
         return table
 
     def _looked_up(self, table: Sequence[Endpoint | None]) -> None:
-        self._looked_at = self._loop.time()
+        self._looked_at = monotonic()
         if self._breaker.succeeded():
             self._on_change(self, "")
         gone = self._nodes.keys() - set(table)

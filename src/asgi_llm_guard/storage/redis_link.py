@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any, Final, Literal, TypeAlias
 
 from asgi_llm_guard.storage.breaker import FAILURES, Breaker
@@ -88,7 +89,7 @@ class Link:
     ) -> None:
         self.address = address
         self._loop = asyncio.get_running_loop()
-        self._time = self._loop.time
+        self._time = monotonic  # some event loops show the instant at which their turn began
         self._timeout_s = timeout_s
         self._failures = failures
         self._most = most

@@ -18,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, Final, Protocol
 
 from asgi_llm_guard.storage.breaker import Breaker
@@ -94,12 +95,12 @@ class Expiry:
         self.armed = False
 
     def _pass(self) -> None:
-        now = self._loop.time()
+        now = monotonic()
         due = self._expire(now)
         self.armed = due is not None
         if due is not None:
             # Not for each call by itself: those that were handed over together become overdue together.
-            self._timer = self._loop.call_at(max(due, now + _GRAIN_S), self._pass)
+            self._timer = self._loop.call_later(max(due - now, _GRAIN_S), self._pass)
 
 
 def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[Call], float | None]:
@@ -288,7 +289,7 @@ class Node:
         if not self._refusing:
             self._through = wire
         kept, self._kept = self._kept, deque()
-        now = self._loop.time()
+        now = monotonic()
         for call in kept:
             if not call.future.done() or (call.wanted and call.at + call.timeout_s > now):
                 wire.send(call)
@@ -325,7 +326,7 @@ class Node:
         """Call `done` when all that was sent so far has been answered, or will not be."""
         future: asyncio.Future[Any] = self._loop.create_future()
         future.add_done_callback(done)
-        wire.send(Internal(future, pack(("PING",)), self._loop.time(), self._timeout_s))
+        wire.send(Internal(future, pack(("PING",)), monotonic(), self._timeout_s))
         if not self._expiry.armed:
             self._expiry.arm()
 
@@ -346,7 +347,7 @@ class Node:
         elif self._redirects is not None and code in {"MOVED", "ASK"} and call.tries < MAX_TRIES:
             self._redirects.redirected(self, self._sent_back(wire, call), error)
         else:
-            fail(call.future, translated(error, self.name))
+            fail(call.future, translated(error, self.name, in_cluster=self._redirects is not None))
             if code in _LOOK_AGAIN:
                 self._leave(f"{self.name} answered {error}")
             elif self._redirects is not None and code == "CLUSTERDOWN":
@@ -369,7 +370,7 @@ class Node:
             self._give_back("the link was closed")
             return
         # A server may close what is idle; that is no failure, unless it closes whatever is opened.
-        useless = not self._served and self._loop.time() - wire.since < _SHORT_LIFE_S
+        useless = not self._served and monotonic() - wire.since < _SHORT_LIFE_S
         if pending or useless or self.breaker.state != "closed":
             self._failed(reason)
         else:
@@ -415,7 +416,7 @@ class Node:
             return
         self._again = list(calls)
         self._through = None
-        now = self._loop.time()
+        now = monotonic()
         futures = [self._loop.create_future() for _ in self._scripts]
         for text, future in zip(self._scripts, futures, strict=True):
             wire.send(Internal(future, pack(("SCRIPT", "LOAD", text)), now, self._timeout_s))
@@ -505,10 +506,12 @@ class Node:
             call.fail(f"redis: {reason}", sent=False)
 
 
-def translated(error: ServerError, where: object) -> LinkError:
+def translated(error: ServerError, where: object, *, in_cluster: bool = False) -> LinkError:
     """What a server answered, with the next step."""
     code = error.code
     step = f"; {_NEXT_STEPS[code]}" if code in _NEXT_STEPS else ""
+    if in_cluster and code in {"MOVED", "ASK"}:
+        step = f", as {MAX_TRIES} nodes in a row sent the call elsewhere; see CLUSTER SLOTS of each"
     said = str(error).rstrip(".")
     return LinkError(f"redis: {where} answered: {said}{step}", sent=code not in _NOT_EXECUTED, code=code)
 

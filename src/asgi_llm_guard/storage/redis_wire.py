@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Any, Final, Protocol, cast
 
 from asgi_llm_guard.errors import NotInstalledError, StorageError
@@ -91,7 +92,7 @@ class Call:
         self.future = future
         self.packed = packed
         self.at = at
-        """When it was handed over, by the event loop's clock."""
+        """When it was handed over, by `time.monotonic`."""
         self.timeout_s = timeout_s
         self.slot = slot
         """Of its key, in a cluster; else 0."""
@@ -161,7 +162,7 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint, owner: Owner) -> None:
         self.endpoint = endpoint
-        self.since = loop.time()
+        self.since = monotonic()
         self.waiting: deque[Call] = deque()
         """Handed over, oldest first; some at the end may not be written yet."""
         self.suspect = False
@@ -278,7 +279,8 @@ class Wire(asyncio.Protocol):
         for call in calls[:written]:
             if not call.future.done():
                 pending = True
-                call.fail(f"redis: {reason}; what became of the call is unknown", sent=True)
+                unknown = "" if call.internal else "; what became of the call is unknown"
+                call.fail(f"redis: {reason}{unknown}", sent=True)
         unwritten = [call for call in calls[written:] if call.wanted]
         self._owner.lost(self, unwritten, pending=pending, reason=reason)
 
@@ -346,7 +348,7 @@ async def ask(wire: Wire, commands: Iterable[tuple[Any, ...]], within_s: float) 
         LinkError: they did not all come in time; then the wire is dropped.
     """
     loop = asyncio.get_running_loop()
-    calls = [Internal(loop.create_future(), pack(command), loop.time(), within_s) for command in commands]
+    calls = [Internal(loop.create_future(), pack(command), monotonic(), within_s) for command in commands]
     for call in calls:
         wire.send(call)
     futures = [call.future for call in calls]

@@ -103,6 +103,16 @@ async def test_a_cancelled_call_is_made_and_drops_only_itself(redis_server: Redi
         assert await link.submit(COUNT, key, [b"1"]) == 10
 
 
+async def test_a_call_that_is_cancelled_before_there_is_a_connection_is_made(
+    redis_server: RedisServer, key: bytes
+) -> None:
+    """What was handed over is executed, though its reply is not wanted, also when it had to wait."""
+    async with linked(redis_server.url) as link:
+        link.submit(COUNT, key, [b"5"]).cancel()
+
+        assert await link.submit(COUNT, key, [b"1"]) == 6
+
+
 async def _done(future: asyncio.Future[int]) -> asyncio.Future[int]:
     await asyncio.wait((future,))
     return future
@@ -336,6 +346,27 @@ async def test_a_longer_timeout_is_for_one_call(redis_server: RedisServer, key: 
             assert await outcome(patient) == 2
 
 
+@pytest.mark.parametrize("loop_kind", ["asyncio", "uvloop"])
+def test_a_loop_that_was_kept_does_not_blame_the_server(redis_server: RedisServer, key: bytes, loop_kind: str) -> None:
+    """Whoever keeps the event loop for longer than the timeout: replies that came meanwhile count as in time."""
+    run = pytest.importorskip("uvloop").run if loop_kind == "uvloop" else asyncio.run
+
+    async def main() -> None:
+        changes = Changes()
+        async with linked(redis_server.url, timeout_s=QUICK_S, failures=1, on_change=changes) as link:
+            await link.command("PING", timeout_s=PATIENT_S)
+            for _ in range(3):
+                before = link.submit(COUNT, key, [b"1"])
+                await asyncio.sleep(0)
+                time.sleep(1.5 * QUICK_S)  # noqa: ASYNC251 - it is what is tested
+                after = link.submit(COUNT, key, [b"1"])
+                await asyncio.sleep(0)
+                assert [type(each) for each in await outcomes([before, after])] == [int, int]
+            assert changes.told == []
+
+    run(main())
+
+
 async def test_a_thousand_calls_end_when_the_connection_is_cut(redis_server: RedisServer, key: bytes) -> None:
     """All that were under way fail as unknown, at once, and nothing is sent again."""
     with FaultProxy(redis_server.url) as proxy:
@@ -538,11 +569,12 @@ async def test_a_password_is_used_and_not_shown(own_redis: OwnRedis) -> None:
         assert await link.submit(COUNT, b"key", [b"1"]) == 1
         assert "right-one" not in repr(link.address)
 
-    for wrong in ("wrong-one", None):
+    for wrong in (":wrong-one@", ""):
         changes = Changes()
-        url = server.url.replace("right-one", wrong) if wrong else server.url.replace(":right-one@", "")
-        async with linked(url, on_change=changes) as link:
-            error = await outcome(link.submit(COUNT, b"key", [b"1"]))
+        with FaultProxy(server.url.replace(":right-one@", wrong)) as proxy:
+            async with linked(proxy.url, on_change=changes) as link:
+                error = await outcome(link.submit(COUNT, b"key", [b"1"]))
+                assert proxy.counts.connections == 1  # it is not tried again and again
         assert isinstance(error, LinkError)
         assert not error.sent
         assert error.__cause__ is None
@@ -680,9 +712,12 @@ async def test_closing_waits_for_what_is_under_way(redis_server: RedisServer, ke
     before = asyncio.all_tasks()
     link = Link(Address.parse(redis_server.url)[0], scripts=SCRIPTS, timeout_s=PATIENT_S)
     calls = [link.submit(COUNT, key, [b"1"]) for _ in range(100)]
+    late: list[asyncio.Future[int]] = []
+    calls[0].add_done_callback(lambda _: late.append(link.submit(COUNT, key, [b"1"])))
     await link.aclose()
 
     assert [call.result() for call in calls] == list(range(1, 101))
+    assert "the link was closed" in str(late[0].exception())
     error = await outcome(link.submit(COUNT, key, [b"1"]))
     assert isinstance(error, LinkError)
     assert not error.sent

@@ -264,6 +264,7 @@ async def test_a_node_that_hangs_after_its_slot_moved_is_passed_over(cluster: Re
 
 async def test_calls_wait_no_longer_than_their_timeout_for_the_slots(cluster: RedisCluster) -> None:
     """While no node tells who has which slot, calls fail in their time, as not sent, and past a bound at once."""
+    before = asyncio.all_tasks()
     with FaultProxy(f"redis://{cluster.masters[0].host}:{cluster.masters[0].port}") as proxy:
         proxy.to_client.hold()
         async with linked(f"redis+cluster://{proxy.host}:{proxy.port}", timeout_s=QUICK_S, most=3) as link:
@@ -279,6 +280,7 @@ async def test_calls_wait_no_longer_than_their_timeout_for_the_slots(cluster: Re
             await link.aclose()
             assert "the link was closed" in str(left.exception())
             assert "the link was closed" in str(link.submit(COUNT, b"{a}:waits", [b"1"]).exception())
+            assert asyncio.all_tasks() == before
 
 
 async def test_a_lone_node_without_slots_is_named(own_redis: OwnRedis) -> None:
