@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
-import msgspec
 import pytest
 from hypothesis import HealthCheck, event, seed, settings
 from hypothesis import strategies as st
@@ -23,13 +22,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tests.storage.conftest import FACTORIES
+from tests.storage.leases_kit import leased, turn
 from tests.storage.values import DAY_MS, HOUR_MS, SECOND_MS, START, Make, meter, record
 
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.leases import LeasingStorage
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Calendar, Lifetime, Rolling, Sliding, Slots, Window
+from asgi_llm_guard.windows import Calendar, Lifetime, Rolling, Sliding, Slots
 
 LAPSE_MS: Final = 100_000
 WORKERS: Final = 3
@@ -37,17 +37,13 @@ WORKERS: Final = 3
 T = TypeVar("T")
 
 
-def leased(window: Window, limit: int | None, lease: int, subject: str, *, refund: bool = False) -> Meter:
-    return msgspec.structs.replace(meter(window, limit, subject=subject, refund=refund), lease=lease)
-
-
 LEASED: Final = [
-    leased(Rolling(60 * SECOND_MS), 120, 30, "rolling"),
-    leased(Calendar("hour"), 200, 40, "hour"),
-    leased(Lifetime(HOUR_MS), 150, 25, "lifetime"),
-    leased(Sliding(10 * SECOND_MS, 5), 60, 20, "sliding"),
-    leased(Rolling(60 * SECOND_MS), 100, 30, "refunded", refund=True),
-    leased(Calendar("hour"), None, 20, "free"),
+    leased(120, 30, window=Rolling(60 * SECOND_MS), subject="rolling"),
+    leased(200, 40, window=Calendar("hour"), subject="hour"),
+    leased(150, 25, window=Lifetime(HOUR_MS), subject="lifetime"),
+    leased(60, 20, window=Sliding(10 * SECOND_MS, 5), subject="sliding"),
+    leased(100, 30, window=Rolling(60 * SECOND_MS), subject="refunded", refund=True),
+    leased(None, 20, window=Calendar("hour"), subject="free"),
 ]
 DIRECT: Final = [meter(Calendar("hour"), 60, subject="direct"), meter(Slots(), 6, subject="slots")]
 
@@ -112,15 +108,10 @@ class Leases(RuleBasedStateMachine):
             self.run(worker.storage.retire(worker.owner))
         if not self.mortal:
             self.all_is_charged()
-        self.run(self.turn())
+        self.run(turn())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
-
-    async def turn(self) -> None:
-        """Let chunks come that have been asked for."""
-        while len(tasks := asyncio.all_tasks()) > 1:
-            await asyncio.gather(*(tasks - {asyncio.current_task()}))
 
     def note(self, what: str) -> None:
         self.reached[what] += 1
@@ -219,14 +210,14 @@ class Leases(RuleBasedStateMachine):
         which=st.integers(0, 5),
         plans=st.lists(wanted, min_size=1, max_size=2),
         count=st.integers(1, 12),
-        turn=st.booleans(),
+        come=st.booleans(),
     )
-    def reserve(self, which: int, plans: list[list[tuple[int, int]]], count: int, turn: bool) -> None:
+    def reserve(self, which: int, plans: list[list[tuple[int, int]]], count: int, come: bool) -> None:
         for _ in range(count):
             call_id = f"call-{next(self.numbers)}"
             self.ask(call_id, self.alive(which), [self.claims(plan) for plan in plans])
-        if turn:
-            self.run(self.turn())
+        if come:
+            self.run(turn())
 
     def ask(self, call_id: str, worker: Worker, plans: Sequence[tuple[Claim, ...]]) -> None:
         before = self.run(self.inner.open_holds())
@@ -321,13 +312,13 @@ class Leases(RuleBasedStateMachine):
             assert not any(call_id.startswith("lease") for call_id in beat.expired)
             if beat.lapsed:
                 self.note("lapsed")
-        self.run(self.turn())
+        self.run(turn())
 
     @precondition(lambda self: self.mortal)
     @rule(which=st.integers(0, 5))
     def crash(self, which: int) -> None:
         """`kill -9`: the process is gone, its calls may have been billed; the store is told nothing."""
-        self.run(self.turn())
+        self.run(turn())
         self.workers.remove(worker := self.alive(which))
         worker.alive = False
         self.workers.append(self.worker())

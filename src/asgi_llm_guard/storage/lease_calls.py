@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Plan, Receipt, Settled, Settlement
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage.base import Pending
@@ -33,43 +35,27 @@ Parts = list[Lease | None]
 """For each claim of a plan the lease that it was taken from; `None`: the store was asked."""
 
 
-class Call:
+class Call(msgspec.Struct, gc=False):
     """One open call some claims of which may be leased."""
 
-    __slots__ = (
-        "beats",
-        "call_id",
-        "claims",
-        "draft",
-        "expired",
-        "inner",
-        "owner",
-        "parts",
-        "plan",
-        "receipts",
-        "until_ms",
-    )
-
-    def __init__(self, owner: str, bundle: Bundle, parts: Parts, receipts: tuple[Receipt, ...], plan: int) -> None:
-        self.owner = owner
-        self.call_id = bundle.call_id
-        self.claims = bundle.claims
-        self.draft = bundle.draft
-        self.parts = parts
-        self.receipts = receipts
-        self.plan = plan
-        self.inner = False
-        """The store may know of it, and has to be told of its end."""
-        self.beats = 0
-        """How many heartbeats have seen it open."""
-        self.expired = False
-        """Its leased claims were charged as they were held: more can only be added to that."""
-        self.until_ms = 0
-        """When it may be forgotten, if it has expired."""
+    owner: str
+    bundle: Bundle
+    parts: Parts
+    receipts: tuple[Receipt, ...]
+    plan: int = 0
+    """Which of the offered plans was granted."""
+    inner: bool = False
+    """The store may know of it, and has to be told of its end."""
+    beats: int = 0
+    """How many heartbeats have seen it open."""
+    expired: bool = False
+    """Its leased claims were charged as they were held: more can only be added to that."""
+    until_ms: int = 0
+    """When it may be forgotten, if it has expired."""
 
     def rest(self) -> tuple[Claim, ...]:
         """The claims that the store holds."""
-        return tuple([claim for claim, lease in zip(self.claims, self.parts, strict=True) if lease is None])
+        return tuple([claim for claim, lease in zip(self.bundle.claims, self.parts, strict=True) if lease is None])
 
 
 class Asked:
@@ -121,50 +107,26 @@ def _rest(plans: Sequence[Plan], offers: Sequence[Parts]) -> list[Plan]:
     ]
 
 
-class Gone:
-    """A call id that is spent."""
+class Reply(msgspec.Struct, gc=False):
+    """How to answer one settlement: as the store answers number `index` of what was handed over."""
 
-    __slots__ = ("foreign", "reason", "reply", "unsent", "until_ms")
+    call_id: str
+    index: int | None
+    """`None`: what was handed over are only additions."""
+    leased: tuple[bool, ...] = ()
+    """For each claim whether it is leased; none: the store's answer stands."""
+    overages: tuple[int, ...] = ()
+    """For each claim, as far as it is leased."""
 
-    def __init__(self, reason: Literal["settled", "cancelled"], until_ms: int, *, foreign: bool = False) -> None:
-        self.reason = reason
-        self.until_ms = until_ms
-        self.foreign = foreign
-        """It was cancelled before anything was known of it here: the store says what that meant."""
-        self.unsent: tuple[Settlement, ...] = ()
-        """What the store has not confirmed; handed over again if the call is settled again."""
-        self.reply: Reply | None = None
-
-
-class Reply:
-    """How to answer one settlement: as the store answers number `index` of what was handed over, or by `status`."""
-
-    __slots__ = ("call_id", "index", "leased", "overages", "status")
-
-    def __init__(
-        self,
-        call_id: str,
-        index: int | None = None,
-        *,
-        status: Literal["settled", "duplicate"] = "settled",
-        leased: Sequence[bool] = (),
-        overages: Sequence[int] = (),
-    ) -> None:
-        self.call_id = call_id
-        self.index = index
-        self.status = status
-        self.leased = leased
-        """For each claim whether it is leased; none: the store's answer stands."""
-        self.overages = overages
-        """For each claim, as far as it is leased."""
-
-    def at(self, index: int | None) -> Reply:
-        """The same, for other settlements that were handed over."""
-        return Reply(self.call_id, index, status=self.status, leased=self.leased, overages=self.overages)
+    def behind(self, others: int) -> Reply:
+        """The same, where so many others are handed over before."""
+        index = None if self.index is None else self.index + others
+        return Reply(self.call_id, index, self.leased, self.overages)
 
     def of(self, settled: Sequence[Settled]) -> Settled:
+        """The answer, from those of the store."""
         if self.index is None:
-            return Settled(self.call_id, self.status, tuple(self.overages))
+            return Settled(self.call_id, "settled", self.overages)
         answer = settled[self.index]
         if not self.leased or answer.status == "duplicate":
             return answer
@@ -175,6 +137,21 @@ class Reply:
         # The store has never heard of a call whose claims are all leased: it has lost nothing.
         status = "settled" if answer.status == "lost" and all(self.leased) else answer.status
         return Settled(self.call_id, status, tuple(overages))
+
+
+class Gone(msgspec.Struct, gc=False):
+    """A call id that is spent."""
+
+    reason: Literal["settled", "cancelled"]
+    until_ms: int
+    """It is known for so long."""
+    foreign: bool = False
+    """It was cancelled before anything was known of it here: the store says what that meant."""
+    unsent: tuple[Settlement, ...] = ()
+    """What the store has not confirmed; handed over again if the call is settled again."""
+    reply: Reply | None = None
+    """How to answer with what the store says of it."""
+    overages: tuple[int, ...] = ()
 
 
 class Fetch(NamedTuple):
@@ -226,7 +203,7 @@ class Answering:
 
     __slots__ = ("_pending", "_replies")
 
-    def __init__(self, pending: Pending[tuple[Settled, ...]], replies: Sequence[Reply]) -> None:
+    def __init__(self, pending: Pending[tuple[Settled, ...]], replies: Sequence[Settled | Reply]) -> None:
         self._pending = pending
         self._replies = replies
 
@@ -243,7 +220,7 @@ class Answering:
         return self._of((yield from self._pending.__await__()))
 
     def _of(self, settled: Sequence[Settled]) -> tuple[Settled, ...]:
-        return tuple([reply.of(settled) for reply in self._replies])
+        return tuple([reply.of(settled) if isinstance(reply, Reply) else reply for reply in self._replies])
 
 
 def claims_of(plan: Plan) -> Iterable[Claim]:
@@ -284,7 +261,7 @@ def forgotten(known: Call | Asked | Gone, now_ms: int) -> bool:
 
 def unheard(call: Call) -> bool:
     """Whether the store does not know of an open call that would leave a record."""
-    return not call.inner and not call.expired and call.draft is not None
+    return not call.inner and not call.expired and call.bundle.draft is not None
 
 
 def confirm(gone: Sequence[Gone], pending: Pending[tuple[Settled, ...]]) -> None:

@@ -470,7 +470,7 @@ class LeasingStorage:
 
     async def _ask_again(self, calls: list[Call]) -> Answer:
         """Calls that are open here: are they in the store, too?"""
-        rest = tuple([Bundle(call.call_id, call.rest(), call.draft) for call in calls if call.inner])
+        rest = tuple([Bundle(call.bundle.call_id, call.rest(), call.bundle.draft) for call in calls if call.inner])
         asked_ms = self._clock.now_ms()
         answer = await self.inner.reserve(calls[0].owner, (rest,))
         self._synced = (asked_ms, answer.now_ms)
@@ -744,7 +744,7 @@ class LeasingStorage:
 
     def _settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
         outgoing: list[Settlement] = []
-        replies: list[Reply] = []
+        replies: list[Settled | Reply] = []
         unconfirmed: list[Gone] = []
         with self._lock:
             now_ms = self._now()
@@ -754,74 +754,69 @@ class LeasingStorage:
                 if isinstance(known, Asked):
                     known = self._presume(known, call_id)
                 if isinstance(known, Call):
-                    gone = self._settle_call(known, settlement, now_ms)
-                    self._end(call_id, gone)
+                    known = self._settle_call(known, settlement, now_ms)
+                    self._end(call_id, known)
+                    if known.reply is None:
+                        replies.append(Settled(call_id, "settled", known.overages))
+                        continue
                 elif known is None or known.foreign or forgotten(known, now_ms):
                     replies.append(Reply(call_id, len(outgoing)))
                     outgoing.append(settlement)
                     if cancels(settlement):
                         self._end(call_id, Gone("cancelled", now_ms + self._tombstone_ms, foreign=True))
                     continue
-                elif known.unsent:
-                    gone = known
-                else:
-                    replies.append(Reply(call_id, status="duplicate"))
+                elif not known.unsent:
+                    replies.append(Settled(call_id, "duplicate"))
                     continue
-                reply = cast("Reply", gone.reply)
-                if gone.unsent:
-                    if reply.index is not None:
-                        reply = reply.at(len(outgoing) + reply.index)
-                    outgoing.extend(gone.unsent)
-                    unconfirmed.append(gone)
-                replies.append(reply)
+                replies.append(cast("Reply", known.reply).behind(len(outgoing)))
+                outgoing.extend(known.unsent)
+                unconfirmed.append(known)
         try:
             if not outgoing:
-                return Completed(tuple([reply.of(()) for reply in replies]))
+                return Completed(cast("tuple[Settled, ...]", tuple(replies)))
             pending = self.inner.settle(outgoing)
         finally:
-            self._return_due()
+            if self._book.due:
+                self._return_due()
         pending.add_done_callback(partial(confirm, unconfirmed))
         return Answering(pending, replies)
 
     def _settle_call(self, call: Call, settlement: Settlement, now_ms: int) -> Gone:
         """Settle what the call has of leases, and translate the rest for the store."""
         parts = call.parts
-        overages = [0] * len(parts)
-        rest: list[int | None] = []
-        gone = Gone("settled", now_ms + self._tombstone_ms)
+        claims = call.bundle.claims
+        actuals = settlement.actuals
+        if len(actuals) != len(claims):
+            actuals = (*actuals, *(None,) * len(claims))[: len(claims)] if actuals else (0,) * len(claims)
+        overages: list[int] = []
         outgoing: list[Settlement] = []
-        given = iter(settlement.actuals)
-        missing = None if settlement.actuals else 0
-        for number, (claim, lease) in enumerate(zip(call.claims, parts, strict=True)):
-            actual = next(given, missing)
-            if lease is None:
-                rest.append(actual)
-                continue
-            held = claim.amount
-            if actual is None:
-                actual = held
-            if actual > held:
-                overages[number] = actual - held
-            if call.expired:
-                short = lease.settle(0, overages[number])
-            else:
-                short = lease.settle(held, actual)
-                if lease is not lease.slot.current:
-                    self._book.freed(lease)
-            if short:
-                outgoing.append(lease.overrun(short))
+        for claim, lease, given in zip(claims, parts, actuals):  # noqa: B905 - made equal above, and `strict` costs time
+            over = 0
+            if lease is not None:
+                held = claim.amount
+                actual = held if given is None else given
+                if actual > held:
+                    over = actual - held
+                if call.expired:
+                    short = lease.settle(0, over)
+                else:
+                    short = lease.settle(held, actual)
+                    if lease is not lease.slot.current:
+                        self._book.freed(lease)
+                if short:
+                    outgoing.append(lease.overrun(short))
+            overages.append(over)
+        gone = Gone("settled", now_ms + self._tombstone_ms, overages=tuple(overages))
         if call.inner or settlement.record is not None or settlement.debits:
-            theirs: tuple[Receipt, ...] = ()
-            if settlement.receipts:
-                pairs = zip(settlement.receipts, parts, strict=False)
-                theirs = tuple([receipt for receipt, lease in pairs if lease is None])
-            actuals = tuple(rest) if settlement.actuals else ()
-            gone.reply = Reply(
-                call.call_id, len(outgoing), leased=tuple([lease is not None for lease in parts]), overages=overages
+            call_id = settlement.call_id
+            gone.reply = Reply(call_id, len(outgoing), tuple([lease is not None for lease in parts]), gone.overages)
+            rest = tuple([given for given, lease in zip(actuals, parts, strict=True) if lease is None])
+            theirs = tuple([r for r, lease in zip(settlement.receipts, parts, strict=False) if lease is None])
+            outgoing.append(
+                Settlement(call_id, rest if settlement.actuals else (), settlement.record, theirs, settlement.debits)
             )
-            outgoing.append(Settlement(call.call_id, actuals, settlement.record, theirs, settlement.debits))
-        else:
-            gone.reply = Reply(call.call_id, overages=overages)
+        elif outgoing:
+            gone.reply = Reply(settlement.call_id, None, (), gone.overages)
         gone.unsent = tuple(outgoing)
         return gone
 
@@ -839,23 +834,26 @@ class LeasingStorage:
         if call.expired:
             return
         call.expired = True
-        for claim, lease in zip(call.claims, call.parts, strict=True):
+        for claim, lease in zip(call.bundle.claims, call.parts, strict=True):
             if lease is not None:
                 lease.settle(claim.amount, claim.amount)
                 self._book.freed(lease)
         call.until_ms = self._now() + self._tombstone_ms
-        self._end(call.call_id, call)
+        self._end(call.bundle.call_id, call)
 
     def _end(self, call_id: str, known: Gone | Call) -> None:
         """Remember that a call id is spent, and forget some that were long enough."""
         line, now_ms = self._line, known.until_ms - self._tombstone_ms
-        for _ in range(min(_PURGE, len(line))):
-            due = line.popleft()
-            other = self._known.get(due)
-            if other is not None and forgotten(other, now_ms):
-                del self._known[due]
-            elif other is not None:
-                line.append(due)
+        for _ in range(_PURGE):
+            if not line:
+                break
+            other = self._known.get(line[0])
+            if other is not None and not forgotten(other, now_ms):
+                if not (isinstance(other, Gone) and other.unsent):
+                    break
+                line.rotate(-1)  # it waits for the store, for as long as that takes
+                continue
+            self._known.pop(line.popleft(), None)
         self._known[call_id] = known
         line.append(call_id)
 
@@ -892,7 +890,7 @@ class LeasingStorage:
         call.inner = True
         # If there is no answer, the settlement still names the call; only its record, should this process die, is lost.
         with contextlib.suppress(StorageError):
-            await self.inner.reserve(call.owner, ((Bundle(call.call_id, (), call.draft),),))
+            await self.inner.reserve(call.owner, ((Bundle(call.bundle.call_id, (), call.bundle.draft),),))
 
     async def retire(self, owner: str) -> None:
         with self._lock:
