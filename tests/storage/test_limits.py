@@ -406,6 +406,17 @@ async def test_an_unknown_call_cannot_be_amended(memory: LimitsStorage) -> None:
     assert await used(memory, rate(3)) == [0]
 
 
+async def test_a_reading_tells_when_room_comes_back(storage: LimitsStorage) -> None:
+    """Of a meter that is partly used, used and the next instant at which there is more room; of an unused one neither."""
+    before_ms = time.time_ns() // 1_000_000
+    await take(storage, "call", one(3))
+    reading, unused = await storage.read([rate(3), rate(3, "nobody")])
+    assert (reading.used, reading.held) == (1, 0)
+    assert reading.resets_at_ms is not None
+    assert before_ms + PERIOD_MS - 2_000 < reading.resets_at_ms <= before_ms + PERIOD_MS + 10_000
+    assert (unused.used, unused.held, unused.resets_at_ms) == (0, 0, None)
+
+
 async def test_a_reset_empties_a_counter(storage: LimitsStorage) -> None:
     """After a reset the whole limit fits again."""
     await take(storage, "call", Claim(rate(3), 3))

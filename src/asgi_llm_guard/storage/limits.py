@@ -102,7 +102,8 @@ class _Count(NamedTuple):
 
     used: int
     resets_at_ms: int | None
-    """`moving`: when the oldest request leaves the window; `fixed`: when the window ends. `None`: nothing is counted."""
+    """`moving`: when the oldest request leaves the window; `fixed`: when the window ends. `None`: not known, or
+    nothing is counted."""
 
 
 class _Asked(NamedTuple):
@@ -305,7 +306,7 @@ class LimitsStorage:
 
     async def read(self, meters: Sequence[Meter]) -> tuple[Reading, ...]:
         store = self._store()
-        counts = await self._counts(store, [_fit(meter) for meter in meters])
+        counts = await self._counts(store, [(_fit(meter), cast("int", meter.limit)) for meter in meters])
         return tuple(Reading(count.used, 0, count.resets_at_ms) for count in counts)
 
     async def reset(self, meters: Sequence[Meter]) -> None:
@@ -397,7 +398,7 @@ class LimitsStorage:
         return granted, tuple(receipts)
 
     async def _look(self, store: Store, claims: Sequence[Claim], before: Mapping[str, Receipt]) -> list[_Asked]:
-        counts = await self._counts(store, [claim.meter for claim in claims])
+        counts = await self._counts(store, [(claim.meter, claim.amount) for claim in claims])
         asked = []
         for claim, count in zip(claims, counts, strict=True):
             earlier = before.get(claim.meter.key)
@@ -408,8 +409,8 @@ class LimitsStorage:
     def _receipt(self, asked: _Asked, *, fits: bool, taken: bool) -> Receipt:
         claim, used, resets_at_ms = asked.claim, asked.used, asked.resets_at_ms
         limit, window = cast("int", claim.meter.limit), cast("Sliding", claim.meter.window)
-        if fits and self.strategy == "moving":
-            resets_at_ms = _now_ms()  # now: it fits
+        if fits:
+            resets_at_ms = _now_ms()
         elif claim.amount > limit:
             resets_at_ms = None
         elif resets_at_ms is None:
@@ -418,14 +419,14 @@ class LimitsStorage:
             used = limit  # somebody else was faster
         return Receipt(claim, taken, fits, used, 0, _now_ms() // window.bucket_ms, resets_at_ms)
 
-    async def _counts(self, store: Store, meters: Sequence[Meter]) -> list[_Count]:
-        """What is counted, in one trip side by side."""
-        if not meters:
+    async def _counts(self, store: Store, asked: Sequence[tuple[Meter, int]]) -> list[_Count]:
+        """What is counted, side by side; with its end where the amount beside the meter does not fit."""
+        if not asked:
             return []
         read = self._read_moving if self.strategy == "moving" else self._read_fixed
-        return await self._trip(_together([read(store, meter) for meter in meters]))
+        return await self._trip(_together([read(store, meter, amount) for meter, amount in asked]))
 
-    async def _read_moving(self, store: Store, meter: Meter) -> _Count:
+    async def _read_moving(self, store: Store, meter: Meter, amount: int) -> _Count:  # noqa: ARG002 - as `_read_fixed`
         limit, period_s = _limit(meter)
         if not limit:
             return _Count(0, None)
@@ -433,10 +434,12 @@ class LimitsStorage:
         # MongoDB gives no start where all entries have left the window.
         return _Count(used, int((start + period_s) * _SECOND_MS) + 1) if used else _Count(0, None)
 
-    async def _read_fixed(self, store: Store, meter: Meter) -> _Count:
-        key = self._key(meter)
-        used = min(await store.get(key), _limit(meter)[0])  # calls that lost a race were counted beyond it
-        return _Count(used, int(await store.get_expiry(key) * _SECOND_MS) + 1) if used else _Count(0, None)
+    async def _read_fixed(self, store: Store, meter: Meter, amount: int) -> _Count:
+        key, limit = self._key(meter), cast("int", meter.limit)
+        used = min(await store.get(key), limit)  # calls that lost a race were counted beyond it
+        if not used or used + amount <= limit:
+            return _Count(used, None)  # nobody waits for its end, which takes one more trip
+        return _Count(used, int(await store.get_expiry(key) * _SECOND_MS) + 1)
 
     async def _hit(self, store: Store, meter: Meter, amount: int) -> bool:
         limit, period_s = _limit(meter)
