@@ -39,25 +39,46 @@ def plans(storages: Sequence[str], *, short: bool, seed: int) -> Iterator[Plan]:
                 fault_every_s=0.3 if storage == "redis" else None,
             )
         else:
-            yield Plan(name="calm", storage=storage, load=Load(seed=seed, calls=12_000), seconds=15)
+            yield Plan(name="calm", storage=storage, load=Load(seed=seed, calls=12_000), seconds=10)
             if storage != "memory":
                 yield Plan(
-                    name="killed", storage=storage, load=Load(seed=seed, calls=20_000), seconds=20, kill_every_s=0.7
+                    name="killed", storage=storage, load=Load(seed=seed, calls=20_000), seconds=15, kill_every_s=0.7
+                )
+                yield Plan(
+                    name="leases, calm",
+                    storage=storage,
+                    load=Load(seed=seed, calls=8_000, leased=True),
+                    seconds=8,
+                )
+                yield Plan(
+                    name="leases, killed",
+                    storage=storage,
+                    load=Load(seed=seed, calls=20_000, leased=True),
+                    seconds=10,
+                    kill_every_s=0.7,
                 )
             if storage == "redis":
                 yield Plan(
                     name="cut off",
                     storage=storage,
                     load=Load(seed=seed, calls=12_000),
-                    seconds=15,
+                    seconds=12,
                     lapse_ms=10_000,  # so that nobody lapses only because no heartbeat comes through
+                    fault_every_s=0.3,
+                )
+                yield Plan(
+                    name="leases, cut off",
+                    storage=storage,
+                    load=Load(seed=seed, calls=8_000, leased=True),
+                    seconds=8,
+                    lapse_ms=10_000,
                     fault_every_s=0.3,
                 )
                 yield Plan(
                     name="both",
                     storage=storage,
                     load=Load(seed=seed, calls=20_000),
-                    seconds=20,
+                    seconds=15,
                     lapse_ms=10_000,
                     kill_every_s=0.7,
                     fault_every_s=0.3,
@@ -119,6 +140,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--storage", action="append", choices=["sqlite", "redis", "memory"], help="sqlite and redis")
     parser.add_argument("--short", action="store_true", help="at most 20 seconds")
+    parser.add_argument("--only", metavar="NAME", help="only rounds of which the name contains this")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--json", action="store_true", help="one line of JSON for each round")
     options = parser.parse_args(arguments)
@@ -129,7 +151,8 @@ def main(arguments: Sequence[str]) -> int:
     end = time.monotonic() + _LONGEST_S
     context = start_up()
     with tempfile.TemporaryDirectory(prefix="guard-torture-") as folder:
-        for number, plan in enumerate(plans(storages, short=options.short, seed=options.seed)):
+        chosen = plans(storages, short=options.short, seed=options.seed)
+        for number, plan in enumerate(plan for plan in chosen if (options.only or "") in plan.name):
             left_s = end - time.monotonic() - _SETTLING_S
             result = play(
                 replace(plan, seconds=max(1.0, min(plan.seconds, left_s))), context, Path(folder) / str(number)

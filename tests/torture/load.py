@@ -37,6 +37,8 @@ MOST_COST: Final = _MOST_INPUT * INPUT_PRICE + _MOST_OUTPUT * OUTPUT_PRICE
 MEAN_COST: Final = 800_000
 """Of one call, about."""
 MEAN_TOKENS: Final = 420
+LEASED_CALLS: Final = 20
+"""So many calls fit into a chunk, about."""
 
 
 def cost_nanousd(input_tokens: int, output_tokens: int) -> int:
@@ -62,6 +64,8 @@ class Load:
         return max(self.calls // 6, 20) * MEAN_COST
 
     provider_period_ms: int = 2_000
+    leased: bool = False
+    """Processes take chunks of money, tokens and rates, and admit from them without asking."""
 
     def department_tokens(self, number: int) -> int:
         """For each day: some departments run dry early, some never."""
@@ -85,12 +89,24 @@ class Load:
         rate = f"{self.rate} per {self.rate_period_ms // 1000} seconds"
         return (
             Iterations(self.iterations, ttl="1d", on_outage="deny"),
-            Budget(f"${from_nano(self.budget_nanousd)}", per="global", name="everything"),
-            ProviderBudget(providers, name="providers"),
-            Quota(QuotaBook(quotas)),
-            RateLimit(rate, per="user", name="rate", on_outage="deny"),
+            Budget(
+                f"${from_nano(self.budget_nanousd)}",
+                per="global",
+                name="everything",
+                renew=not self.leased,
+                lease=self._lease("$", MEAN_COST),
+            ),
+            ProviderBudget(providers, name="providers", lease=self._lease("$", MEAN_COST)),
+            Quota(QuotaBook(quotas), lease=self._lease("tokens", MEAN_TOKENS)),
+            RateLimit(rate, per="user", name="rate", on_outage="deny", lease=5 if self.leased else None),
             Concurrency(self.slots, per="user", name="slots", on_outage="deny"),
         )
+
+    def _lease(self, unit: str, amount: int) -> str | None:
+        if not self.leased:
+            return None
+        chunk = LEASED_CALLS * amount
+        return f"${from_nano(chunk)}" if unit == "$" else f"{chunk} {unit}"
 
 
 def new_guard(load: Load, storage: Storage, *observers: Observer) -> Guard:

@@ -27,6 +27,7 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Event, Expired, SettledCall, SlotOverrun, StorageFailed
 from asgi_llm_guard.guard import OpenCall
 from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.leases import LeasingStorage
 
 __all__ = ["COUNTED", "SLOW_BEATS", "Spec", "open_for", "run", "work"]
 
@@ -109,6 +110,8 @@ def run(spec: Spec) -> None:
 
         async def main() -> None:
             storage = open_for(spec.url, lapse_ms=spec.lapse_ms, timeout_s=spec.timeout_s)
+            if spec.load.leased:
+                storage = LeasingStorage(storage)
             await work(spec, storage, truth, stopped)
             await storage.aclose()
 
