@@ -438,6 +438,120 @@ async def test_debits_reach_the_store(memory: MemoryStorage, clock: FrozenClock)
     assert await level(storage, DIRECT) == (3, 0)
 
 
+async def test_a_call_that_the_store_has_ended_is_over(store: OutageStorage, clock: FrozenClock) -> None:
+    """If the store has expired what it holds of a call, so are its leased claims: charged as they were held."""
+    hot, storage = leased(), around(store, clock)
+    await warm(storage, claim(hot))
+    for call_id in ("a", "b"):
+        await take(storage, call_id, claim(hot, 10), claim(DIRECT, 1))
+    await store.inner.retire(ME)
+    again = await ask(storage, "a", claim(hot, 10), claim(DIRECT, 1))
+    assert isinstance(again, Ended)
+    assert again.reason == "expired"
+    assert isinstance(await ask(storage, "a", claim(hot, 10), claim(DIRECT, 1)), Ended)
+    changed = await storage.amend(ME, Bundle("b", (claim(hot, 50),)))
+    assert isinstance(changed, Ended)
+    assert (await settle(storage, "a", 4, 3)).overages == (0, 2)
+    assert (await settle(storage, "b", 14, 0)).overages == (4, 0)
+    await storage.retire(ME)
+    assert (await level(storage, DIRECT))[0] == 2 + 2
+
+
+async def test_an_id_that_the_ledger_knows_is_spent(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """A plan that makes a trip is told that its call id has ended, and what it took from leases is put back."""
+    hot, storage = leased(), around(memory, clock)
+    await warm(storage, claim(hot))
+    await settle(memory, "old", record=record("old", 1))
+    assert await ask(storage, "old", claim(hot, 60), claim(DIRECT)) == Ended("old", "settled", START_MS)
+    await take(storage, "all of it", claim(hot, 100))
+
+
+async def test_shadows_are_leased_where_they_fit(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """A claim that refuses nothing is taken from a chunk if there is one; a chunk that does not fit is not held."""
+    hot, storage = leased(60, 40, enforce=False), around(memory, clock)
+    await warm(storage, claim(hot))
+    assert await level(storage, hot) == (1, 59 // 4)
+    await take(memory, "theirs", claim(hot, 45), owner=OTHER)
+    for number in range(20):
+        await take(storage, f"call-{number}", claim(hot))
+        await turn()
+    assert sum(await level(storage, hot)) <= 60
+    wide = leased(None, 40, subject="wide", enforce=False)
+    await warm(storage, claim(wide), call_id="wide")
+    await take(memory, "others", claim(leased(100, 40, subject="wide"), 30), owner=OTHER)
+    tight = leased(75, 40, subject="wide", enforce=False)
+    await take(storage, "tight", claim(tight, 4))
+    await turn()
+    assert (await level(storage, wide))[1] == 40 + 30 + 4
+
+
+async def test_a_chunk_that_is_refused_is_not_asked_for_again_at_once(
+    memory: MemoryStorage, clock: FrozenClock
+) -> None:
+    """If others were faster, the refusal tells what is left, and the tail goes to the store."""
+    hot, storage = leased(400, 100), around(memory, clock)
+    await take(storage, "a", claim(hot))
+    await take(memory, "theirs", claim(hot, 390), owner=OTHER)
+    await turn()
+    assert await level(storage, hot) == (0, 391)
+    for number in range(9):
+        await take(storage, f"tail-{number}", claim(hot))
+        await turn()
+    assert await memory.open_holds() == 11
+    await refuse(storage, "over", claim(hot))
+
+
+async def test_chunks_that_are_over_are_returned_by_whoever_notices(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """The next claim, or the next heartbeat, returns a chunk whose window has ended."""
+    hot, storage = leased(window=Sliding(10 * SECOND_MS, 10)), around(memory, clock)
+    await warm(storage, claim(hot))
+    await take(storage, "a", claim(hot))
+    await settle(storage, "a", 1)
+    clock.advance(ms=1_000)
+    assert storage.admit(ME, (Bundle("b", (claim(hot),)),)) is None
+    assert await level(storage, hot) == (2, 0)
+    await warm(storage, claim(hot), call_id="c")
+    clock.advance(ms=1_000)
+    await storage.heartbeat(ME)
+    assert await level(storage, hot) == (3, 0)
+    await warm(storage, claim(hot), call_id="d")
+    clock.advance(ms=1_000)
+    await take(storage, "e", claim(hot))
+    assert await level(storage, hot) == (4, 1)
+
+
+async def test_what_comes_back_is_spent_from_where_most_is_left(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """Of several chunks the one with the most left is spent, and others are returned when no call holds of them."""
+    hot, storage = leased(2_000, 100), around(memory, clock)
+    await warm(storage, claim(hot, 0))
+    for number in range(5):
+        await take(storage, f"first-{number}", claim(hot, 12))
+    await turn()
+    assert await level(storage, hot) == (0, 200)
+    for number in range(5):
+        await take(storage, f"second-{number}", claim(hot, 18))
+    await turn()
+    assert await level(storage, hot) == (0, 300)
+    for number in range(4):
+        await settle(storage, f"first-{number}", 0)
+    assert await level(storage, hot) == (0, 300)
+    for number in range(5):
+        await settle(storage, f"second-{number}", 17)
+    assert await level(storage, hot) == (85, 200)
+    await settle(storage, "first-4", 0)
+    assert (await level(storage, hot))[1] == 100
+
+
+async def test_a_closed_store_takes_nothing_back(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """What cannot be returned, for the store is closed, is no error of those who return it."""
+    hot, storage = leased(), around(memory, clock)
+    await warm(storage, claim(hot))
+    await memory.aclose()
+    await storage.aclose()
+    with pytest.raises(StorageError):
+        await ask(storage, "a", claim(hot))
+
+
 # ------------------------------------------------------------------------------------ unknown outcomes
 
 
@@ -868,6 +982,24 @@ async def test_lost_data_is_noticed_by_whatever_asks(clock: FrozenClock) -> None
     outage.lose_data(MemoryStorage(clock=clock))
     await turn()
     assert storage.admit(ME, (Bundle("e", (claim(hot),)),)) is None
+
+
+async def test_data_that_is_lost_while_a_call_is_asked_for(clock: FrozenClock) -> None:
+    """A call that was granted from the old data's leases and the new data's rest is not granted, and holds nothing."""
+    store = Waiting(clock=clock)
+    outage = Watchful(store)
+    hot, storage = leased(), around(outage, clock)
+    await warm(storage, claim(hot))
+    store.open.clear()
+    asking = asyncio.ensure_future(ask(storage, "a", claim(hot, 60), claim(DIRECT, 4)))
+    await asyncio.sleep(0)
+    outage.lose_data(store)
+    with pytest.raises(DataLost):
+        await storage.heartbeat(ME)
+    await outage.accept_loss()
+    store.open.set()
+    assert await asking == Ended("a", "unknown", START_MS)
+    assert await level(store, DIRECT) == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------- changes

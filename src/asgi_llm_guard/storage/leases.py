@@ -372,22 +372,30 @@ class LeasingStorage:
             raise
         fetches: list[Fetch] = []
         with self._lock:
+            orphans: list[Settlement] = []
             if asked.settled:
-                return self._overtaken(asked, answer)
-            self._answered(asked)
-            if isinstance(answer, Granted):
-                answer = self._granted(asked, answer)
-                self._look_at(fetches, asked.owner, answer.receipts, asked.offers[answer.plan])
+                answer, orphans = self._overtaken(asked, answer)
             else:
-                if isinstance(answer, Refused):
-                    states = [
-                        refused_states(claims_of(plan), parts, refused, answer.now_ms)
-                        for plan, parts, refused in zip(asked.plans, asked.offers, answer.states, strict=True)
-                    ]
-                    answer = Refused(tuple(states), answer.now_ms)
-                self._put_back(asked.plans, asked.offers)
+                self._answered(asked)
+                answer = self._together(asked, answer, fetches)
         self._fetch_soon(fetches)
+        self._hand_over(orphans)
         self._return_due()
+        return answer
+
+    def _together(self, asked: Asked, answer: Answer, fetches: list[Fetch]) -> Answer:
+        """The answer to the whole plan, from the one to its rest."""
+        if isinstance(answer, Granted):
+            answer = self._granted(asked, answer)
+            self._look_at(fetches, asked.owner, answer.receipts, asked.offers[answer.plan])
+            return answer
+        if isinstance(answer, Refused):
+            states = [
+                refused_states(claims_of(plan), parts, refused, answer.now_ms)
+                for plan, parts, refused in zip(asked.plans, asked.offers, answer.states, strict=True)
+            ]
+            answer = Refused(tuple(states), answer.now_ms)
+        self._put_back(asked.plans, asked.offers)
         return answer
 
     def _never_asked(self, asked: Asked) -> None:
@@ -411,16 +419,20 @@ class LeasingStorage:
                 if not isinstance(known, Gone):
                     del self._known[call_id]
 
-    def _overtaken(self, asked: Asked, answer: Answer) -> Answer:
-        """The answer for calls that were settled meanwhile, or granted to somebody who asked for the same."""
+    def _overtaken(self, asked: Asked, answer: Answer) -> tuple[Answer, list[Settlement]]:
+        """The answer for calls that were settled meanwhile, or granted to somebody who asked for the same; and what
+        is to be given back of it."""
         calls: list[Call] = []
         for bundle in asked.plans[0]:
             known = self._known.get(bundle.call_id)
-            if not isinstance(known, Call):
-                reason = known.reason if isinstance(known, Gone) else "unknown"
-                return Ended(bundle.call_id, reason, answer.now_ms)
+            if isinstance(known, Gone):
+                return Ended(bundle.call_id, known.reason, answer.now_ms), []
+            if not isinstance(known, Call):  # the store has lost its data, and what leases had of this call with it
+                rest = asked.rest[0] if isinstance(answer, Granted) else ()
+                ended = Ended(bundle.call_id, "unknown", answer.now_ms)
+                return ended, [Settlement(orphan.call_id, ()) for orphan in rest]
             calls.append(known)
-        return replayed(calls, answer.now_ms)
+        return replayed(calls, answer.now_ms), []
 
     def _granted(self, asked: Asked, answer: Granted) -> Granted:
         number = answer.plan
