@@ -497,6 +497,26 @@ async def test_hold_of_the_outage_is_changed(
     assert await storage.open_holds() == 0
 
 
+async def test_hold_of_another_outage_is_changed(storage: OutageStorage, new_guard: NewGuard) -> None:
+    """A hold of one outage that a call inside changes in the next is charged once, and counts in the new share."""
+    guard = new_guard(*LIMITS)
+    storage.down()
+    admission = guard.new_admission(CONTEXT)
+    await admission.open(None)
+    storage.up()
+    await one_call(guard)  # the storage decides again; open calls become its holds only with the next heartbeat
+    storage.down()
+    with scope_of(admission):
+        async with guard.call(**CALL) as call:
+            call.record(USED)
+    admission.end()
+    storage.up()
+    await guard.heartbeat()
+    assert await counters(guard) == [(2, 0), (80_000, 0), (0, 0), (2, 0)]
+    assert [record.outcome for record in await storage.records()] == ["measured"] * 2
+    assert await storage.open_holds() == 0
+
+
 async def test_changed_hold_that_the_storage_had(storage: OutageStorage, new_guard: NewGuard) -> None:
     """A hold of which only the answer was lost is the storage's as soon as it says so, and nothing of the outage is left."""
     guard = new_guard(*LIMITS)

@@ -231,3 +231,31 @@ def test_window_whose_start_was_made_up(window: Window) -> None:
     (told,) = totals.settlements("me", "0")
     assert told.actuals == (6,)
     assert [(receipt.pin, receipt.resets_at_ms) for receipt in told.receipts] == [(NOW_MS, NOW_MS + DAY_MS + 60_000)]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("window", [*WINDOWS, Slots()], ids=repr)
+async def test_what_was_never_held_is_told_too(window: Window) -> None:
+    """Of a meter that was only charged without having been held, the total is what was charged; slots have none."""
+    clock = FrozenClock(NOW_MS)
+    storage, totals = MemoryStorage(clock=clock), Totals(clock)
+    one = meter(window, 100)
+    settled = [Settlement("call", (), UsageRecord(call_id="call", at_ms=NOW_MS), (), (Claim(one, 7),))]
+    totals.settled(settled, await storage.settle(settled))
+    assert totals.settlements("me", "0") == []  # perhaps it is in new data already
+    totals.decided()
+    fresh = MemoryStorage(clock=clock)
+    await fresh.settle(totals.settlements("me", "0"))
+    assert await fresh.read([one]) == await storage.read([one])
+
+
+def test_what_was_not_taken_is_not_told() -> None:
+    """What a shadow did not take, and what a cancellation gave back, is in no total."""
+    totals = Totals(FrozenClock(NOW_MS))
+    one = meter(Rolling(DAY_MS), 100)
+    missed = Receipt(Claim(one, 5), False, False, 100, 0, NOW_MS, NOW_MS + DAY_MS)
+    taken = Receipt(Claim(one, 5), True, True, 0, 0, NOW_MS, NOW_MS + DAY_MS)
+    for settlement in (Settlement("a", (3,), None, (missed,)), Settlement("b", (), None, (taken,))):
+        totals.settled([settlement], [Settled(settlement.call_id, "settled")])
+    totals.settled([Settlement("c", (3,), None, (taken,))], [Settled("c", "duplicate")])
+    assert totals.settlements("me", "0") == []
