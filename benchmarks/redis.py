@@ -30,9 +30,10 @@ from benchmarks.redis_link import Bare
 from tests.servers import RedisServer
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Receipt, Rule, Settlement, Unit, meter_key
-from asgi_llm_guard.storage.redis import RESERVE, RedisStorage, script
+from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.redis_codec import Codec, Shape
 from asgi_llm_guard.storage.redis_lane import Group, Lane
+from asgi_llm_guard.storage.redis_scripts import RESERVE, script
 from asgi_llm_guard.storage.redis_wire import pack
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Calendar, Lifetime, Rolling, Sliding, Slots, Window

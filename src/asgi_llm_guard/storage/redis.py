@@ -20,9 +20,8 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from functools import cache, partial
-from importlib import resources
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 import msgspec
@@ -50,12 +49,15 @@ from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
 from asgi_llm_guard.storage.redis_address import Address
 from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text, read_record
 from asgi_llm_guard.storage.redis_copy import Copy as _Copy
-from asgi_llm_guard.storage.redis_lane import Group, Lane
-from asgi_llm_guard.storage.redis_link import Link, LinkError, Script, ServerInfo
+from asgi_llm_guard.storage.redis_lane import Group
+from asgi_llm_guard.storage.redis_link import Link, LinkError, ServerInfo
+from asgi_llm_guard.storage.redis_loops import Connected, Home
+from asgi_llm_guard.storage.redis_replies import amended, granted, record_of, refused, texts
+from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, EPOCH, HOLD, METERS, OWNERS, script
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import DISTINCT
 
-__all__ = ["MAX_RECORDS", "OPTIONS", "RESERVE", "RedisStorage", "script"]
+__all__ = ["MAX_RECORDS", "OPTIONS", "RedisStorage"]
 
 logger = logging.getLogger("asgi_llm_guard.storage")
 
@@ -73,26 +75,9 @@ _MOST_ASKED: Final = 5
 _REMEMBERED: Final = 1024
 _PAGE: Final = 1000
 
-_COMMON: Final = ("state", "windows")
-RESERVE: Final = (*_COMMON, "take", "reserve")
-_SETTLE: Final = (*_COMMON, "release", "settle")
-_AMEND: Final = (*_COMMON, "take", "release", "amend")
-_OWNERS: Final = (*_COMMON, "release", "sweep", "owners")
-_METERS: Final = (*_COMMON, "meters")
-_EPOCH: Final = ("state", "epoch")
-_HOLD: Final = ("state", "hold")
-_SCRIPTS: Final = (RESERVE, _SETTLE, _AMEND, _OWNERS, _METERS, _EPOCH, _HOLD)
-
 _ENDED: Final = {b"settled": "settled", b"cancelled": "cancelled", b"expired": "expired", b"unknown": "unknown"}
 _STATUS: Final = {1: "settled", 2: "late", 3: "lost", 4: "duplicate", 5: "cancelled"}
 _STATE: Final = {b"S": "settled", b"C": "cancelled", b"E": "expired"}
-
-
-@cache
-def script(parts: tuple[str, ...]) -> Script:
-    """The script that is made of these files."""
-    folder = resources.files("asgi_llm_guard.storage") / "lua"
-    return Script("\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
 
 
 _warned: set[tuple[str, str]] = set()  # each warning once per process and server
@@ -157,9 +142,9 @@ class RedisStorage:
         self._lost: str | None = None
         self._closed = False
         self._refusals: dict[tuple[Claim, ...], tuple[float, Refused]] = {}
-        self._lanes: dict[asyncio.AbstractEventLoop, _Connected] = {}
+        self._lanes: dict[asyncio.AbstractEventLoop, Connected] = {}
         self._lanes_lock = threading.Lock()
-        self._home: _Home | None = None
+        self._home: Home | None = None
         self._constant = (
             str(self._lapse_ms).encode(),
             str(self._tombstone_ms).encode(),
@@ -220,12 +205,12 @@ class RedisStorage:
                 continue
             code = reply[0]
             if code == 1:
-                return _granted(plans[reply[1]], reply, now_ms)
+                return granted(plans[reply[1]], reply, now_ms)
             if code == 0:
-                refused = _refused(plans, reply, now_ms)
+                answer = refused(plans, reply, now_ms)
                 if claims:
-                    self._remember(claims, refused)
-                return refused
+                    self._remember(claims, answer)
+                return answer
             if code == 2:
                 return Ended(plans[0][reply[1] - 1].call_id, cast("Any", _ENDED[reply[2]]), now_ms)
             if code == 3:
@@ -238,42 +223,42 @@ class RedisStorage:
             await self._prepare(lane, code, owner, shapes)
         raise StorageError("redis: the store keeps asking for the reservation once more; nothing was taken")
 
-    async def _prepare(self, lane: _Connected, code: int, owner: str, shapes: Sequence[Shape]) -> None:
+    async def _prepare(self, lane: Connected, code: int, owner: str, shapes: Sequence[Shape]) -> None:
         """Do what has to be done before the same is asked again."""
         if code == 4:
             await self._owners(lane, b"sweep", owner)
         elif code == 6:  # else a calendar window was over: the answer's clock says which one is current
             self._sent_shapes.difference_update(shape.digest for shape in shapes)
 
-    async def _replayed(self, lane: _Connected, reply: Any, now_ms: int) -> Granted:
+    async def _replayed(self, lane: Connected, reply: Any, now_ms: int) -> Granted:
         receipts: list[Receipt] = []
         for digest, _at, *rows in reply[3]:
             receipts += await self._receipts(lane, digest.decode(), rows)
         return Granted(tuple(receipts), now_ms, reply[1], True)
 
-    async def _receipts(self, lane: _Connected, digest: str, rows: Sequence[Any]) -> tuple[Receipt, ...]:
+    async def _receipts(self, lane: Connected, digest: str, rows: Sequence[Any]) -> tuple[Receipt, ...]:
         if not self._codec.knows(digest):
             script, common = await lane.link.command("HMGET", f"{self._prefix}s", digest, f"m{digest}", key=self._key)
             self._codec.learn(digest, script, common)
         return self._codec.receipts(digest, rows)
 
-    def _remember(self, claims: tuple[Claim, ...], refused: Refused) -> None:
+    def _remember(self, claims: tuple[Claim, ...], answer: Refused) -> None:
         """Keep a refusal that no settlement of others can lift for a moment, so that the store is not asked in a loop."""
         wait_ms = None
-        for receipt in refused.states[0]:
+        for receipt in answer.states[0]:
             meter = receipt.claim.meter
             if receipt.fits or not meter.enforce or meter.limit is None:
                 continue
             if receipt.used + receipt.claim.amount <= meter.limit:
                 return  # a hold stands in the way
-            left = self._remember_s * 1000 if receipt.resets_at_ms is None else receipt.resets_at_ms - refused.now_ms
+            left = self._remember_s * 1000 if receipt.resets_at_ms is None else receipt.resets_at_ms - answer.now_ms
             wait_ms = left if wait_ms is None else min(left, wait_ms)
         if wait_ms is not None and wait_ms > 0:
             if len(self._refusals) >= _REMEMBERED:
                 self._refusals.clear()
-            self._refusals[claims] = (time.monotonic() + min(wait_ms / 1000, self._remember_s), refused)
+            self._refusals[claims] = (time.monotonic() + min(wait_ms / 1000, self._remember_s), answer)
 
-    async def _settled_elsewhere(self, mine: _Connected) -> None:
+    async def _settled_elsewhere(self, mine: Connected) -> None:
         """Wait for what other event loops of this process have handed over: it is to be settled first."""
         self._adopt_abandoned(mine)
         for lane in tuple(self._lanes.values()):
@@ -302,7 +287,7 @@ class RedisStorage:
             lane.lane.flush()
             durable = _durable(shapes)
             try:
-                changed = lane.submit(_AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
+                changed = lane.submit(AMEND, [*arguments, owner.encode(), bundle.call_id.encode(), argument])
                 confirmed = None if durable is None else lane.confirm(durable)
                 reply = await changed
                 if confirmed is not None:
@@ -321,7 +306,7 @@ class RedisStorage:
                 continue
             code = answer[0]
             if code < 2:
-                return _amended(bundle, answer, now_ms)
+                return amended(bundle, answer, now_ms)
             if code == 2:
                 return Ended(bundle.call_id, cast("Any", _ENDED[answer[1]]), now_ms)
             await self._prepare(lane, code, owner, shapes)
@@ -356,7 +341,7 @@ class RedisStorage:
                 return loop
         with self._lanes_lock:
             if self._home is None:
-                self._home = _Home()
+                self._home = Home()
             return self._home.loop
 
     def _settle_there(self, loop: asyncio.AbstractEventLoop, group: Group) -> None:
@@ -385,14 +370,14 @@ class RedisStorage:
 
     # ---------------------------------------------------------------------- lanes and sending
 
-    def _lane(self, loop: asyncio.AbstractEventLoop | None = None) -> _Connected:
+    def _lane(self, loop: asyncio.AbstractEventLoop | None = None) -> Connected:
         loop = loop or asyncio.get_running_loop()
         lane = self._lanes.get(loop)
         if lane is None:
             lane = self._new_lane(loop)
         return lane
 
-    def _new_lane(self, loop: asyncio.AbstractEventLoop) -> _Connected:
+    def _new_lane(self, loop: asyncio.AbstractEventLoop) -> Connected:
         with self._lanes_lock:
             if self._closed:
                 raise StorageError("redis: this storage was closed; make a new one")
@@ -400,12 +385,12 @@ class RedisStorage:
                 self._lanes.pop(other).lane.fail(
                     StorageError("redis: the event loop was closed before the answer came")
                 )
-            link = Link(self._address, scripts=[script(parts) for parts in _SCRIPTS], timeout_s=self._timeout_s)
-            self._lanes[loop] = lane = _Connected(self, loop, link, self._key)
+            link = Link(self._address, scripts=[script(parts) for parts in ALL], timeout_s=self._timeout_s)
+            self._lanes[loop] = lane = Connected(self, loop, link, self._key)
         self._adopt_abandoned(lane)
         return lane
 
-    def _adopt_abandoned(self, lane: _Connected) -> None:
+    def _adopt_abandoned(self, lane: Connected) -> None:
         """Settle here what was handed over to event loops that were closed since."""
         if len(self._lanes) == 1:
             return
@@ -466,9 +451,9 @@ class RedisStorage:
 
     # -------------------------------------------------------------------------------- epoch
 
-    async def _hello(self, lane: _Connected) -> None:
+    async def _hello(self, lane: Connected) -> None:
         """The first call: which epoch it is, what time, and whether the server can be relied on."""
-        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        now_ms, epoch = await lane.submit(EPOCH, [*self._head(), b"hello", _new_epoch()])
         self._heard(now_ms)
         self._adopt(epoch)
         if not self._checked:
@@ -510,7 +495,7 @@ class RedisStorage:
         if self._lost is None:
             return
         lane = self._lane()
-        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"accept", _new_epoch(), self._epoch.strip()])
+        now_ms, epoch = await lane.submit(EPOCH, [*self._head(), b"accept", _new_epoch(), self._epoch.strip()])
         self._heard(now_ms)
         self._adopt(epoch)
         self._lost = None
@@ -546,7 +531,7 @@ class RedisStorage:
                 with contextlib.suppress(DataLost):
                     self._data_lost(epoch)
             self._seen_beat = max(self._seen_beat, beat)
-        return Heartbeat(reply[2] == 1 or missed, _texts(reply[4:]), reply[0], reply[3])
+        return Heartbeat(reply[2] == 1 or missed, texts(reply[4:]), reply[0], reply[3])
 
     async def retire(self, owner: str) -> None:
         lane = self._lane()
@@ -555,15 +540,15 @@ class RedisStorage:
         self._beats.pop(owner, None)
         self._unsure.discard(owner)
 
-    async def _owners(self, lane: _Connected, action: bytes, owner: str) -> Any:
+    async def _owners(self, lane: Connected, action: bytes, owner: str) -> Any:
         lane.lane.flush()
         arguments = [action, owner.encode(), *self._constant, self._epoch.strip()]
         ask = lane.submit if action == b"beat" else partial(self._twice, lane)
-        reply = await ask(_OWNERS, [*self._head(), *arguments])
+        reply = await ask(OWNERS, [*self._head(), *arguments])
         self._heard(reply[0])
         return reply
 
-    async def _twice(self, lane: _Connected, parts: tuple[str, ...], arguments: Sequence[bytes]) -> Any:
+    async def _twice(self, lane: Connected, parts: tuple[str, ...], arguments: Sequence[bytes]) -> Any:
         """Ask for what may be done twice: once more if the connection broke."""
         try:
             return await lane.submit(parts, arguments)
@@ -587,7 +572,7 @@ class RedisStorage:
         lane = self._lane()
         await self._settled_elsewhere(lane)
         lane.lane.flush()
-        reply = await self._twice(lane, _METERS, [*self._head(), b"read", self._codec.meters(meters)])
+        reply = await self._twice(lane, METERS, [*self._head(), b"read", self._codec.meters(meters)])
         return tuple(
             [
                 Reading(used, held, None if resets < 0 else resets)
@@ -601,7 +586,7 @@ class RedisStorage:
             lane = self._lane()
             await self._settled_elsewhere(lane)
             lane.lane.flush()
-            await self._twice(lane, _METERS, [*self._head(), b"reset", self._codec.meters(meters)])
+            await self._twice(lane, METERS, [*self._head(), b"reset", self._codec.meters(meters)])
 
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         lane = self._lane()
@@ -612,7 +597,7 @@ class RedisStorage:
         while True:
             entries = await lane.link.command("XRANGE", f"{self._prefix}l", start, "+", "COUNT", _PAGE, key=self._key)
             for _, fields in entries:
-                record = _record_of(fields)
+                record = record_of(fields)
                 if record.at_ms >= since_ms:
                     found.append(record)
             if len(entries) < _PAGE:
@@ -642,7 +627,7 @@ class RedisStorage:
         lane = self._lane()
         await self._all_settled()
         copied = _Copy(lane.link, self._key, self._prefix)
-        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        now_ms, epoch = await lane.submit(EPOCH, [*self._head(), b"hello", _new_epoch()])
         if not self._epoch:
             self._adopt(epoch)
         snapshot = Snapshot(
@@ -654,7 +639,7 @@ class RedisStorage:
         holds: list[Hold] = []
         tombstones: list[tuple[str, Tombstone]] = []
         async for call_ids in copied.call_ids():
-            replies = await lane.submit(_HOLD, [*self._head(), *call_ids])
+            replies = await lane.submit(HOLD, [*self._head(), *call_ids])
             for call_id, reply in zip(map(bytes.decode, call_ids), replies, strict=True):
                 if reply is not None:
                     state, until_ms, *hold = reply
@@ -667,7 +652,7 @@ class RedisStorage:
         snapshot.tombstones = sorted(tombstones, key=lambda entry: (entry[1].until_ms, entry[0]))
         return snapshot, now_ms
 
-    async def _hold(self, lane: _Connected, call_id: str, fields: Any) -> Hold:
+    async def _hold(self, lane: Connected, call_id: str, fields: Any) -> Hold:
         digest, at_ms, owner, plan, draft, *rows = fields
         receipts = await self._receipts(lane, digest.decode(), rows)
         return Hold(call_id, owner.decode(), receipts, read_record(call_id, draft) if draft else None, at_ms, plan)
@@ -678,7 +663,7 @@ class RedisStorage:
         copied = _Copy(lane.link, self._key, self._prefix)
         if not await copied.is_empty():
             raise StorageError(f"import: the namespace {self._namespace!r} is not empty; load into a new one")
-        now_ms, epoch = await lane.submit(_EPOCH, [*self._head(), b"hello", _new_epoch()])
+        now_ms, epoch = await lane.submit(EPOCH, [*self._head(), b"hello", _new_epoch()])
         self._heard(now_ms)
         if not self._epoch:
             self._adopt(epoch)
@@ -709,142 +694,9 @@ class RedisStorage:
             self._home.stop()
 
 
-class _Connected:
-    """One event loop's lane and link. They end with the loop, having sent what is still here."""
-
-    __slots__ = ("_end", "_key", "_storage", "lane", "link")
-
-    def __init__(self, storage: RedisStorage, loop: asyncio.AbstractEventLoop, link: Link, key: bytes) -> None:
-        self.link = link
-        self._storage = storage
-        self._key = key
-        self.lane = Lane(loop, self)
-        self._end = self._until_the_end()
-        # To its `yield`. Event loops close the generators that were begun in them before they end.
-        with contextlib.suppress(StopIteration):
-            self._end.asend(None).send(None)
-
-    async def _until_the_end(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self.lane.flush()
-            for group in tuple(self.lane.unsettled):
-                with contextlib.suppress(StorageError):
-                    await group.handed
-            self.lane.fail(StorageError("redis: this storage, or the event loop it was used by, was closed"))
-            await self.link.aclose()
-
-    async def aclose(self) -> None:
-        await self._end.aclose()
-
-    @property
-    def link_up(self) -> bool:
-        return self.link.state == "up"
-
-    def submit(self, parts: tuple[str, ...], arguments: Sequence[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(script(parts), self._key, arguments)
-
-    def send_reserves(self, arguments: list[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(script(RESERVE), self._key, self._storage.reserve_arguments(arguments))
-
-    def confirm(self, durable: Durable) -> asyncio.Future[None]:
-        confirmed = asyncio.ensure_future(self._confirm(self._storage.wait(self.link, durable), durable))
-        confirmed.add_done_callback(_seen)
-        return confirmed
-
-    async def _confirm(self, asked: asyncio.Future[Any], durable: Durable) -> None:
-        # At once and not in the task: it has to stand right behind what it is about.
-        reply = await asked
-        count, wanted = (reply[0], 1) if durable == "disk" else (reply, self._storage.wait_replicas)
-        if count < wanted:
-            where = "the server's disk" if durable == "disk" else f"{wanted} replicas"
-            raise StorageError(
-                f"redis: what was taken did not reach {where} in time ({count} of {wanted}); it is given back"
-            )
-
-    def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Any]:
-        return self.link.submit(script(_SETTLE), self._key, self._storage.settle_arguments(arguments))
-
-    def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
-        return self._storage.settled(group, replies, now_ms)
-
-
-class _Home:
-    """An event loop on a thread of its own, for settlements from threads while no other loop runs."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="asgi-llm-guard-redis", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.close()
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(1)
-
-
 def _sent_before(error: LinkError) -> LinkError:
     """What the last try failed with, where an earlier one may have been executed."""
     return LinkError(f"{error}; an earlier try may have been executed", sent=True, code=error.code)
-
-
-# ------------------------------------------------------------------------------------ replies
-
-
-def _granted(plan: Plan, reply: Any, now_ms: int) -> Granted:
-    receipts: list[Receipt] = []
-    at = 2
-    for bundle in plan:
-        for claim in bundle.claims:
-            fits, used, held, pin, resets = reply[at : at + 5]
-            at += 5
-            receipts.append(Receipt(claim, fits == 1, fits == 1, used, held, pin, None if resets < 0 else resets))
-    return Granted(tuple(receipts), now_ms, reply[1])
-
-
-def _refused(plans: Sequence[Plan], reply: Any, now_ms: int) -> Refused:
-    states: list[tuple[Receipt, ...]] = []
-    at = 1
-    for plan in plans:
-        receipts: list[Receipt] = []
-        for bundle in plan:
-            for claim in bundle.claims:
-                fits, used, held, pin, resets = reply[at : at + 5]
-                at += 5
-                receipts.append(Receipt(claim, False, fits == 1, used, held, pin, None if resets < 0 else resets))
-        states.append(tuple(receipts))
-    return Refused(tuple(states), now_ms)
-
-
-def _amended(bundle: Bundle, answer: Any, now_ms: int) -> Granted | Refused:
-    granted = answer[0] == 1
-    receipts: list[Receipt] = []
-    for n, asked in enumerate(bundle.claims):
-        old_limit, fits, used, held, pin, resets = answer[1 + 6 * n : 7 + 6 * n]
-        claim = asked
-        if old_limit != -2:
-            limit = None if old_limit < 0 else old_limit
-            if limit != asked.meter.limit:
-                claim = Claim(msgspec.structs.replace(asked.meter, limit=limit), asked.amount, asked.member)
-        taken = granted and fits == 1
-        receipts.append(Receipt(claim, taken, fits == 1, used, held, pin, None if resets < 0 else resets))
-    return Granted(tuple(receipts), now_ms) if granted else Refused((tuple(receipts),), now_ms)
-
-
-def _record_of(fields: Sequence[bytes]) -> UsageRecord:
-    values = dict(zip(fields[::2], fields[1::2], strict=True))
-    record = read_record(values[b"c"].decode(), values[b"r"])
-    if b"x" in values:  # a draft, of a call whose owner died
-        cost = record.cost_nanousd if record.estimate_nanousd is None else record.estimate_nanousd
-        return msgspec.structs.replace(
-            record, outcome="expired", cost_nanousd=cost, usage=None, ended_ms=int(values[b"x"])
-        )
-    return msgspec.structs.replace(record, late=True) if b"l" in values else record
 
 
 def _warnings(server: ServerInfo) -> Iterator[str]:
@@ -859,12 +711,6 @@ def _warnings(server: ServerInfo) -> Iterator[str]:
         yield "AOF is off: a crash forgets what was counted since the last snapshot; set appendonly yes"
 
 
-def _seen(done: asyncio.Future[Any]) -> None:
-    """Whoever waits for it may have failed before: then its own failure is no news."""
-    if not done.cancelled():
-        done.exception()
-
-
 def _durable(shapes: Sequence[Shape]) -> Durable | None:
     """The most that any of them asks for."""
     found: Durable | None = None
@@ -872,10 +718,6 @@ def _durable(shapes: Sequence[Shape]) -> Durable | None:
         if shape.durable is not None:
             found = "disk" if "disk" in (shape.durable, found) else shape.durable
     return found
-
-
-def _texts(values: Iterable[bytes]) -> tuple[str, ...]:
-    return tuple([value.decode() for value in values])
 
 
 def _new_epoch() -> bytes:

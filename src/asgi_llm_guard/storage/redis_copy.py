@@ -14,7 +14,7 @@ from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.redis_codec import Codec, pack_text, write_record
 from asgi_llm_guard.storage.redis_link import Link
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.windows import SLIDING, SLOTS
+from asgi_llm_guard.windows import BUCKET, SLIDING, SLOTS
 
 __all__ = ["Copy"]
 
@@ -109,7 +109,9 @@ class Copy:
     async def write(self, snapshot: Snapshot, codec: Codec, now_ms: int) -> None:
         """Put a snapshot into an empty namespace."""
         for key, cell in snapshot.cells:
-            left = LONGEST_MS if cell.kind == SLOTS else max(cell.end - now_ms, 0) + GRACE_MS
+            left = max(cell.end - now_ms, 0) + GRACE_MS
+            if cell.kind in (BUCKET, SLOTS) and cell.held:
+                left = max(left, LONGEST_MS)
             await self._send("SET", f"c:{key}", _value(cell), "PX", left)
         for key, member, until_ms in snapshot.members:
             await self._send("ZADD", f"m:{key}", until_ms, member)

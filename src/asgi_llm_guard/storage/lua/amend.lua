@@ -75,5 +75,8 @@ if before_it ~= owner then
   call('SADD', OPEN .. owner, id)
   call('PEXPIRE', OPEN .. owner, LONGEST)
 end
-if not score then call('ZADD', OWNERS, now + lapse, owner) end
+if not score then
+  call('ZADD', OWNERS, now + lapse, owner)
+  call('PEXPIRE', OWNERS, KEEP)
+end
 return {now, epoch, answer}

@@ -171,7 +171,10 @@ end
 
 -- Everything is judged: write, the charges first.
 save_cells()
-for owner, score in pairs(register) do call('ZADD', OWNERS, score, owner) end
+for owner, score in pairs(register) do
+  call('ZADD', OWNERS, score, owner)
+  call('PEXPIRE', OWNERS, KEEP)
+end
 local touched = {}
 for i = 1, #taken do
   local id, owner, value = taken[i][1], taken[i][2], taken[i][3]

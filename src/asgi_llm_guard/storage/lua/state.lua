@@ -85,13 +85,14 @@ local function save_cells()
       else
         local value = enc('<Bdddd', kind, cell[1], cell[2], cell[3], cell[4])
         if kind == SLIDING then value = value .. cell[5] end
-        if dirty == 1 then
+        if dirty == 1 and kind < BUCKET then
           call('SET', name, value, 'KEEPTTL')
-        elseif kind == SLOTS then
-          call('SET', name, value, 'PX', LONGEST)
         else
           local left = cell[4] - now
-          call('SET', name, value, 'PX', left > 0 and left + GRACE or GRACE)
+          left = left > 0 and left + GRACE or GRACE
+          -- What is held is counted in these until it is given back, whenever that is.
+          if kind >= BUCKET and cell[2] > 0 and left < LONGEST then left = LONGEST end
+          call('SET', name, value, 'PX', left)
         end
       end
     end
@@ -104,7 +105,10 @@ end
 local shapes = {}
 
 local function learn_shapes(given)
-  if given ~= '' then call('HSET', SHAPES, unpack(cmsgpack.unpack(given))) end
+  if given ~= '' then
+    call('HSET', SHAPES, unpack(cmsgpack.unpack(given)))
+    call('PEXPIRE', SHAPES, KEEP)
+  end
 end
 
 local function shape_of(id)
