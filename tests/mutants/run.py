@@ -99,7 +99,7 @@ def survivors_of(jobs: list[tuple[Target, Mutant]]) -> Iterator[Mutant]:
             number, (target, mutant) = waiting.pop()
             pid = os.fork()
             if not pid:
-                os._exit(_child(target, mutant.source))
+                os._exit(_child(target, mutant))
             running[pid] = (number, time.monotonic() + TIMEOUT_S)
         for pid, (number, deadline) in list(running.items()):
             if time.monotonic() > deadline:
@@ -112,18 +112,21 @@ def survivors_of(jobs: list[tuple[Target, Mutant]]) -> Iterator[Mutant]:
         time.sleep(0.01)
 
 
-def _child(target: Target, source: str) -> int:
+def _child(target: Target, mutant: Mutant) -> int:
+    told = os.dup(1)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a file
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # finding them takes longer than the tests
-    sys.meta_path.insert(0, Broken(target, source))
+    sys.meta_path.insert(0, Broken(target, mutant.source))
     try:
         for suite in target.suites:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as output:
                 code = pytest.main([*_OPTIONS, *suite])
             if code:
+                if not mutant.line:  # it is no mutant
+                    os.write(told, output.getvalue().encode())
                 return 1
             for name in [name for name in sys.modules if name.startswith("tests.")]:
                 del sys.modules[name]
