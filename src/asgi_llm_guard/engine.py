@@ -730,7 +730,8 @@ class Engine:
 
     def _deliver(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
         try:
-            if self._interruptible is not None:
+            # Leases take note of a settlement in any case: they are spent while the storage is away.
+            if self._interruptible is not None and self._leasing is None:
                 self._check_available()
             pending = self.storage.settle(settlements)
         except StorageError as error:

@@ -457,6 +457,20 @@ async def test_a_call_that_the_store_has_ended_is_over(store: OutageStorage, clo
     assert (await level(storage, DIRECT))[0] == 2 + 2
 
 
+async def test_what_was_charged_as_held_is_not_charged_again(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """A call that was settled elsewhere is charged what its leases hold; its own settlement can only add to that."""
+    hot, storage = leased(), around(memory, clock)
+    await warm(storage, claim(hot))
+    await take(storage, "a", claim(hot, 10), claim(DIRECT, 1))
+    await take(storage, "b", claim(hot, 20))
+    await settle(memory, "a", 1)
+    assert isinstance(await ask(storage, "a", claim(hot, 10), claim(DIRECT, 1)), Ended)
+    assert (await settle(storage, "a", 4, 1)).status == "duplicate"
+    await settle(storage, "b", 20)
+    await storage.retire(ME)
+    assert await level(memory, hot) == (1 + 10 + 20, 0)
+
+
 async def test_an_id_that_the_ledger_knows_is_spent(memory: MemoryStorage, clock: FrozenClock) -> None:
     """A plan that makes a trip is told that its call id has ended, and what it took from leases is put back."""
     hot, storage = leased(), around(memory, clock)
@@ -663,6 +677,19 @@ async def test_two_who_ask_for_one_call_get_one_answer(clock: FrozenClock) -> No
     assert isinstance(second, Granted)
     assert first.receipts == second.receipts
     await take(storage, "the rest", claim(hot, 40), claim(DIRECT, 6))
+
+
+async def test_what_could_not_be_returned_is_returned_by_retire(store: OutageStorage, clock: FrozenClock) -> None:
+    """Chunks whose return the store did not take come back when the process ends, and are not charged whole."""
+    hot, storage = leased(), around(store, clock)
+    await warm(storage, claim(hot))
+    store.down()
+    with pytest.raises(StorageError):
+        await storage.retire(ME)
+
+    store.up()
+    await storage.retire(ME)
+    assert await level(storage, hot) == (1, 0)
 
 
 async def test_a_chunk_without_an_answer_is_cancelled(outage: OutageStorage, clock: FrozenClock) -> None:
