@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import anyio.to_thread
@@ -28,6 +30,10 @@ NOTHING: list[tuple[str, int | None]] = []
 HOLD = [("unknown", HELD)]
 
 Wait = Callable[[], Awaitable[object]]
+
+LOOPS = [asyncio.new_event_loop]
+if find_spec("uvloop") is not None:  # there is none for Windows
+    LOOPS.append(import_module("uvloop").new_event_loop)
 
 
 class AnsweredError(Exception):
@@ -366,18 +372,47 @@ async def test_moment_ends_with_the_first_wait() -> None:
     assert this_moment() is not moment
 
 
-async def test_moment_of_a_task_begins_with_it() -> None:
-    """A wait is seen though other tasks have asked for the moment in the same turn of the loop, before and after."""
+@pytest.mark.parametrize("new_loop", LOOPS, ids=lambda new_loop: new_loop.__module__)
+def test_every_wait_is_seen(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Whatever a task waits for, on either event loop, its moment is over when it goes on."""
     over: list[bool] = []
 
-    async def waits() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(1))
+        await writer.drain()
+        writer.close()
+
+    async def call(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         moment = this_moment()
+        writer.write(b"x")
+        await reader.read(1)
+        writer.close()
         assert moment is not None
-        await asyncio.sleep(0)
         over.append(moment.over)
 
-    await asyncio.gather(*(waits() for _ in range(5)))
-    assert over == [True] * 5
+    async def future() -> None:
+        waited = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(waited.set_result, None)
+        await waited
+
+    async def watch(wait: Callable[[], Awaitable[object]]) -> None:
+        for _ in range(10):
+            moment = this_moment()
+            assert moment is not None
+            await wait()
+            over.append(moment.over)
+
+    async def main() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        waits = (unseen, future, lambda: call(port), lambda: asyncio.to_thread(str))
+        await asyncio.gather(*(watch(wait) for wait in waits * 3))
+        server.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+    assert over == [True] * 150
 
 
 def test_moment_of_a_loop_that_is_gone() -> None:
