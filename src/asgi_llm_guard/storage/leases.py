@@ -568,7 +568,7 @@ class LeasingStorage:
             self._hand_over(settlements)
 
     def _hand_over(self, settlements: list[Settlement]) -> None:
-        """Settle leases. What the store does not take is tried again with the next heartbeat."""
+        """Settle leases. What the store does not take is tried again with the next heartbeat, or by `retire`."""
         if not settlements:
             return
         try:
@@ -583,6 +583,9 @@ class LeasingStorage:
             pending.result()
         except StorageError:
             self._unreturned.extend(settlements)
+
+    def _try_again(self) -> None:
+        self._hand_over([self._unreturned.popleft() for _ in range(len(self._unreturned))])
 
     async def _let_go(self, slots: Iterable[Slot]) -> None:
         """Give back what is left of these meters' chunks."""
@@ -889,8 +892,7 @@ class LeasingStorage:
                 call.beats += 1
         if lost:
             _log.warning("this process sent no heartbeat in time: %d leases were charged in full", lost)
-        again = [self._unreturned.popleft() for _ in range(len(self._unreturned))]
-        self._hand_over(again)
+        self._try_again()
         self._return_due()
         await asyncio.gather(*map(self._shrink, shrunk), *map(self._introduce, old))
         # A lease is no call: its end is nobody's news.
@@ -913,6 +915,7 @@ class LeasingStorage:
             cancelled = self._forget(owner)
         self._return_due()
         self._hand_over(cancelled)
+        self._try_again()  # what is not returned before it, the inner `retire` charges
         await asyncio.gather(*map(self._introduce, unknown))
         await self.inner.retire(owner)
 
