@@ -31,6 +31,7 @@ _AFTER_S: Final = 0.5
 """How long the load goes on when the money is spent."""
 _JOIN_S: Final = 30.0
 _GRACE_S: Final = 2.0
+_RECOVERY_S: Final = 1.5
 _PATIENT_S: Final = 5.0
 """How long a storage may take where nothing is done to it: a busy machine is no fault of the storage."""
 
@@ -238,15 +239,17 @@ class _Round:
         if plan.fault_every_s is not None:
             doing.append(asyncio.create_task(self._strike(rng, plan.fault_every_s)))
         await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
-        with control.open("r+b") as file:  # never truncated: workers have it mapped
-            file.write(b"\1")
         for task in doing:
             task.cancel()
         for ended in await asyncio.gather(*doing, return_exceptions=True):
             if isinstance(ended, Exception):
                 raise ended
         if self.faults is not None:
+            # Whoever is told to stop while the store is away is charged what it holds; here the sums shall be exact.
             await asyncio.to_thread(self.faults.proxy.heal)
+            await asyncio.sleep(_RECOVERY_S)
+        with control.open("r+b") as file:  # never truncated: workers have it mapped
+            file.write(b"\1")
         await asyncio.to_thread(self._join)
 
     async def _until_spent(self, storage: Storage) -> None:
