@@ -220,15 +220,15 @@ class RedisStorage:
                     "reserve: call ids are reserved together, but "
                     f"{plans[0][reply[1] - 1].call_id!r} is not open and others of its plan are"
                 )
-            await self._prepare(lane, code, owner, shapes)
+            await self._prepare(lane, code, owner)
         raise StorageError("redis: the store keeps asking for the reservation once more; nothing was taken")
 
-    async def _prepare(self, lane: Connected, code: int, owner: str, shapes: Sequence[Shape]) -> None:
+    async def _prepare(self, lane: Connected, code: int, owner: str) -> None:
         """Do what has to be done before the same is asked again."""
         if code == 4:
             await self._owners(lane, b"sweep", owner)
         elif code == 6:  # else a calendar window was over: the answer's clock says which one is current
-            self._sent_shapes.difference_update(shape.digest for shape in shapes)
+            self._will_send_all()
 
     async def _replayed(self, lane: Connected, reply: Any, now_ms: int) -> Granted:
         receipts: list[Receipt] = []
@@ -309,7 +309,7 @@ class RedisStorage:
                 return amended(bundle, answer, now_ms)
             if code == 2:
                 return Ended(bundle.call_id, cast("Any", _ENDED[answer[1]]), now_ms)
-            await self._prepare(lane, code, owner, shapes)
+            await self._prepare(lane, code, owner)
         raise StorageError("redis: the store keeps asking for the change once more; nothing was changed")
 
     # ------------------------------------------------------------------------------- settle
@@ -361,7 +361,7 @@ class RedisStorage:
                 group.replies[place] = Settled(settlement.call_id, cast("Any", _STATUS[status]), overages)
                 continue
             if status == 8:
-                self._sent_shapes.clear()
+                self._will_send_all()
             left.append(place)
             arguments.append(self._codec.settlement(settlement, self._now_ms(), shapes, with_receipts=True))
         self._will_send(shapes)
@@ -406,15 +406,21 @@ class RedisStorage:
             if shape.digest not in sent:
                 self._unsent[shape.digest] = shape
 
+    def _will_send_all(self) -> None:
+        """The store does not know a shape. It may be that of a hold, so those of this call would not be enough."""
+        self._sent_shapes.clear()
+        self._will_send(self._codec.all_shapes())
+
     def _new_shapes(self) -> bytes:
         if not self._unsent:
             return b""
         flat: list[Any] = []
-        while self._unsent:
-            digest, shape = self._unsent.popitem()
-            flat += (digest, pack_text(shape.script), f"m{digest}", pack_text(shape.common))
-            self._sent_shapes.add(digest)
-        return msgspec.msgpack.encode(flat)
+        with contextlib.suppress(KeyError):  # another thread has taken the last one
+            while self._unsent:
+                digest, shape = self._unsent.popitem()
+                flat += (digest, pack_text(shape.script), f"m{digest}", pack_text(shape.common))
+                self._sent_shapes.add(digest)
+        return msgspec.msgpack.encode(flat) if flat else b""
 
     def _head(self) -> tuple[bytes]:
         """The clock: the server's, or the injected one."""
@@ -545,6 +551,9 @@ class RedisStorage:
         arguments = [action, owner.encode(), *self._constant, self._epoch.strip()]
         ask = lane.submit if action == b"beat" else partial(self._twice, lane)
         reply = await ask(OWNERS, [*self._head(), *arguments])
+        if reply[2] == b"shapes":
+            self._will_send_all()
+            reply = await ask(OWNERS, [*self._head(), *arguments, self._new_shapes()])
         self._heard(reply[0])
         return reply
 
@@ -639,7 +648,10 @@ class RedisStorage:
         holds: list[Hold] = []
         tombstones: list[tuple[str, Tombstone]] = []
         async for call_ids in copied.call_ids():
-            replies = await lane.submit(HOLD, [*self._head(), *call_ids])
+            self._will_send_all()
+            replies = await lane.submit(HOLD, [*self._head(), self._new_shapes(), *call_ids])
+            if replies == b"shape":
+                raise StorageError("redis: the store has lost what an open hold claims; settle it, then export again")
             for call_id, reply in zip(map(bytes.decode, call_ids), replies, strict=True):
                 if reply is not None:
                     state, until_ms, *hold = reply

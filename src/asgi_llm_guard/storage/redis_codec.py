@@ -156,6 +156,7 @@ class Codec:
         self._shapes: dict[tuple[_Template, ...], Shape] = {}
         self._by_ids: dict[tuple[int, ...], Shape] = {}
         self._templates: dict[str, tuple[_Template, ...]] = {}
+        self._learned: dict[str, Shape] = {}
 
     # -------------------------------------------------------------------------------- write
 
@@ -315,6 +316,11 @@ class Codec:
             kind, p1, p2, flags, prefix = flat[5 * n : 5 * n + 5]
             templates.append(_intern(_Template(kind, p1, p2, flags, prefix, _unpack(written), subject_at)))
         self._templates[digest] = tuple(templates)
+        self._learned[digest] = Shape(digest, script, common, None)
+
+    def all_shapes(self) -> list[Shape]:
+        """Every shape that is known here, made or learned: for a store that has lost them."""
+        return [*self._learned.values(), *self._shapes.values()]
 
     def knows(self, digest: str) -> bool:
         """Whether `claims` can read a hold of this shape."""

@@ -24,11 +24,11 @@ if not value or state_of(value) ~= 'O' then
   return {now, epoch, {2, reason or 'unknown'}}
 end
 local h = cmsgpack.unpack(value)
-local shape = shape_of(f[2])
-if not shape then return {now, epoch, {6}} end
+local shape, shape_before = shape_of(f[2]), shape_of(h[6])
+if not shape or not shape_before then return {now, epoch, {6}} end
 
 local before, names = {}, {}
-for _, c in ipairs(claims_of(h, h[3], shape_of(h[6]), 7)) do
+for _, c in ipairs(claims_of(h, h[3], shape_before, 7)) do
   if c.taken == 1 then before[#before + 1] = c end
 end
 names_of(before, names)

@@ -1,19 +1,25 @@
 -- heartbeat, retire, sweep: who is alive, and what becomes of the holds of those who are not.
 --
--- ARGV: clock, what to do, owner, lapse, tombstone's life, records to keep, and for a heartbeat the epoch the client knows.
+-- ARGV: clock, what to do, owner, lapse, tombstone's life, records to keep, the epoch the client knows (heartbeats need it),
+-- and, when asked again, all shapes it knows.
 -- Reply: clock, epoch, 1 if this owner had lapsed, how many owners are alive, then the call ids that were expired.
+--   Or clock, epoch, 'shapes': those of some holds are not known, and nothing was done.
 local OWNER_MEMORY = 86400000 -- a lapsed owner is remembered for a day, should it wake up
 
 local action, owner, lapse, life, keep = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local epoch = call('GET', KEYS[1]) or ''
 local expired, lapsed
+if ARGV[8] then learn_shapes(ARGV[8]) end
 
 if action == 'retire' then
-  expired = expire({owner}, life, keep)
+  expired = expire({owner}, life, keep, ARGV[8])
+else
+  expired = sweep(life, keep, ARGV[8])
+end
+if not expired then return {now, epoch, 'shapes'} end
+if action == 'retire' then
   call('ZREM', OWNERS, owner)
   call('HDEL', LAPSED, owner)
-else
-  expired = sweep(life, keep)
 end
 if action == 'beat' then
   lapsed = call('HDEL', LAPSED, owner)

@@ -75,7 +75,9 @@ local function seen(f)
   for b = 1, f[3] do
     local h = cmsgpack.unpack(known_holds[f[3 + b]])
     first = first or h
-    local claims = claims_of(h, h[3], shape_of(h[6]), 7)
+    local shape = shape_of(h[6])
+    if not shape then return {6} end
+    local claims = claims_of(h, h[3], shape, 7)
     local flat = {h[6], h[3]}
     for i = 1, #claims do
       local c = claims[i]

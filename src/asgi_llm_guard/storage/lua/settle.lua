@@ -30,14 +30,19 @@ for r = 1, #all do
     if h[1] == 'E' then
       p.till = h[2]
       h = cmsgpack.unpack(h[3])
-      p.claims = claims_of(h, h[3], shape_of(h[6]), 7)
     elseif h[1] == 'O' then
       p.owner = owner_of(h, s[1])
-      p.claims = claims_of(h, h[3], shape_of(h[6]), 7)
     else
       p.till = h[2]
+      h = nil
     end
-    if p.claims then names_of(p.claims, names) end
+    local shape = h and shape_of(h[6])
+    if shape then
+      p.claims = claims_of(h, h[3], shape, 7)
+      names_of(p.claims, names)
+    elseif h then
+      p.unknown = true
+    end
   end
   if p.receipts then
     local shape = shape_of(p.receipts[1])

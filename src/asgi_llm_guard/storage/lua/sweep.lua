@@ -1,6 +1,8 @@
 -- Expire the holds of owners that are gone: what is held becomes used, since it may have been billed; slots are freed.
+-- Where the shape of one of them is not known nothing is changed, and the answer is nil; with `regardless`, such a one ends
+-- without its claims.
 
-local function expire(owners, life, keep)
+local function expire(owners, life, keep, regardless)
   local due, ids, names = {}, {}, {}
   for i = 1, #owners do
     local open = call('SMEMBERS', OPEN .. owners[i])
@@ -10,7 +12,9 @@ local function expire(owners, life, keep)
     local value = call('GET', HOLD .. ids[i])
     if value and state_of(value) == 'O' then
       local h = cmsgpack.unpack(value)
-      local claims = claims_of(h, h[3], shape_of(h[6]), 7)
+      local shape = shape_of(h[6])
+      if not shape and not regardless then return nil end
+      local claims = shape and claims_of(h, h[3], shape, 7) or {}
       names_of(claims, names)
       due[#due + 1] = {id = ids[i], at = h[3], draft = h[5], value = value, claims = claims}
     end
@@ -44,11 +48,12 @@ local function expire(owners, life, keep)
   return expired
 end
 
-local function sweep(life, keep)
+local function sweep(life, keep, regardless)
   local lapsed = call('ZRANGEBYSCORE', OWNERS, '-inf', now, 'WITHSCORES')
   local owners = {}
   for i = 1, #lapsed, 2 do owners[#owners + 1] = lapsed[i] end
-  local expired = expire(owners, life, keep)
+  local expired = expire(owners, life, keep, regardless)
+  if not expired then return nil end
   for i = 1, #lapsed, 2 do
     call('HSET', LAPSED, lapsed[i], lapsed[i + 1])
     call('ZREM', OWNERS, lapsed[i])
