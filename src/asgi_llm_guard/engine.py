@@ -206,6 +206,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._slots: dict[str, Hold] = {}
         self._retaken: dict[str, Hold] = {}
+        self._retake: deque[Hold] = deque()
         self._here = Fallback(self._local_storage, self.clock)
         rebuilds = self.on_data_loss == "rebuild" and self._loss_aware is not None
         self._totals = Totals(self.clock) if rebuilds else None
@@ -813,16 +814,24 @@ class Engine:
             emit(self.observers, Expired(beat.expired))
         if beat.lapsed:
             _log.warning("this process sent no heartbeat in time and its holds were expired; taking slots again")
+            self._retake = deque(self._slots.values())
+        if self._retake:
             await self._retake_slots()
 
     async def _retake_slots(self) -> None:
-        for hold in tuple(self._slots.values()):
+        while self._retake:
+            hold = self._retake.popleft()
+            if hold.call_id not in self._slots:
+                continue  # it has ended
             claims = tuple(claim for claim in hold.claims if claim.meter.unit is Unit.SLOTS)
             again = Bundle(self.new_id(), claims)
             try:
                 answer = await self.storage.reserve(self.owner, ((again,),))
             except StorageError as error:
                 self._storage_failed(error)
+                if error.sent:
+                    self._cancel((again,))
+                self._retake.appendleft(hold)  # for the next heartbeat
                 return
             if isinstance(answer, Granted) and hold.call_id in self._slots:
                 self._retaken[hold.call_id] = Hold(again.call_id, claims, answer.receipts)
@@ -844,6 +853,7 @@ class Engine:
         self._settle_again()
         self._slots.clear()  # they are given back, and not to be taken again
         self._retaken.clear()
+        self._retake.clear()
         try:
             await self.storage.retire(self.owner)
         except StorageError as error:

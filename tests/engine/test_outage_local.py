@@ -403,6 +403,25 @@ async def test_slots_of_an_outage_are_taken_again_after_a_lapse(
     assert not [event for event in events if isinstance(event, SlotOverrun)]
 
 
+@pytest.mark.parametrize("dies", [away, silent])
+async def test_slots_that_could_not_be_taken_again(
+    storage: OutageStorage, new_guard: NewGuard, clock: FrozenClock, dies: GoesAway
+) -> None:
+    """If the storage goes away while slots are taken again after a lapse, the next heartbeats go on with it; none is taken twice."""
+    guard, other = new_guard(Concurrency(3)), Guard([Concurrency(3)], storage=storage.inner, clock=clock)
+    async with guard.open(CONTEXT), guard.open(CONTEXT), guard.open(CONTEXT):
+        clock.advance(seconds=16)
+        await other.heartbeat()
+        for after in (1, 2, 2):
+            storage.down(after=after) if dies is away else storage.lose_replies(after=after)
+            await guard.heartbeat()
+            storage.up()
+        for _ in range(3):
+            await guard.heartbeat()
+        assert await counters(other) == [(0, 3)]
+    assert await counters(other) == [(0, 0)]
+
+
 async def test_nothing_is_decided_before_it_is_reconciled(storage: OutageStorage, new_guard: NewGuard) -> None:
     """The first call that the storage decides again finds what the outage has used, without a heartbeat in between."""
     guard = new_guard(Budget("$0.0005/1d", per="caller", on_outage="allow"))
