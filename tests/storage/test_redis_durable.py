@@ -23,8 +23,8 @@ async def test_a_replica_has_what_was_granted(own_redis: OwnRedis) -> None:
     """A claim on a `replica` meter counts as granted only when a replica has it; without one it is given back."""
     master = own_redis()
     replica = own_redis(replica_of=master)
-    wait_until(lambda: b"slave0" in master.call("INFO", "replication"), "the replica")
-    storage = RedisStorage(master.url, timeout_s=0.4)
+    wait_until(lambda: b"state=online" in master.call("INFO", "replication"), "the replica")
+    storage = RedisStorage(master.url, timeout_s=1)
     try:
         assert isinstance(await ask(storage, "a", claim(money("replica"), 3)), Granted)
         assert replica.call("DBSIZE") > 0
