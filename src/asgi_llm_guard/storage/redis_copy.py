@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
 
-from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
+from asgi_llm_guard.storage.cells import Hold, Owner
 from asgi_llm_guard.storage.counting import GRACE_MS, Cell, disposable
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.redis_codec import Codec, pack_text, write_record
 from asgi_llm_guard.storage.redis_link import Link
-from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import BUCKET, SLIDING, SLOTS
 
 __all__ = ["Copy"]
@@ -108,54 +109,63 @@ class Copy:
 
     async def write(self, snapshot: Snapshot, codec: Codec, now_ms: int) -> None:
         """Put a snapshot into an empty namespace."""
+        commands = self._commands(snapshot, codec, now_ms)
+        while some := list(itertools.islice(commands, _BATCH)):
+            sent = [
+                self._link.submit_command(command, f"{self._prefix}{name}", *rest, key=self._key, timeout_s=5.0)
+                for command, name, *rest in some
+            ]
+            await asyncio.gather(*sent)
+
+    def _commands(self, snapshot: Snapshot, codec: Codec, now_ms: int) -> Iterator[tuple[Any, ...]]:
+        """The commands that write a snapshot, each with its key's end in the second place."""
         for key, cell in snapshot.cells:
             left = max(cell.end - now_ms, 0) + GRACE_MS
             if cell.kind in (BUCKET, SLOTS) and cell.held:
                 left = max(left, LONGEST_MS)
-            await self._send("SET", f"c:{key}", _value(cell), "PX", left)
+            yield "SET", f"c:{key}", _value(cell), "PX", left
         for key, member, until_ms in snapshot.members:
-            await self._send("ZADD", f"m:{key}", until_ms, member)
-            await self._send("PEXPIRE", f"m:{key}", max(until_ms - now_ms, 0) + GRACE_MS)
+            yield "ZADD", f"m:{key}", until_ms, member
+            yield "PEXPIRE", f"m:{key}", max(until_ms - now_ms, 0) + GRACE_MS
         for name, owner in snapshot.owners:
             if owner.lapse_at_ms:
-                await self._send("ZADD", "o", owner.lapse_at_ms, name)
+                yield "ZADD", "o", owner.lapse_at_ms, name
             if owner.lapsed_ms:
-                await self._send("HSET", "ol", name, owner.lapsed_ms)
+                yield "HSET", "ol", name, owner.lapsed_ms
         for hold in snapshot.holds:
-            await self._send("SET", f"h:{hold.call_id}", await self._hold(hold, codec), "PX", LONGEST_MS)
-            await self._send("SADD", f"oh:{hold.owner}", hold.call_id)
-            await self._send("PEXPIRE", f"oh:{hold.owner}", LONGEST_MS)
+            yield _shape(hold, codec)
+            yield "SET", f"h:{hold.call_id}", _hold(hold, codec), "PX", LONGEST_MS
+            yield "SADD", f"oh:{hold.owner}", hold.call_id
+            yield "PEXPIRE", f"oh:{hold.owner}", LONGEST_MS
         for call_id, tombstone in snapshot.tombstones:
-            value = await self._tombstone(tombstone, codec)
-            await self._send("SET", f"h:{call_id}", value, "PX", max(tombstone.until_ms - now_ms, 0) + GRACE_MS)
-        for record in snapshot.records:
-            await self._record(record)
+            fields: list[Any] = [tombstone.reason[0].upper(), tombstone.until_ms]
+            if tombstone.hold is not None:
+                yield _shape(tombstone.hold, codec)
+                fields.append(pack_text(_hold(tombstone.hold, codec)))
+            left = max(tombstone.until_ms - now_ms, 0) + GRACE_MS
+            yield "SET", f"h:{call_id}", _array(fields), "PX", left
+        # Entries are found by when they were written, which is never before the call was admitted.
+        for number, record in enumerate(sorted(snapshot.records, key=lambda record: record.at_ms), 1):
+            entry = f"{max(record.at_ms, 1)}-{number}"
+            mark = ("l", "1") if record.late else ()
+            yield "XADD", "l", entry, "c", record.call_id, "r", write_record(record), *mark
+            yield "HSET", "li", record.call_id, entry
         for name in ("o", "ol", "s", "l", "li"):
-            await self._send("PEXPIRE", name, KEEP_MS)
+            yield "PEXPIRE", name, KEEP_MS
 
-    async def _send(self, command: str, name: str, *rest: bytes | str | int) -> Any:
-        return await self._link.command(command, f"{self._prefix}{name}", *rest, key=self._key)
 
-    async def _hold(self, hold: Hold, codec: Codec) -> bytes:
-        shape = codec.shape_of(hold.receipts)
-        await self._send("HSET", "s", shape.digest, shape.script, f"m{shape.digest}", shape.common)
-        draft = None if hold.draft is None else pack_text(write_record(hold.draft))
-        owner, dash, _ = hold.call_id.rpartition("-")
-        written = "" if dash and owner == hold.owner else hold.owner
-        fields: list[Any] = ["O", written, hold.at_ms, hold.plan, draft, shape.digest]
-        codec.hold_claims(fields, hold.receipts, at_ms=hold.at_ms)
-        return _array(fields)
+def _shape(hold: Hold, codec: Codec) -> tuple[Any, ...]:
+    shape = codec.shape_of(hold.receipts)
+    return "HSET", "s", shape.digest, shape.script, f"m{shape.digest}", shape.common
 
-    async def _tombstone(self, tombstone: Tombstone, codec: Codec) -> bytes:
-        fields: list[Any] = [tombstone.reason[0].upper(), tombstone.until_ms]
-        if tombstone.hold is not None:
-            fields.append(pack_text(await self._hold(tombstone.hold, codec)))
-        return _array(fields)
 
-    async def _record(self, record: UsageRecord) -> None:
-        mark = ("l", "1") if record.late else ()
-        entry = await self._send("XADD", "l", "*", "c", record.call_id, "r", write_record(record), *mark)
-        await self._send("HSET", "li", record.call_id, entry)
+def _hold(hold: Hold, codec: Codec) -> bytes:
+    draft = None if hold.draft is None else pack_text(write_record(hold.draft))
+    owner, dash, _ = hold.call_id.rpartition("-")
+    written = "" if dash and owner == hold.owner else hold.owner
+    fields: list[Any] = ["O", written, hold.at_ms, hold.plan, draft, codec.shape_of(hold.receipts).digest]
+    codec.hold_claims(fields, hold.receipts, at_ms=hold.at_ms)
+    return _array(fields)
 
 
 def _cell(value: bytes) -> Cell:
