@@ -207,6 +207,18 @@ async def test_what_this_process_has_left_does_not_refuse_its_own_calls(
     assert await level(storage, hot) == (33, 60)
 
 
+async def test_a_refusal_tells_what_a_smaller_claim_would_get(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """What this process has left does not count as held in its refusals: a claim of the rest is granted."""
+    hot, storage = leased(1_000, 100), around(memory, clock)
+    await warm(storage, claim(hot, 0))
+    await take(storage, "open", claim(hot, 10))
+    await take(memory, "theirs", claim(hot, 890), owner=OTHER)
+    (state,) = await refuse(storage, "big", claim(hot, 500))
+    assert (state.used, state.held) == (0, 900)
+    await take(storage, "rest", claim(hot, 100))
+    await refuse(storage, "more", claim(hot))
+
+
 async def test_chunks_shrink_as_the_limit_comes_near(memory: MemoryStorage, clock: FrozenClock) -> None:
     """A chunk is at most a fourth of this worker's share of what is left; if it would hold too little, there is none."""
     hot, storage = leased(1_000, 500), around(memory, clock, workers=5)
@@ -247,7 +259,7 @@ async def test_a_lower_limit_is_kept(memory: MemoryStorage, clock: FrozenClock) 
     await warm(storage, claim(hot))
     await take(storage, "open", claim(hot, 60))
     (state,) = await refuse(storage, "low", claim(leased(50, 10)))
-    assert (state.used, state.held) == (1, 100)
+    assert (state.used, state.held) == (1, 60)
     await take(storage, "high", claim(leased(2_000, 100), 40))
     assert await level(storage, hot) == (1, 100)
 

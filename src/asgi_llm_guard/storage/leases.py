@@ -12,7 +12,8 @@ Rule 2: a plan is all or nothing. What fits into chunks is taken first, at once;
 rest, it is put back, and the refusal tells the store's numbers.
 
 Rule 3: a claim that no chunk can serve is the store's to decide, with its own amount. Before a refusal that
-what this process has left of its chunks would turn, that is given back, and the store asked once more.
+what this process has left of its chunks would turn, that is given back, and the store asked once more. What
+it has left besides does not count as held in a refusal.
 
 Rule 4: the first claim on a meter goes to the store, and so do those that come before its chunk does; the
 chunk is fetched beside it, and later ones before the last is spent. No admission ever waits for one.
@@ -462,7 +463,7 @@ class LeasingStorage:
                 asked_ms = self._clock.now_ms()
                 answer = await ask()
         self._synced = (asked_ms, answer.now_ms)
-        return answer
+        return self._without_own(owner, answer) if isinstance(answer, Refused) else answer
 
     def _unspent(self, owner: str, answer: Refused) -> list[Slot]:
         """Leased meters that refuse, and would not if this process had no lease on them."""
@@ -479,6 +480,23 @@ class LeasingStorage:
                 if unspent and receipt.used + receipt.held - unspent + receipt.claim.amount <= meter.limit:
                     found.append(slot)
         return found
+
+    def _without_own(self, owner: str, answer: Refused) -> Refused:
+        """The refusal without what this process has left: that is held by no call, and a smaller claim would have it."""
+        with self._lock:
+            slots = self._book.slots(owner)
+            unspent = {key: left for key, slot in slots.items() if (left := slot.unspent())}
+        if not unspent:
+            return answer
+        states = tuple(
+            [
+                tuple(
+                    [msgspec.structs.replace(r, held=max(0, r.held - unspent.get(r.claim.meter.key, 0))) for r in state]
+                )
+                for state in answer.states
+            ]
+        )
+        return Refused(states, answer.now_ms)
 
     async def _ask_again(self, calls: list[Call]) -> Answer:
         """Calls that are open here: are they in the store, too?"""
