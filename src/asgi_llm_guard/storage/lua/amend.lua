@@ -61,7 +61,7 @@ local answer, at = {fits and 1 or 0}, 1
 for i = 1, #asked do
   local old = kept[asked[i]]
   answer[at + 1] = old and old.limit or -2 -- -2: the limit that was asked under
-  for j = 1, 5 do answer[at + 1 + j] = out[(i - 1) * 5 + j] end
+  for j = 1, 5 do answer[at + 1 + j] = out[(i - 1) * 5 + 2 + j] end
   at = at + 6
 end
 if not fits then return {now, epoch, answer} end

@@ -131,15 +131,13 @@ for r = 1, #requests do
     reply = {4} -- it has lapsed itself: what it takes now must not be expired with what it held before
   end
   if not reply then
-    local q, out, states = 4 + bundles, nil, nil
+    local q, states = 4 + bundles, nil
     for plan = 1, plans do
       local fits, result, holds = take(f, q, bundles, cell_names, k, now, plan - 1)
       if fits == STALE then
         reply = {5}
         break
       elseif fits then
-        out = {1, plan - 1}
-        for i = 1, #result do out[2 + i] = result[i] end
         for b = 1, bundles do
           holds[b][2] = written_owner(owner, f[3 + b])
           local value = pack_array(holds[b].n, holds[b])
@@ -150,12 +148,12 @@ for r = 1, #requests do
           lapses[owner] = now + lapse
           register[owner] = now + lapse
         end
-        reply = out
+        reply = result
         break
       end
       states = states or {0}
       local m = #states
-      for i = 1, #result do states[m + i] = result[i] end
+      for i = 3, #result do states[m + i - 2] = result[i] end
       for _ = 1, bundles do -- on to the next plan
         local shape = shapes[f[q + 1]]
         q = q + 2

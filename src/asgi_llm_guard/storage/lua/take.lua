@@ -6,10 +6,11 @@ local STALE = 'stale'
 -- ids only), its subject (flag 8), amount, limit (-1: none) and, for calendars, start and end of the window as the client
 -- works them out. `names` has the names of the cells, from `k` on. `kept`: claims by cell that stay as they were taken.
 --
--- Gives whether all fit (or STALE: a calendar window is over), for each claim five numbers (fits, used, held, pin, resets),
+-- Gives whether all fit (or STALE: a calendar window is over), 1, the plan's number and
+-- for each claim five numbers (fits, used, held, pin, resets),
 -- and the holds to write, without their owners. Where not all fit nothing has changed.
 local function take(f, q, bundles, names, k, at, plan, kept)
-  local out, o, holds, refused = {}, 0, {}, false
+  local out, o, holds, refused = {1, plan}, 2, {}, false
   local todo, t = {}, 0
   for b = 1, bundles do
     local id = f[q + 1]
@@ -113,9 +114,12 @@ local function take(f, q, bundles, names, k, at, plan, kept)
       h[n + 6] = resets and resets - (kind <= ROLLING and pin + p1 or at)
       n = n + 6
       if fits and not old then
-        todo[t + 1], todo[t + 2], todo[t + 3], todo[t + 4], todo[t + 5] = kind, name, cell or member, amount, pin
-        todo[t + 6], todo[t + 7], todo[t + 8], todo[t + 9] = p1, p2, limit, resets or 0
-        t = t + 9
+        todo[t + 1], todo[t + 2], todo[t + 3], todo[t + 4], todo[t + 5] = kind, name, cell or member, amount, resets
+        t = t + 5
+        if kind >= SLIDING then
+          todo[t + 1], todo[t + 2], todo[t + 3], todo[t + 4] = pin, p1, p2, limit
+          t = t + 4
+        end
       elseif not fits and flags % 2 == 1 then
         refused = true
       end
@@ -124,33 +128,39 @@ local function take(f, q, bundles, names, k, at, plan, kept)
     holds[b] = h
   end
   if refused then return false, out, holds end
-  for i = 1, t, 9 do
-    local kind, name, cell, amount, pin, p1 = todo[i], todo[i + 1], todo[i + 2], todo[i + 3], todo[i + 4], todo[i + 5]
+  local i = 1
+  while i <= t do
+    local kind, name, cell, amount, resets = todo[i], todo[i + 1], todo[i + 2], todo[i + 3], todo[i + 4]
+    i = i + 5
     if kind == DISTINCT then
-      call('ZADD', name, todo[i + 8], cell)
-      call('PEXPIRE', name, p1 + GRACE)
+      call('ZADD', name, resets, cell)
+      call('PEXPIRE', name, todo[i + 1] + GRACE)
+      i = i + 4
     else
       cells[name] = cell
       cell[7] = kind
-      if kind == SLIDING then
-        if change_part(cell, pin, 0, amount) then
-          cell[6] = cell[6] or 1
+      cell[2] = cell[2] + amount
+      if kind <= CALENDAR then
+        if kind == LIFETIME and resets > cell[4] then
+          cell[4], cell[6] = resets, 2
         else
-          cell[2] = cell[2] + amount
-          cell[5] = cell[5] .. enc('<ddd', pin, 0, amount)
-          forget_parts(cell, pin, p1, todo[i + 6])
-          cell[6] = 2
+          cell[6] = cell[6] or 1
         end
-      elseif kind == BUCKET then
-        cell[2] = cell[2] + amount
-        local _, backlog = drained(cell, todo[i + 7])
-        fill(cell, todo[i + 7], pin, backlog + amount * p1)
       else
-        cell[2] = cell[2] + amount
-        if kind == LIFETIME and todo[i + 8] > cell[4] then
-          cell[4], cell[6] = todo[i + 8], 2
-        else
+        local pin, p1, p2, limit = todo[i], todo[i + 1], todo[i + 2], todo[i + 3]
+        i = i + 4
+        if kind == SLOTS then
           cell[6] = cell[6] or 1
+        elseif kind == BUCKET then
+          local _, backlog = drained(cell, limit)
+          fill(cell, limit, pin, backlog + amount * p1)
+        elseif change_part(cell, pin, 0, amount) then
+          cell[2] = cell[2] - amount -- it has counted it as well
+          cell[6] = cell[6] or 1
+        else
+          cell[5] = cell[5] .. enc('<ddd', pin, 0, amount)
+          forget_parts(cell, pin, p1, p2)
+          cell[6] = 2
         end
       end
     end
