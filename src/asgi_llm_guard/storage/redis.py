@@ -13,6 +13,7 @@ client library repeats a call by itself.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -46,6 +47,7 @@ from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
 from asgi_llm_guard.storage.cells import Hold, Tombstone
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
+from asgi_llm_guard.storage.pending import tell
 from asgi_llm_guard.storage.redis_address import Address
 from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text, read_record
 from asgi_llm_guard.storage.redis_copy import Copy as _Copy
@@ -74,6 +76,7 @@ _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _MOST_ASKED: Final = 5
 _REMEMBERED: Final = 1024
 _PAGE: Final = 1000
+_EXIT_S: Final = 1.0
 
 _ENDED: Final = {b"settled": "settled", b"cancelled": "cancelled", b"expired": "expired", b"unknown": "unknown"}
 _STATUS: Final = {1: "settled", 2: "late", 3: "lost", 4: "duplicate", 5: "cancelled"}
@@ -144,28 +147,23 @@ class RedisStorage:
         self._refusals: dict[tuple[Claim, ...], tuple[float, Refused]] = {}
         self._lanes: dict[asyncio.AbstractEventLoop, Connected] = {}
         self._lanes_lock = threading.Lock()
+        self._handing: dict[Group, asyncio.AbstractEventLoop] = {}
         self._home: Home | None = None
         self._constant = (
             str(self._lapse_ms).encode(),
             str(self._tombstone_ms).encode(),
             str(self._max_records).encode(),
         )
-        reference = weakref.ref(self)
-
-        def after_fork() -> None:
-            storage = reference()
-            if storage is not None:
-                storage._forget_lanes()  # noqa: SLF001 - its own method, through a weak reference
-
-        os.register_at_fork(after_in_child=after_fork)
+        _storages.add(self)
 
     def __repr__(self) -> str:
         return f"<RedisStorage {self._address} namespace={self._namespace!r}>"
 
-    def _forget_lanes(self) -> None:
-        # The parent's sockets and loops are the parent's.
+    def begin_anew(self) -> None:
+        """In a forked child: the parent's sockets, loops and settlements are the parent's."""
         self._lanes = {}
         self._lanes_lock = threading.Lock()
+        self._handing = {}
         self._home = None
 
     # ------------------------------------------------------------------------------ reserve
@@ -175,7 +173,7 @@ class RedisStorage:
         lane = self._lane()
         if self._lost is not None:
             raise DataLost(self._lost)
-        if len(self._lanes) > 1:
+        if len(self._lanes) > 1 or self._handing:
             await self._settled_elsewhere(lane)
         claims: tuple[Claim, ...] = ()
         if self._remember_s and len(plans) == 1:
@@ -259,13 +257,18 @@ class RedisStorage:
             self._refusals[claims] = (time.monotonic() + min(wait_ms / 1000, self._remember_s), answer)
 
     async def _settled_elsewhere(self, mine: Connected) -> None:
-        """Wait for what other event loops of this process have handed over: it is to be settled first."""
+        """Wait for what other event loops and threads of this process have handed over: it is to be settled first."""
         self._adopt_abandoned(mine)
-        for lane in tuple(self._lanes.values()):
-            if lane is not mine:
-                for group in tuple(lane.lane.unsettled):
-                    with contextlib.suppress(StorageError):
+        groups = [
+            group for lane in tuple(self._lanes.values()) if lane is not mine for group in tuple(lane.lane.unsettled)
+        ]
+        for group in (*groups, *tuple(self._handing)):
+            with contextlib.suppress(StorageError):
+                try:
+                    async with asyncio.timeout(self._timeout_s):
                         await group.handed
+                except TimeoutError:  # that loop is busy with something else, and this one is not to wait for it
+                    mine.lane.settle(group.twin())
 
     # -------------------------------------------------------------------------------- amend
 
@@ -274,7 +277,7 @@ class RedisStorage:
         lane = self._lane()
         if self._lost is not None:
             raise DataLost(self._lost)
-        if len(self._lanes) > 1:
+        if len(self._lanes) > 1 or self._handing:
             await self._settled_elsewhere(lane)
         if not self._epoch:
             await self._hello(lane)
@@ -326,18 +329,29 @@ class RedisStorage:
         group = Group(settlements, [self._codec.settlement(one, now_ms, shapes) for one in settlements])
         self._will_send(shapes)
         try:
-            loop = asyncio.get_running_loop()
+            lane = self._lane(asyncio.get_running_loop())
         except RuntimeError:
-            home = self._any_loop()
-            home.call_soon_threadsafe(self._settle_there, home, group)
+            self._hand_over(group)
             return group.handed
-        self._lane(loop).lane.settle(group)
+        if lane.ended:
+            self._hand_over(group)
+        else:
+            lane.lane.settle(group)
         return group.handed
+
+    def _hand_over(self, group: Group) -> None:
+        """Have another thread's loop settle it, because there is none here, or one that is about to end."""
+        while True:
+            home = self._any_loop()
+            self._handing[group] = home
+            with contextlib.suppress(RuntimeError):  # that loop was closed meanwhile
+                home.call_soon_threadsafe(self._settle_there, home, group)
+                return
 
     def _any_loop(self) -> asyncio.AbstractEventLoop:
         """A loop to settle on for a thread without one: one that is in use, else one of our own."""
-        for loop in tuple(self._lanes):
-            if loop.is_running():
+        for loop, lane in tuple(self._lanes.items()):
+            if loop.is_running() and not lane.ended:
                 return loop
         with self._lanes_lock:
             if self._home is None:
@@ -345,7 +359,20 @@ class RedisStorage:
             return self._home.loop
 
     def _settle_there(self, loop: asyncio.AbstractEventLoop, group: Group) -> None:
-        self._lane(loop).lane.settle(group)
+        if self._handing.get(group) is not loop:  # it was adopted meanwhile
+            return
+        try:
+            lane = self._lane(loop)
+        except StorageError as error:  # closed meanwhile
+            del self._handing[group]
+            group.handed.decide(None, error)
+            tell([group.handed])
+            return
+        if lane.ended:
+            self._hand_over(group)
+        else:
+            lane.lane.settle(group)
+            del self._handing[group]
 
     def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
         """Take the answers to what is left of `group`; whether all is answered. Else its arguments are made anew."""
@@ -381,24 +408,26 @@ class RedisStorage:
         with self._lanes_lock:
             if self._closed:
                 raise StorageError("redis: this storage was closed; make a new one")
-            for other in [known for known in self._lanes if known.is_closed()]:
-                self._lanes.pop(other).lane.fail(
-                    StorageError("redis: the event loop was closed before the answer came")
-                )
             link = Link(self._address, scripts=[script(parts) for parts in ALL], timeout_s=self._timeout_s)
             self._lanes[loop] = lane = Connected(self, loop, link, self._key)
         self._adopt_abandoned(lane)
         return lane
 
     def _adopt_abandoned(self, lane: Connected) -> None:
-        """Settle here what was handed over to event loops that were closed since."""
-        if len(self._lanes) == 1:
-            return
+        """Settle here what was handed over to event loops that do not run any more, and may never do so again."""
         with self._lanes_lock:
-            closed = [self._lanes.pop(loop) for loop in tuple(self._lanes) if loop.is_closed()]
-        for other in closed:
-            for group in other.lane.abandoned():
-                lane.lane.settle(group)
+            stopped = {
+                loop: other for loop, other in self._lanes.items() if other is not lane and not loop.is_running()
+            }
+            for loop in stopped:
+                if loop.is_closed():
+                    del self._lanes[loop]
+            waiting = [group for group, loop in tuple(self._handing.items()) if not loop.is_running()]
+            for group in waiting:
+                del self._handing[group]
+            groups = [group for other in stopped.values() for group in other.lane.abandoned()]
+        for group in (*groups, *waiting):
+            lane.lane.settle(group)
 
     def _will_send(self, shapes: Iterable[Shape]) -> None:
         sent = self._sent_shapes
@@ -567,11 +596,11 @@ class RedisStorage:
         return await lane.submit(parts, arguments)
 
     async def _all_settled(self) -> None:
-        self._adopt_abandoned(self._lane())
-        for lane in tuple(self._lanes.values()):
-            for group in tuple(lane.lane.unsettled):
-                with contextlib.suppress(StorageError):
-                    await group.handed
+        mine = self._lane()
+        await self._settled_elsewhere(mine)
+        for group in tuple(mine.lane.unsettled):
+            with contextlib.suppress(StorageError):
+                await group.handed
 
     # -------------------------------------------------------------------------- read, reset
 
@@ -700,10 +729,44 @@ class RedisStorage:
             if loop is here:
                 await lane.aclose()
             elif loop.is_running():
-                with contextlib.suppress(RuntimeError):  # it stopped meanwhile
-                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.aclose(), loop))
+                with contextlib.suppress(RuntimeError, TimeoutError):  # it stopped meanwhile, or is busy
+                    closed = asyncio.run_coroutine_threadsafe(lane.aclose(), loop)
+                    await asyncio.wait_for(asyncio.wrap_future(closed), 4 * self._timeout_s)
         if self._home is not None:
             self._home.stop()
+
+    def finish(self, timeout_s: float) -> None:
+        """At the end of the process: send what event loops that have stopped still have, and wait a moment for all of it."""
+        deadline_s = time.monotonic() + timeout_s
+        groups = [*self._handing]
+        for loop, lane in tuple(self._lanes.items()):
+            groups += lane.lane.unsettled
+            if not loop.is_running():
+                for group in lane.lane.abandoned():
+                    self._hand_over(group)
+        for group in groups:
+            with contextlib.suppress(StorageError):
+                group.handed.result(max(0.0, deadline_s - time.monotonic()))
+
+
+_storages: weakref.WeakSet[RedisStorage] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for storage in list(_storages):
+        storage.begin_anew()
+
+
+def _at_exit() -> None:
+    deadline_s = time.monotonic() + _EXIT_S
+    for storage in list(_storages):
+        with contextlib.suppress(RuntimeError):  # it is too late for new threads
+            storage.finish(max(0.0, deadline_s - time.monotonic()))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
 
 
 def _sent_before(error: LinkError) -> LinkError:

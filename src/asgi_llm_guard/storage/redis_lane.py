@@ -55,7 +55,7 @@ class _Handed(Handed[tuple[Settled, ...]]):
 class Group:
     """Settlements that were handed over together: one step, as far as the store knows their holds."""
 
-    __slots__ = ("arguments", "handed", "left", "number", "replies", "sent", "settlements", "tries")
+    __slots__ = ("arguments", "handed", "left", "left_behind", "number", "replies", "sent", "settlements", "tries")
 
     def __init__(self, settlements: Sequence[Settlement], arguments: list[bytes]) -> None:
         self.number = next(_numbers)
@@ -68,6 +68,15 @@ class Group:
         self.tries = 0
         self.sent = False
         """A try that failed may have been executed."""
+        self.left_behind = False
+        """Another lane gives the answer."""
+
+    def twin(self) -> Group:
+        """What has no answer yet, for another lane. Whichever of the two is answered first decides."""
+        twin = Group(self.settlements, list(self.arguments))
+        twin.number, twin.handed, twin.sent = self.number, self.handed, True
+        twin.replies, twin.left = list(self.replies), list(self.left)
+        return twin
 
 
 class Sender(Protocol):
@@ -180,10 +189,11 @@ class Lane:
         at = 1
         for group in batch:
             group.tries += 1
-            if error is None:
-                first, at = at, at + len(group.left)
-                if self._answered(group, done.result()[first:at], done.result()[0], decided):
-                    continue
+            first, at = at, at + len(group.left)
+            if group.left_behind:
+                continue
+            if error is None and self._answered(group, done.result()[first:at], done.result()[0], decided):
+                continue
             failure = error or StorageError("redis: the settlement keeps coming back; nothing was charged twice")
             group.sent |= failure.sent
             if group.tries < _MOST_TRIES:
@@ -191,9 +201,7 @@ class Lane:
                 continue
             failed = again(failure)
             failed.sent = group.sent
-            group.handed.decide(None, failed)
-            decided.append(group.handed)
-            self.unsettled.discard(group)
+            self._decide(group, failed, decided)
         self._groups[:0] = retried
         if decided:
             tell(decided)
@@ -203,17 +211,23 @@ class Lane:
     def _answered(self, group: Group, replies: Sequence[Reply], now_ms: int, decided: list[Handed[Any]]) -> bool:
         if not self._sender.settled(group, replies, now_ms):
             return False
-        group.handed.decide(tuple(group.replies), None)
-        decided.append(group.handed)
-        self.unsettled.discard(group)
+        self._decide(group, None, decided)
         return True
 
+    def _decide(self, group: Group, error: StorageError | None, decided: list[Handed[Any]]) -> None:
+        self.unsettled.discard(group)
+        if not group.handed.done():
+            group.handed.decide(None if error is not None else tuple(group.replies), error)
+            decided.append(group.handed)
+
     def abandoned(self) -> list[Group]:
-        """What has no answer, after the event loop was closed: to be settled by another lane."""
+        """What has no answer, after the event loop was closed or stopped: to be settled by another lane."""
         left = sorted(self.unsettled, key=lambda group: group.number)
         self.unsettled.clear()
         self._groups.clear()
-        return left
+        for group in left:
+            group.left_behind = True
+        return [group.twin() for group in left]
 
     def fail(self, error: StorageError) -> None:
         """Nobody will send what is still here."""
@@ -223,9 +237,7 @@ class Lane:
         self._reserves.clear()
         decided: list[Handed[Any]] = []
         for group in self._groups:
-            group.handed.decide(None, again(error))
-            decided.append(group.handed)
-            self.unsettled.discard(group)
+            self._decide(group, again(error), decided)
         self._groups.clear()
         tell(decided)
 

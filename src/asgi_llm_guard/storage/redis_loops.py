@@ -34,10 +34,12 @@ class Owner(Protocol):
 class Connected:
     """One event loop's lane and link. They end with the loop, having sent what is still here."""
 
-    __slots__ = ("_end", "_key", "_storage", "lane", "link")
+    __slots__ = ("_end", "_key", "_storage", "ended", "lane", "link")
 
     def __init__(self, storage: Owner, loop: asyncio.AbstractEventLoop, link: Link, key: bytes) -> None:
         self.link = link
+        self.ended = False
+        """Nothing more can be sent from here; the event loop may still run for a moment."""
         self._storage = storage
         self._key = key
         self.lane = Lane(loop, self)
@@ -50,6 +52,7 @@ class Connected:
         try:
             yield
         finally:
+            self.ended = True
             self.lane.flush()
             for group in tuple(self.lane.unsettled):
                 with contextlib.suppress(StorageError):
