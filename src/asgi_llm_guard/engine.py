@@ -654,19 +654,16 @@ class Engine:
         return mine.result()
 
     async def accept_loss(self) -> None:
-        """Go on with the data that there is; with `rebuild`, tell it first what this process has settled.
+        """Go on with the data that there is; with `rebuild`, tell it what this process has settled.
 
         Raises:
             StorageError: the storage does not answer.
         """
         if self._loss_aware is None or (self._totals is not None and self.state != "lost"):
             return  # what is told where nothing was lost would count twice
-        if self._totals is not None:
-            await self._tell_totals(self._totals, self._loss_aware.epoch)
         await self._loss_aware.accept_loss()
         if self._totals is not None:
-            self._epoch = self._loss_aware.epoch
-            await self._hold_again(self._totals)
+            await self._follow(self._totals)  # before this, nothing is decided here: every call would do it, too
         self._recovered()
 
     def _is_same_data(self) -> bool:
@@ -676,22 +673,23 @@ class Engine:
         return self._epoch == epoch
 
     async def _follow(self, totals: Totals) -> None:
-        """If another process has accepted a loss, and the storage here with it, tell what this one knows."""
+        """If the storage goes by other data since a loss was accepted, here or elsewhere, tell it what this process knows.
+
+        Raises:
+            DataLost: it has lost its data once more.
+            StorageError: it does not answer; what was told is told again, and counts once.
+        """
         if self._is_same_data() or self._loss_aware is None:
             return
         accepted = self._loss_aware.epoch
-        await self._tell_totals(totals, self._epoch)
-        await self._hold_again(totals)
-        self._epoch = accepted
-
-    async def _tell_totals(self, totals: Totals, epoch: str) -> None:
-        told = totals.settlements(self.owner, epoch)
+        # Settling never asks which data it is; changing a hold that there is not does, and changes nothing.
+        await self.storage.amend(self.owner, Bundle(self.new_id(), ()))
+        told = totals.settlements(self.owner, accepted)
         for first in range(0, len(told), _HANDED_OVER):
             await self.storage.settle(told[first : first + _HANDED_OVER])
-
-    async def _hold_again(self, totals: Totals) -> None:
         for bundle in totals.bundles:
             await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+        self._epoch = accepted
 
     async def _reopen(self) -> None:
         """Make holds of what was admitted here and is still open: it holds its slots, and is charged if we die."""
@@ -760,14 +758,14 @@ class Engine:
             return
         if self._waiters:
             self._wake()
-        if self._totals is not None:
-            self._totals.settled(settlements, replies)
-        if self.observers:
+        if self.observers or self._totals is not None:
             for settlement, settled in zip(settlements, replies, strict=True):
-                if settlement.record is not None:
-                    if settled.status != "duplicate" or settlement.call_id in self._tried:
+                if settled.status != "duplicate" or settlement.call_id in self._tried:
+                    if self._totals is not None:
+                        self._totals.settled(settlement, settled, is_old=self._is_same_data())
+                    if settlement.record is not None:
                         emit(self.observers, SettledCall(settlement.record, settled))
-                    self._tried.discard(settlement.call_id)
+                self._tried.discard(settlement.call_id)
 
     def _try_again(self, settlements: Sequence[Settlement], error: StorageError) -> None:
         if not self._closed:
@@ -776,7 +774,7 @@ class Engine:
             # A cancellation undoes what was never granted, most likely; what calls have used is kept whatever comes.
             if len(self._unsettled) < _MOST_UNSETTLED or _matters(settlement):
                 self._unsettled.append(settlement)
-                if settlement.record is not None and error.sent and self.observers:
+                if error.sent and _matters(settlement):
                     self._tried.add(settlement.call_id)
             elif not self._backlog_told:
                 self._backlog_told = True
@@ -792,6 +790,8 @@ class Engine:
             self._hand_over(_HANDED_OVER)
         try:
             beat = await self.storage.heartbeat(self.owner)
+            if self._totals is not None:
+                await self._follow(self._totals)
         except DataLost as error:
             await self._lose(error)
             return
@@ -803,11 +803,6 @@ class Engine:
         if self.state == "failed":
             self._recovered()
         self._settle_again()
-        if self._totals is not None:
-            try:
-                await self._follow(self._totals)
-            except StorageError as error:
-                self._storage_failed(error)
         if self._here.open:
             await self._reopen()
         if beat.expired:

@@ -1,10 +1,11 @@
 """What one process has settled and still holds, so that it can be told again to a store that has lost it.
 
 Rule 1: a settlement is counted when the store has confirmed it, and found its hold. One whose hold the
-store did not know (`lost`) may have been charged to new data already, which must not be told of it again: it
-is counted when the next decision has shown that it is in the data that the store goes by.
+store did not know, now or when it was asked before (`lost`, `duplicate`), may have been charged to new data
+already, which must not be told of it again: it is counted when the next decision has shown that it is in the
+data that the store goes by.
 
-Rule 2: totals are told under ids that name the process, the lost data and the meter. Told again, for the
+Rule 2: totals are told under ids that name the process, the new data and the meter. Told again, for the
 first answer was lost, they change nothing.
 """
 
@@ -52,13 +53,15 @@ class Totals:
         for settlement in settlements:
             self._open.pop(settlement.call_id, None)
 
-    def settled(self, settlements: Sequence[Settlement], replies: Sequence[Settled]) -> None:
-        """The store has confirmed these."""
-        for settlement, reply in zip(settlements, replies, strict=True):
-            if reply.status in ("settled", "late"):
-                self._count(settlement)
-            elif reply.status == "lost":
-                self._unsure.append(settlement)
+    def settled(self, settlement: Settlement, reply: Settled, *, is_old: bool = True) -> None:
+        """The store has confirmed what this process has asked for: `duplicate` means, when it was asked before.
+
+        `is_old`: the store goes by the data that was last told.
+        """
+        if is_old and reply.status in ("settled", "late"):
+            self._count(settlement)
+        else:
+            self._unsure.append(settlement)
 
     def decided(self) -> None:
         """The store has decided by the data that was last told: what was charged without a hold is in it, too."""
@@ -68,7 +71,7 @@ class Totals:
                 self._count(settlement)
 
     def settlements(self, owner: str, epoch: str) -> list[Settlement]:
-        """What to tell a store that has lost the data `epoch`: one settlement for each meter and window."""
+        """What to tell the new data `epoch`: one settlement for each meter and window."""
         now_ms = self._clock.now_ms()
         told = []
         for (key, pin), total in tuple(self._totals.items()):
@@ -97,13 +100,13 @@ class Totals:
         if before is not None and not over(before, now_ms):
             if meter.kind == BUCKET:
                 amount += _backlog(before, pin)
-            elif pin < before.pin:
-                return  # of an instance that is over
-            elif pin == before.pin or meter.kind < CALENDAR:
-                # A later start in a window that runs was made up by this process, during an outage.
+            elif pin == before.pin or (meter.kind < CALENDAR and not over(receipt, now_ms)):
+                # Another start in a window that runs was made up by this process, during an outage.
                 amount += before.claim.amount
                 pin = before.pin
                 resets_at_ms = max(resets_at_ms or 0, before.resets_at_ms or 0)
+            elif pin < before.pin:
+                return  # of an instance that is over
         if before is None:
             self._purge(now_ms)
             self._line.append(key)

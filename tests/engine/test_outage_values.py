@@ -157,7 +157,7 @@ async def settle_some(storage: MemoryStorage, totals: Totals, one: Meter, clock:
         debits = (Claim(one, 1),) if number % 2 else ()
         record = UsageRecord(call_id=call_id, at_ms=clock.now_ms())
         settled = [Settlement(call_id, (None if number == 3 else number,), record, granted.receipts, debits)]
-        totals.settled(settled, await storage.settle(settled))
+        totals.settled(settled[0], (await storage.settle(settled))[0])
 
 
 @pytest.mark.anyio
@@ -195,7 +195,7 @@ async def test_totals_of_what_is_over_are_forgotten() -> None:
         granted = await storage.reserve("me", [[Bundle(str(number), (Claim(one, 1),))]])
         assert isinstance(granted, Granted)
         settled = [Settlement(str(number), (1,), None, granted.receipts)]
-        totals.settled(settled, await storage.settle(settled))
+        totals.settled(settled[0], (await storage.settle(settled))[0])
         clock.advance(seconds=1)
     assert len(totals) <= 200
 
@@ -213,7 +213,7 @@ async def test_window_that_began_anew() -> None:
     assert isinstance(new, Granted)
     for call_id, granted in [("new", new), ("old", old)]:
         settled = [Settlement(call_id, (None,), None, granted.receipts)]
-        totals.settled(settled, await storage.settle(settled))
+        totals.settled(settled[0], (await storage.settle(settled))[0])
     fresh = MemoryStorage(clock=clock)
     await fresh.settle(totals.settlements("me", "0"))
     assert await fresh.read([one]) == await storage.read([one]) == (Reading(2, 0, NOW_MS + 121_000),)
@@ -227,7 +227,7 @@ def test_window_whose_start_was_made_up(window: Window) -> None:
     for number, later_ms in enumerate([0, 60_000]):
         receipt = Receipt(Claim(one, 5), True, True, 0, 0, NOW_MS + later_ms, NOW_MS + DAY_MS + later_ms)
         settled = Settlement(str(number), (3,), None, (receipt,))
-        totals.settled([settled], [Settled(str(number), "settled")])
+        totals.settled(settled, Settled(str(number), "settled"))
     (told,) = totals.settlements("me", "0")
     assert told.actuals == (6,)
     assert [(receipt.pin, receipt.resets_at_ms) for receipt in told.receipts] == [(NOW_MS, NOW_MS + DAY_MS + 60_000)]
@@ -241,7 +241,7 @@ async def test_what_was_never_held_is_told_too(window: Window) -> None:
     storage, totals = MemoryStorage(clock=clock), Totals(clock)
     one = meter(window, 100)
     settled = [Settlement("call", (), UsageRecord(call_id="call", at_ms=NOW_MS), (), (Claim(one, 7),))]
-    totals.settled(settled, await storage.settle(settled))
+    totals.settled(settled[0], (await storage.settle(settled))[0])
     assert totals.settlements("me", "0") == []  # perhaps it is in new data already
     totals.decided()
     fresh = MemoryStorage(clock=clock)
@@ -256,6 +256,5 @@ def test_what_was_not_taken_is_not_told() -> None:
     missed = Receipt(Claim(one, 5), False, False, 100, 0, NOW_MS, NOW_MS + DAY_MS)
     taken = Receipt(Claim(one, 5), True, True, 0, 0, NOW_MS, NOW_MS + DAY_MS)
     for settlement in (Settlement("a", (3,), None, (missed,)), Settlement("b", (), None, (taken,))):
-        totals.settled([settlement], [Settled(settlement.call_id, "settled")])
-    totals.settled([Settlement("c", (3,), None, (taken,))], [Settled("c", "duplicate")])
+        totals.settled(settlement, Settled(settlement.call_id, "settled"))
     assert totals.settlements("me", "0") == []
