@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from time import monotonic
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from asgi_llm_guard.storage.breaker import Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
 from asgi_llm_guard.storage.redis_node import Expiry, Node, overdue
-from asgi_llm_guard.storage.redis_wire import Call, Internal, LinkError, ServerError, ask_once, pack
+from asgi_llm_guard.storage.redis_wire import Call, LinkError, ServerError, ask_once
 
 __all__ = ["Cluster", "key_slot"]
 
@@ -120,9 +121,10 @@ class Cluster:
         target = self._node_at(Endpoint(host or node.host, int(port)))
         if code == "ASK":
             for call in calls:
-                target.put(Internal(self._loop.create_future(), pack(("ASKING",)), call.at, call.timeout_s))
-                target.put(call)
+                target.put_asking(call)
             return
+        for call in calls:
+            call.asking = False
         self._hint = target.endpoint
         self._slots[int(slot)] = target
         self._detour(int(slot), node, calls)
@@ -143,7 +145,8 @@ class Cluster:
 
     def _rejoin(self, slot: int, detour: _Detour) -> None:
         del self._detours[slot]
-        for call in (*detour.back, *detour.held):
+        # By when they were handed over, for more than one node may have sent some of them back.
+        for call in sorted((*detour.back, *detour.held), key=attrgetter("at")):
             if call.wanted:
                 self.put(call)
 

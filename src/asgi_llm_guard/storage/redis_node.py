@@ -119,6 +119,14 @@ def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[C
     return late, due
 
 
+def _parted(calls: Iterable[Call], slot: int) -> tuple[list[Call], list[Call]]:
+    """The calls of a slot, and the others. What was sent ahead of its slot belongs where it is."""
+    parts: tuple[list[Call], list[Call]] = ([], [])
+    for call in calls:
+        parts[call.slot != slot or call.asking].append(call)
+    return parts
+
+
 class Redirects(Protocol):
     """A cluster, as its nodes see it."""
 
@@ -292,7 +300,22 @@ class Node:
         now = monotonic()
         for call in kept:
             if not call.future.done() or (call.wanted and call.at + call.timeout_s > now):
-                wire.send(call)
+                self._send(wire, call)
+
+    def put_asking(self, call: Call) -> None:
+        """Hand a call over for a slot that this node is about to get."""
+        call.asking = True
+        if self._through is not None:
+            self._ask(self._through)
+        self.put(call)
+
+    def _send(self, wire: Wire, call: Call) -> None:
+        if call.asking:
+            self._ask(wire)
+        wire.send(call)
+
+    def _ask(self, wire: Wire) -> None:
+        wire.send(Internal(self._loop.create_future(), pack(("ASKING",)), monotonic(), self._timeout_s))
 
     def _failed(self, reason: str, *, for_good: bool = False) -> None:
         self.reason = reason
@@ -345,6 +368,10 @@ class Node:
         elif code == "NOSCRIPT" and call.tries < MAX_TRIES:
             self._load_again(wire, self._sent_back(wire, call))
         elif self._redirects is not None and code in {"MOVED", "ASK"} and call.tries < MAX_TRIES:
+            if code == "ASK" and self._again is not None:
+                # Calls before it are sent again from here, and it is not to overtake them.
+                self._again.extend(self._sent_back(wire, call))
+                return
             self._redirects.redirected(self, self._sent_back(wire, call), error)
         else:
             fail(call.future, translated(error, self.name, in_cluster=self._redirects is not None))
@@ -432,7 +459,7 @@ class Node:
             if error is not None:
                 call.fail(f"redis: the scripts could not be loaded again: {error}", sent=False)
             elif call.wanted:
-                wire.send(call)
+                self._send(wire, call)
         if self.breaker.state == "closed" and not self._leaving:
             self._resume(wire)
 
@@ -452,17 +479,16 @@ class Node:
     # For a cluster, whose slots go from node to node
 
     def slots_under_way(self) -> set[int]:
-        """The slots of which calls are here."""
+        """The slots of which calls are here, those apart that were sent here before the slot is."""
         waiting = self._wire.waiting if self._wire is not None else ()
-        return {call.slot for call in (*waiting, *(self._again or ()), *self._kept) if not call.internal}
+        calls = (*waiting, *(self._again or ()), *self._kept)
+        return {call.slot for call in calls if not (call.internal or call.asking)}
 
     def withdraw(self, slot: int) -> tuple[list[Call], list[Call]]:
         """Take back what was not sent, or came back, of a slot: first what came back, then what was not sent."""
-        back = [call for call in self._again or () if call.slot == slot]
-        kept = [call for call in self._kept if call.slot == slot]
-        if self._again is not None:
-            self._again = [call for call in self._again if call.slot != slot]
-        self._kept = deque(call for call in self._kept if call.slot != slot)
+        back, self._again = _parted(self._again, slot) if self._again is not None else ([], None)
+        kept, others = _parted(self._kept, slot)
+        self._kept = deque(others)
         return back, kept
 
     def when_answered(self, done: Callable[[], None]) -> None:

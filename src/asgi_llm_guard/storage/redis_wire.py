@@ -79,16 +79,14 @@ class ServerError(Exception):
 class Call:
     """A command under way, and the future of its reply."""
 
-    __slots__ = ("at", "future", "packed", "slot", "timeout_s", "tries")
+    __slots__ = ("asking", "at", "future", "packed", "slot", "timeout_s", "tries")
 
     internal = False
     """Of the link itself: errors are for whoever sent it, and are not looked at."""
     trailing = False
     """Means something only right behind the call before it: it is repeated when that one is."""
 
-    def __init__(
-        self, future: asyncio.Future[Any], packed: bytes, at: float, timeout_s: float, slot: int = 0, tries: int = 0
-    ) -> None:
+    def __init__(self, future: asyncio.Future[Any], packed: bytes, at: float, timeout_s: float, slot: int = 0) -> None:
         self.future = future
         self.packed = packed
         self.at = at
@@ -96,8 +94,10 @@ class Call:
         self.timeout_s = timeout_s
         self.slot = slot
         """Of its key, in a cluster; else 0."""
-        self.tries = tries
+        self.tries = 0
         """How often a server sent it back."""
+        self.asking = False
+        """It is for a node that does not have the slot yet, and has to be told so just before."""
 
     @property
     def wanted(self) -> bool:
