@@ -13,7 +13,8 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
     """The storage that a URL names: `memory://`, `sqlite:///file.db` (relative) or `sqlite:////var/lib/file.db`.
 
     `sqlite:///file.db?synchronous=FULL` also survives a loss of power without losing the last commits.
-    `redis://`, `rediss://`, `unix://`, `redis+sentinel://host/master`, `redis+cluster://host`: Redis or Valkey.
+    `redis://`, `rediss://`, `unix://`, `redis+sentinel://host/master`, `redis+cluster://host`: Redis or Valkey;
+    with `?shard_by=caller` spread over the nodes of a cluster.
     `limits+memcached://host:11211?strategy=fixed`: a store of the `limits` package, for rates of requests only.
 
     Raises:
@@ -35,10 +36,10 @@ def open_storage(url: str, *, clock: Clock) -> Storage:
         path, _, query = rest.partition("?")
         return SqliteStorage(_sqlite_path(path, url), clock=clock, synchronous=_synchronous(query, url))
     if scheme == "unix" or scheme.partition("+")[0] in {"redis", "rediss"}:
-        from asgi_llm_guard.storage.redis import RedisStorage
+        from asgi_llm_guard.storage.redis_shards import open_redis
 
         # The server's clock decides, but for a test that brings its own.
-        return RedisStorage(url, clock=None if isinstance(clock, SystemClock) else clock)
+        return open_redis(url, clock=None if isinstance(clock, SystemClock) else clock)
     if scheme.startswith("limits+"):
         from asgi_llm_guard.storage.limits import LimitsStorage
 

@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
@@ -69,7 +69,7 @@ SCHEMA: Final = 1
 MAX_RECORDS: Final = 100_000
 """The ledger's stream keeps this many records, and drops the oldest beyond."""
 
-OPTIONS: Final = ("max_records", "namespace", "timeout", "wait_replicas")
+OPTIONS: Final = ("max_records", "namespace", "shard_by", "shards", "timeout", "wait_replicas")
 """What the query of a URL may say besides how to connect."""
 
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -99,6 +99,7 @@ class RedisStorage:
         wait_replicas: how many replicas must have what policies with `durable="replica"` take.
         remember_refusals_ms: for so long the same plan is refused again without a call. `None`: 100,
             and with an injected clock not at all.
+        make_link: gives the link of the running event loop, from the address and the timeout; for storages that share theirs.
 
     Raises:
         ConfigurationError: the URL or an option is wrong. No error shows the URL.
@@ -117,8 +118,12 @@ class RedisStorage:
         max_records: int | None = None,
         wait_replicas: int | None = None,
         remember_refusals_ms: int | None = None,
+        make_link: Callable[[Address, float], Link] | None = None,
     ) -> None:
         self._address, options = Address.parse(url, storage_options=OPTIONS)
+        if "shard_by" in options or "shards" in options:
+            raise ConfigurationError("shard_by: several storages are made of such a URL; open it with open_storage(url)")
+        self._make_link = make_link or _link
         self._namespace = namespace or options.get("namespace", "llm-guard")
         if not _NAMESPACE.fullmatch(self._namespace):
             raise ConfigurationError(f"namespace: expected 1 to 64 letters, digits, _ . or -, got {self._namespace!r}")
@@ -408,7 +413,7 @@ class RedisStorage:
         with self._lanes_lock:
             if self._closed:
                 raise StorageError("redis: this storage was closed; make a new one")
-            link = Link(self._address, scripts=[script(parts) for parts in ALL], timeout_s=self._timeout_s)
+            link = self._make_link(self._address, self._timeout_s)
             self._lanes[loop] = lane = Connected(self, loop, link, self._key)
         self._adopt_abandoned(lane)
         return lane
@@ -793,6 +798,10 @@ def _durable(shapes: Sequence[Shape]) -> Durable | None:
         if shape.durable is not None:
             found = "disk" if "disk" in (shape.durable, found) else shape.durable
     return found
+
+
+def _link(address: Address, timeout_s: float) -> Link:
+    return Link(address, scripts=[script(parts) for parts in ALL], timeout_s=timeout_s)
 
 
 def _new_epoch() -> bytes:
