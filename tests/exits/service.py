@@ -17,6 +17,9 @@ from starlette.routing import Route as Path_
 from tests.exits.kit import PRICES, Settlements, Stage
 
 from asgi_llm_guard import Budget, Concurrency, Guard, GuardMiddleware, Iterations, Route
+from asgi_llm_guard.clock import SystemClock
+from asgi_llm_guard.storage import open_storage
+from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FakeProvider
 
@@ -26,9 +29,14 @@ def policies(budget: str, slots: int) -> tuple[Iterations, Budget, Concurrency]:
     return Iterations(1_000), Budget(budget, per="global"), Concurrency(slots, per="global")
 
 
-def application(path: Path, base_url: str, budget: str, slots: int) -> Starlette:
+def storage_at(place: str) -> Storage:
+    """The storage that a URL or the path of a file names."""
+    return open_storage(place, clock=SystemClock()) if "://" in place else SqliteStorage(Path(place))
+
+
+def application(place: str, base_url: str, budget: str, slots: int) -> Starlette:
     """`/call` makes one call, `/stream` streams one, `/detached` makes one in a task of its own."""
-    storage = SqliteStorage(path)
+    storage = storage_at(place)
     guard = Guard(policies(budget, slots), storage=storage, prices=PRICES, hold_wait_s=0)
     stage = Stage(storage, FakeProvider(), base_url, guard, Settlements())
 
@@ -58,7 +66,7 @@ def main() -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--path", type=Path, required=True)
+    parser.add_argument("--path", required=True)
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--budget", default="$10/1d")
     parser.add_argument("--slots", type=int, default=1_000)

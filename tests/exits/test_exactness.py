@@ -15,8 +15,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 from tests.exits.kit import BILL, MAX_TOKENS, MODEL, PRICES, SLOTS, Stage, _messages
+from tests.exits.service import storage_at
 from tests.exits.test_returns import app_of
-from tests.exits.test_shutdown import left_behind, service
+from tests.exits.test_shutdown import service
+from tests.servers import shared_cluster, shared_redis, shared_sentinel, unique_namespace
 
 from asgi_llm_guard import Budget, Guard, GuardMiddleware, Route
 from asgi_llm_guard.pricing import PriceBook
@@ -69,16 +71,20 @@ async def test_twenty_on_ten_slots(stage: Stage) -> None:
         await stage.settled(calls=SLOTS, requests=2 * SLOTS)
 
 
-async def test_four_processes(tmp_path: Path) -> None:
-    """T20: of 200 first calls at once, in four processes on one file with room for ten, exactly ten are dispatched."""
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "sentinel", "cluster"])
+async def test_four_processes(tmp_path: Path, kind: str) -> None:
+    """T20: of 200 first calls at once, in four processes on one store with room for ten, exactly ten are dispatched."""
     provider = FakeProvider(prices=BILL, default=Behaviour.hang())
-    path = tmp_path / "guard.db"
+    place = str(tmp_path / "guard.db")
+    if kind != "sqlite":
+        url = {"redis": shared_redis().url, "sentinel": shared_sentinel().url, "cluster": shared_cluster().url}[kind]
+        place = f"{url}?namespace={unique_namespace()}&timeout=10"
     call = Guard(prices=PRICES).describe(MODEL, input=_messages("one two three"), max_output_tokens=MAX_TOKENS)
     assert call.cost_nanousd is not None
     dollars = f"${call.cost_nanousd * 10 / 10**9:.9f}/1d"
     async with AsyncExitStack() as stack:
         base_url = await stack.enter_async_context(provider.serve())
-        services = [await stack.enter_async_context(service(path, base_url, f"--budget={dollars}")) for _ in range(4)]
+        services = [await stack.enter_async_context(service(place, base_url, f"--budget={dollars}")) for _ in range(4)]
         for running in services:
             await running.says(b"Application startup complete")
         requests = [
@@ -91,7 +97,9 @@ async def test_four_processes(tmp_path: Path) -> None:
         await asyncio.gather(*(running.end(signal.SIGTERM) for running in services))
     assert statuses == {200: 10, 429: 190}
     assert provider.calls == 10
-    holds, records = await left_behind(path)
+    store = storage_at(place)
+    holds, records = await store.open_holds(), await store.records()
+    await store.aclose()
     assert (holds, len(records)) == (0, 10)
     assert sum(record.cost_nanousd or 0 for record in records) == provider.total_nanousd
 

@@ -57,7 +57,7 @@ class Service:
 
 
 @asynccontextmanager
-async def service(path: Path, base_url: str, *options: str) -> AsyncIterator[Service]:
+async def service(path: Path | str, base_url: str, *options: str) -> AsyncIterator[Service]:
     """Run the application over the storage in the file `path`; killed at the end if it still runs."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         os.set_inheritable(listener.fileno(), True)
