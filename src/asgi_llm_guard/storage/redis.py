@@ -122,7 +122,9 @@ class RedisStorage:
     ) -> None:
         self._address, options = Address.parse(url, storage_options=OPTIONS)
         if "shard_by" in options or "shards" in options:
-            raise ConfigurationError("shard_by: several storages are made of such a URL; open it with open_storage(url)")
+            raise ConfigurationError(
+                "shard_by: several storages are made of such a URL; open it with open_storage(url)"
+            )
         self._make_link = make_link or _link
         self._namespace = namespace or options.get("namespace", "llm-guard")
         if not _NAMESPACE.fullmatch(self._namespace):
@@ -149,6 +151,8 @@ class RedisStorage:
         self._checked = False
         self._lost: str | None = None
         self._closed = False
+        self._forgotten = 0
+        self._unknown: set[str] = set()
         self._refusals: dict[tuple[Claim, ...], tuple[float, Refused]] = {}
         self._lanes: dict[asyncio.AbstractEventLoop, Connected] = {}
         self._lanes_lock = threading.Lock()
@@ -181,11 +185,13 @@ class RedisStorage:
         if len(self._lanes) > 1 or self._handing:
             await self._settled_elsewhere(lane)
         claims: tuple[Claim, ...] = ()
+        forgotten = 0
         if self._remember_s and len(plans) == 1:
             claims = plans[0][0].claims if len(plans[0]) == 1 else tuple([c for b in plans[0] for c in b.claims])
             remembered = self._refusals.get(claims) if self._refusals else None
-            if remembered is not None and time.monotonic() < remembered[0]:
+            if remembered is not None and time.monotonic() < remembered[0] and plans[0][0].call_id not in self._unknown:
                 return remembered[1]
+            forgotten = self._forgotten
         if not self._epoch:
             await self._hello(lane)
         sent = False
@@ -198,8 +204,10 @@ class RedisStorage:
             except LinkError as error:
                 sent |= error.sent
                 if asked or self._closed or not lane.link_up:
-                    if sent and not error.sent:
-                        raise _sent_before(error) from error
+                    if sent:
+                        self._is_unknown(plans[0])
+                        if not error.sent:
+                            raise _sent_before(error) from error
                     raise
                 continue  # the connection broke: once more, under the same call ids
             self._heard(now_ms)
@@ -211,7 +219,7 @@ class RedisStorage:
                 return granted(plans[reply[1]], reply, now_ms)
             if code == 0:
                 answer = refused(plans, reply, now_ms)
-                if claims:
+                if claims and forgotten == self._forgotten:
                     self._remember(claims, answer)
                 return answer
             if code == 2:
@@ -260,6 +268,18 @@ class RedisStorage:
             if len(self._refusals) >= _REMEMBERED:
                 self._refusals.clear()
             self._refusals[claims] = (time.monotonic() + min(wait_ms / 1000, self._remember_s), answer)
+
+    def _forget_refusals(self) -> None:
+        """Something was given back here: what is on its way is not remembered, either."""
+        self._forgotten += 1
+        if self._refusals:
+            self._refusals.clear()
+
+    def _is_unknown(self, plan: Plan) -> None:
+        """The store may hold these call ids. Who asks for them again is to be told what became of them."""
+        if len(self._unknown) >= _REMEMBERED:
+            self._unknown.clear()
+        self._unknown.update(bundle.call_id for bundle in plan)
 
     async def _settled_elsewhere(self, mine: Connected) -> None:
         """Wait for what other event loops and threads of this process have handed over: it is to be settled first."""
@@ -327,8 +347,7 @@ class RedisStorage:
             raise StorageError("redis: this storage was closed; make a new one")
         if not settlements:
             return Completed(())
-        if self._refusals:
-            self._refusals.clear()
+        self._forget_refusals()
         shapes: list[Shape] = []
         now_ms = self._now_ms()
         group = Group(settlements, [self._codec.settlement(one, now_ms, shapes) for one in settlements])
@@ -624,12 +643,12 @@ class RedisStorage:
         )
 
     async def reset(self, meters: Sequence[Meter]) -> None:
-        self._refusals.clear()
         if meters:
             lane = self._lane()
             await self._settled_elsewhere(lane)
             lane.lane.flush()
             await self._twice(lane, METERS, [*self._head(), b"reset", self._codec.meters(meters)])
+            self._forget_refusals()
 
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         lane = self._lane()
