@@ -590,6 +590,9 @@ class RedisStorage:
                 with contextlib.suppress(DataLost):
                     self._data_lost(epoch)
             self._seen_beat = max(self._seen_beat, beat)
+        elif epoch and epoch.split(b" ")[2] + b" " == self._epoch:  # another process has accepted the loss
+            self._adopt(epoch)
+            self._lost = None
         return Heartbeat(reply[2] == 1 or missed, texts(reply[4:]), reply[0], reply[3])
 
     async def retire(self, owner: str) -> None:
