@@ -27,7 +27,14 @@ class World:
     """Some processes on one store, and what they should have been charged."""
 
     def __init__(
-        self, seed: int, posture: OnOutage, *, longest_ms: int = 50, processes: int = PROCESSES, **options: Any
+        self,
+        seed: int,
+        posture: OnOutage,
+        *,
+        longest_ms: int = 50,
+        processes: int = PROCESSES,
+        leased: bool = False,
+        **options: Any,
     ) -> None:
         self.random = random.Random(seed)
         self.longest_ms = longest_ms
@@ -35,10 +42,10 @@ class World:
         self.store = MemoryStorage(clock=self.clock)
         self.links = [OutageStorage(self.store, breaker=self.random.random() < 0.3) for _ in range(processes)]
         self.policies = (
-            Iterations(10**6),
-            Budget("$1000/1d", per="caller", on_outage=posture),
+            Iterations(10**6, per="caller", lease=5 if leased else None),
+            Budget("$1000/1d", per="caller", on_outage=posture, lease="$0.001" if leased else None),
             Concurrency(10**6, per="caller"),
-            RateLimit("1000000/hour", per="caller"),
+            RateLimit("1000000/hour", per="caller", lease=10 if leased else None),
         )
         self.guards = [
             Guard(self.policies, storage=link, clock=self.clock, prices=PRICES, **options) for link in self.links
@@ -125,10 +132,11 @@ class World:
 
 
 @pytest.mark.parametrize("posture", ["allow", "local", "deny"])
-@pytest.mark.parametrize("seed", range(25))
-async def test_everything_is_charged_once(seed: int, posture: OnOutage) -> None:
+@pytest.mark.parametrize("leased", [False, True], ids=["", "leased"])
+@pytest.mark.parametrize("seed", range(20))
+async def test_everything_is_charged_once(seed: int, posture: OnOutage, *, leased: bool) -> None:
     """A7: whoever lost the store when, and whichever answers were lost, counters and ledger are what was used."""
-    world = World(seed, posture)
+    world = World(seed, posture, leased=leased)
     await world.run()
     calls, tokens = len(world.tokens), sum(world.tokens)
     assert await world.counters() == [(calls, 0), (tokens * 1_000, 0), (0, 0), (world.requests, 0)]
@@ -157,10 +165,11 @@ async def test_processes_that_are_taken_for_dead(seed: int) -> None:
 
 
 @pytest.mark.parametrize("posture", ["allow", "deny"])
-@pytest.mark.parametrize("seed", range(25))
-async def test_store_that_loses_its_data(seed: int, posture: OnOutage) -> None:
+@pytest.mark.parametrize("leased", [False, True], ids=["", "leased"])
+@pytest.mark.parametrize("seed", range(20))
+async def test_store_that_loses_its_data(seed: int, posture: OnOutage, *, leased: bool) -> None:
     """However often the store is flushed between outages, a process that tells it again makes its counters what was used."""
-    world = World(seed, posture, processes=1, on_data_loss="rebuild")
+    world = World(seed, posture, processes=1, leased=leased, on_data_loss="rebuild")
     await world.run(world.lose)
     await world.begin()  # who has not noticed the last loss does now
     while world.open:

@@ -98,7 +98,8 @@ async def test_goes_on_without_redis(own_redis: OwnRedis) -> None:
     assert await used_and_held(guard) == [(24, 0), (24 * 40_000, 0), (0, 0), (24, 0)]
     assert await storage.open_holds() == 0
     told = [type(event) for event in events if isinstance(event, (StorageFailed, StorageRecovered))]
-    assert told == [StorageFailed, StorageRecovered]
+    # Twice if a heartbeat in the background, on a connection of its own, finds the server before the calls do.
+    assert told in ([StorageFailed, StorageRecovered], [StorageFailed, StorageRecovered] * 2)
     await guard.aclose()
 
 
