@@ -568,6 +568,48 @@ async def test_what_comes_back_is_spent_from_where_most_is_left(memory: MemorySt
     assert (await level(storage, hot))[1] == 100
 
 
+async def test_a_chunk_that_is_nearly_used_up_makes_way(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """A new chunk takes the place of one with less left, which is returned at once if no call holds of it; and the next
+    is not asked for while one is on its way."""
+    hot, storage = leased(2_000, 100), around(memory, clock)
+    await warm(storage, claim(hot, 0))
+    for number in range(6):
+        await take(storage, f"call-{number}", claim(hot, 10))
+        await settle(storage, f"call-{number}", 10)
+    assert len(fetches()) == 1
+    await turn()
+    assert await level(storage, hot) == (60, 100)
+
+
+async def test_what_comes_back_to_an_older_chunk_is_spent(memory: MemoryStorage, clock: FrozenClock) -> None:
+    """If more comes back to a chunk than the current one has left, that one is spent again."""
+    hot, storage = leased(2_000, 100), around(memory, clock)
+    await warm(storage, claim(hot, 0))
+    for number in range(5):
+        await take(storage, f"first-{number}", claim(hot, 12))
+    await turn()
+    for number in range(5):
+        await take(storage, f"second-{number}", claim(hot, 18))
+    for number in range(5):
+        await settle(storage, f"first-{number}", 0)
+    assert storage.admit(ME, (Bundle("third", (claim(hot, 95),)),)) is not None
+
+
+async def test_answers_to_settlements_can_be_waited_for_in_any_way(make: Make, clock: FrozenClock) -> None:
+    """A settlement that reaches the store is answered to a callback, to synchronous code and to whoever awaits it."""
+    hot, storage = leased(), around(make(clock, lapse_ms=400 * DAY_MS), clock)
+    await warm(storage, claim(hot))
+    receipts = await take(storage, "a", claim(hot, 10))
+    told = threading.Event()
+    pending = storage.settle([Settlement("a", (12,), record("a", 12), receipts)])
+    pending.add_done_callback(lambda done: told.set() if done.done() else None)
+    (settled,) = await pending
+    assert (settled.status, settled.overages) == ("settled", (2,))
+    assert pending.done()
+    assert pending.result(5) == (settled,)
+    assert told.wait(5)
+
+
 async def test_a_closed_store_takes_nothing_back(memory: MemoryStorage, clock: FrozenClock) -> None:
     """What cannot be returned, for the store is closed, is no error of those who return it."""
     hot, storage = leased(), around(memory, clock)

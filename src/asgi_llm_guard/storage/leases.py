@@ -568,15 +568,18 @@ class LeasingStorage:
         with self._lock:
             wanted = slot.fetching == call_id
             slot.fetching = None
+            unwanted = False
             if isinstance(answer, Granted):
-                receipt = answer.receipts[0]
+                (receipt,) = answer.receipts
                 if wanted and receipt.taken:
                     self._book.add(slot, fetch.owner, call_id, receipt)
-                    return
+                else:
+                    unwanted = True
             elif isinstance(answer, Refused):
                 self._book.saw(slot, answer.states[0][0], 0)
-        if isinstance(answer, Granted):
+        if unwanted:
             self._hand_over([Settlement(call_id, ())])
+        self._return_due()
 
     def _return_due(self) -> None:
         """Return the chunks that no call holds of any more."""
@@ -1006,7 +1009,7 @@ class LeasingStorage:
 _storages: weakref.WeakSet[LeasingStorage] = weakref.WeakSet()
 
 
-def _after_fork_in_child() -> None:
+def _after_fork_in_child() -> None:  # pragma: no cover - in another process
     for storage in list(_storages):
         storage.begin_anew()
 
