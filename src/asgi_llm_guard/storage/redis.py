@@ -57,7 +57,7 @@ from asgi_llm_guard.storage.redis_loops import Connected, Home
 from asgi_llm_guard.storage.redis_replies import amended, granted, record_of, refused, texts
 from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, EPOCH, HOLD, METERS, OWNERS, script
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.windows import DISTINCT
+from asgi_llm_guard.windows import DISTINCT, SLOTS
 
 __all__ = ["MAX_RECORDS", "OPTIONS", "RedisStorage"]
 
@@ -76,6 +76,8 @@ _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _MOST_ASKED: Final = 5
 _REMEMBERED: Final = 1024
 _PAGE: Final = 1000
+_CLOCKS_DIFFER_MS: Final = 600_000
+"""The clocks of hosts and of the server are taken to differ by less."""
 _EXIT_S: Final = 1.0
 
 _ENDED: Final = {b"settled": "settled", b"cancelled": "cancelled", b"expired": "expired", b"unknown": "unknown"}
@@ -409,6 +411,9 @@ class RedisStorage:
             status = reply[0]
             if status <= 5:
                 overages = tuple(reply[2:]) or (0,) * reply[1]
+                if status == 4 and group.sent and settlement.record is not None:
+                    # The try before this one was executed, and its answer lost: this is not somebody else's.
+                    status, overages = 1, _overages(settlement)
                 group.replies[place] = Settled(settlement.call_id, cast("Any", _STATUS[status]), overages)
                 continue
             if status == 8:
@@ -656,20 +661,21 @@ class RedisStorage:
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         lane = self._lane()
         await self._all_settled()
-        found: list[UsageRecord] = []
-        # A record is written after its call was admitted, so with the server's clock none is before that entry.
-        start = str(since_ms) if self._clock is None else "-"
+        # By call id: one that is replaced while the pages are read (settled late) comes twice, and the last one counts.
+        found: dict[str, UsageRecord] = {}
+        # A record is written after its call was admitted; but that instant is told by another clock.
+        start = str(max(0, since_ms - _CLOCKS_DIFFER_MS)) if self._clock is None else "-"
         while True:
             entries = await lane.link.command("XRANGE", f"{self._prefix}l", start, "+", "COUNT", _PAGE, key=self._key)
             for _, fields in entries:
                 record = record_of(fields)
                 if record.at_ms >= since_ms:
-                    found.append(record)
+                    found[record.call_id] = record
             if len(entries) < _PAGE:
                 break
             start = "(" + entries[-1][0].decode()
-        found.sort(key=lambda record: (record.at_ms, record.call_id))
-        return found if limit is None else found[:limit]
+        ordered = sorted(found.values(), key=lambda record: (record.at_ms, record.call_id))
+        return ordered if limit is None else ordered[:limit]
 
     async def open_holds(self) -> int:
         lane = self._lane()
@@ -799,6 +805,19 @@ atexit.register(_at_exit)
 def _sent_before(error: LinkError) -> LinkError:
     """What the last try failed with, where an earlier one may have been executed."""
     return LinkError(f"{error}; an earlier try may have been executed", sent=True, code=error.code)
+
+
+def _overages(settlement: Settlement) -> tuple[int, ...]:
+    """As the store would say them of a settlement whose receipts are to hand."""
+    if not settlement.actuals:
+        return (0,) * len(settlement.receipts)
+    actuals = (*settlement.actuals, *(None,) * len(settlement.receipts))
+    return tuple(
+        max(0, actual - receipt.claim.amount)
+        if actual is not None and receipt.taken and receipt.claim.meter.kind not in (SLOTS, DISTINCT)
+        else 0
+        for receipt, actual in zip(settlement.receipts, actuals, strict=False)
+    )
 
 
 def _warnings(server: ServerInfo) -> Iterator[str]:
