@@ -74,6 +74,9 @@ guard = Guard(
 )
 assert_type(Guard.from_file("guard.toml"), Guard)
 assert_type(guard.policies, tuple[Policy, ...])
+assert_type(guard.ready, bool)
+assert_type(guard.health(), dict[str, object])
+Guard([Iterations(25, on_outage="deny"), Budget("$5/daily", lease="$1", durable="disk")], on_data_loss="rebuild")
 
 # -------------------------------------------------------------------------------- applications
 
