@@ -30,6 +30,7 @@ __all__ = [
     "Members",
     "copy",
     "correct",
+    "counts_until",
     "debit",
     "debit_current",
     "disposable",
@@ -106,9 +107,19 @@ def copy(cell: Cell) -> Cell:
     return Cell(cell.kind, cell.used, cell.held, cell.start, cell.end, parts)
 
 
+def counts_until(cell: Cell) -> int:
+    """The instant from which on nothing in the cell counts; of a `Sliding` one this, or somewhat later."""
+    if cell.kind != SLIDING or not cell.parts:
+        return cell.end
+    # At `end` the oldest sub-bucket leaves, and each one after it as much later as its number is higher. A cell does
+    # not know how long they are: at most this, for `end` is (first + buckets + 1) times as much.
+    first = next(iter(cell.parts))
+    return cell.end - (-(cell.start - first) * cell.end // (first + 2))
+
+
 def disposable(cell: Cell, now_ms: int) -> bool:
     """Whether forgetting the cell changes no answer: nothing is held, and it has been over for `GRACE_MS`."""
-    return cell.held == 0 and (cell.kind == SLOTS or now_ms >= cell.end + GRACE_MS)
+    return cell.held == 0 and (cell.kind == SLOTS or now_ms >= counts_until(cell) + GRACE_MS)
 
 
 # ------------------------------------------------------------------------------------ judge

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from asgi_llm_guard.storage.cells import Hold, Owner
-from asgi_llm_guard.storage.counting import GRACE_MS, Cell, disposable
+from asgi_llm_guard.storage.counting import GRACE_MS, Cell, counts_until, disposable
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.redis_codec import Codec, pack_text, write_record
 from asgi_llm_guard.storage.redis_link import Link
@@ -120,7 +120,7 @@ class Copy:
     def _commands(self, snapshot: Snapshot, codec: Codec, now_ms: int) -> Iterator[tuple[Any, ...]]:
         """The commands that write a snapshot, each with its key's end in the second place."""
         for key, cell in snapshot.cells:
-            left = max(cell.end - now_ms, 0) + GRACE_MS
+            left = max(counts_until(cell) - now_ms, 0) + GRACE_MS
             if cell.kind in (BUCKET, SLOTS) and cell.held:
                 left = max(left, LONGEST_MS)
             yield "SET", f"c:{key}", _value(cell), "PX", left

@@ -59,7 +59,7 @@ local function reset_meter(kind, p1, p2, limit, key)
       end
     end
     cell[1], cell[5], cell[6] = 0, table.concat(left), 2
-    cell[4] = ((first or cell[3]) + p2 + 1) * p1
+    cell[4], cell[8] = ((first or cell[3]) + p2 + 1) * p1, (cell[3] + p2 + 1) * p1
   else
     cell[1], cell[6] = 0, 2
     if cell[2] == 0 then

@@ -47,8 +47,8 @@ local function ceil_div(a, b)
   return (a - rest) / b
 end
 
--- Cells by the names of their keys: {used, held, start, end, sub-buckets, dirty, kind}; false where there is none.
--- dirty: 1 to be written, 2 with a new expiry.
+-- Cells by the names of their keys: {used, held, start, end, sub-buckets, dirty, kind, over}; false where there is none.
+-- dirty: 1 to be written, 2 with a new expiry. over: when nothing counts any more, where that is later than the end.
 local cells = {}
 
 local function load_cells(names)
@@ -88,7 +88,7 @@ local function save_cells()
         if dirty == 1 and kind < BUCKET then
           call('SET', name, value, 'KEEPTTL')
         else
-          local left = cell[4] - now
+          local left = (cell[8] or cell[4]) - now
           left = left > 0 and left + GRACE or GRACE
           -- What is held is counted in these until it is given back, whenever that is.
           if kind >= BUCKET and cell[2] > 0 and left < LONGEST then left = LONGEST end

@@ -21,6 +21,7 @@ local function forget_parts(cell, newest, size, count)
   if at > 1 then cell[5] = sub(parts, at) end
   cell[3] = newest
   cell[4] = (first + count + 1) * size
+  cell[8] = (newest + count + 1) * size
 end
 
 local function sliding_fits_at(cell, amount, limit, total, newest, size, count)

@@ -1,0 +1,74 @@
+"""What a review of the Redis storage found, each as the smallest history that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.servers import RedisServer, unique_namespace
+from tests.storage.values import DAY_MS, HOUR_MS, MINUTE_MS, START, claim, level, meter, settle, take
+
+from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.redis import RedisStorage
+from asgi_llm_guard.testing import FrozenClock
+from asgi_llm_guard.windows import Sliding
+
+pytestmark = pytest.mark.anyio
+
+DAILY = meter(Sliding(DAY_MS, 24), 10)
+
+
+@pytest.fixture
+def clock() -> FrozenClock:
+    return FrozenClock(START)
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer, namespace: str, clock: FrozenClock) -> AsyncIterator[RedisStorage]:
+    storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=10, clock=clock, lapse_ms=400 * DAY_MS)
+    yield storage
+    await storage.aclose()
+
+
+def life_ms(server: RedisServer, namespace: str) -> int:
+    return int(server.call("PTTL", f"llmguard1:{{{namespace}}}:c:{DAILY.key}"))
+
+
+async def test_a_sliding_window_is_kept_until_its_newest_sub_bucket_leaves(
+    redis: RedisStorage, redis_server: RedisServer, namespace: str, clock: FrozenClock
+) -> None:
+    """What was used today is not forgotten when what was used yesterday leaves: not after a reset, nor in a copy."""
+    await take(redis, "first", claim(DAILY, 1))
+    await settle(redis, "first", 1)
+    clock.advance(ms=20 * HOUR_MS)
+    await take(redis, "second", claim(DAILY, 9))
+    assert life_ms(redis_server, namespace) > DAY_MS
+
+    elsewhere = unique_namespace()
+    copy = RedisStorage(redis_server.url, namespace=elsewhere, clock=clock, timeout_s=10)
+    await copy.load([line async for line in redis.export()])
+    assert life_ms(redis_server, elsewhere) > DAY_MS
+    await copy.aclose()
+
+    clock.advance(ms=HOUR_MS)
+    await take(redis, "third", claim(DAILY, 0))
+    await redis.reset([DAILY])
+    assert life_ms(redis_server, namespace) > DAY_MS
+
+
+async def test_memory_too_keeps_a_sliding_window_until_its_newest_sub_bucket_leaves(clock: FrozenClock) -> None:
+    """A rate of ten a day is not granted twice because other meters came into use after the first sub-bucket left."""
+    memory = MemoryStorage(clock=clock)
+    await take(memory, "first", claim(DAILY, 1))
+    await settle(memory, "first", 1)
+    clock.advance(ms=20 * HOUR_MS)
+    await take(memory, "second", claim(DAILY, 9))
+    await settle(memory, "second", 9)
+    clock.advance(ms=5 * HOUR_MS + 20 * MINUTE_MS)
+    for n in range(3):
+        await take(memory, f"other-{n}", claim(meter(Sliding(DAY_MS, 24), subject=f"other-{n}")))
+    assert await level(memory, DAILY) == (9, 0)
+
+    clock.advance(ms=20 * HOUR_MS)
+    assert await level(memory, DAILY) == (0, 0)
+    await memory.aclose()
