@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.ports import free_port
-from tests.servers import FaultProxy, OwnRedis, RedisCluster, RedisServer
+from tests.servers import FaultProxy, OwnRedis, RedisCluster, RedisServer, wait_until
 from tests.storage.link.kit import COUNT, PATIENT_S, PUSH, QUICK_S, Changes, linked, outcome, outcomes, until
 
 from asgi_llm_guard.storage.redis_address import Endpoint
@@ -169,6 +169,20 @@ async def test_a_key_that_is_on_its_way_is_asked_for(cluster: RedisCluster) -> N
             cluster.move_keys(slot, target)
             cluster.finish_move(slot, target)
         assert await link.submit(COUNT, stays, [b"0"]) == 11
+
+
+async def test_nodes_are_reached_with_encryption(own_redis: OwnRedis) -> None:
+    """With `tls-cluster yes` the nodes tell the ports that speak TLS, and those are connected to."""
+    server = own_redis(cluster=True, tls=True, password="right-one", config=["tls-cluster yes"])
+    server.call("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+    await asyncio.to_thread(
+        wait_until, lambda: b"cluster_state:ok" in server.call("CLUSTER", "INFO"), "the slots are served"
+    )
+    url = f"rediss+cluster://:right-one@{server.host}:{server.tls_port}?ssl_ca_certs={server.authority}"
+    async with linked(url) as link:
+        assert await link.submit(COUNT, b"key", [b"1"]) == 1
+        assert isinstance(servers := link._servers, Cluster)
+        assert [endpoint.port for endpoint in servers._nodes] == [server.tls_port]
 
 
 async def test_keys_of_two_slots_are_refused(cluster: RedisCluster) -> None:
