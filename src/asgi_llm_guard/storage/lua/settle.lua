@@ -16,7 +16,7 @@ for r = 5, #ARGV do
   ids[r - 4] = s[1]
   hold_names[r - 4] = HOLD .. s[1]
 end
-local values = call('MGET', unpack(hold_names))
+local values = values_of(hold_names)
 
 local parsed, names = {}, {}
 for r = 1, #all do

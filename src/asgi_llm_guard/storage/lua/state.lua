@@ -47,6 +47,19 @@ local function ceil_div(a, b)
   return (a - rest) / b
 end
 
+-- The values of keys, in their order; false where there is none.
+local MOST = 2000 -- arguments at a time, for what Lua's stack takes
+
+local function values_of(names)
+  if #names <= MOST then return call('MGET', unpack(names)) end
+  local values = {}
+  for from = 1, #names, MOST do
+    local some = call('MGET', unpack(names, from, from + MOST < #names and from + MOST - 1 or #names))
+    for i = 1, #some do values[from + i - 1] = some[i] end
+  end
+  return values
+end
+
 -- Cells by the names of their keys: {used, held, start, end, sub-buckets, dirty, kind, over}; false where there is none.
 -- dirty: 1 to be written, 2 with a new expiry. over: when nothing counts any more, where that is later than the end.
 local cells = {}
@@ -61,16 +74,13 @@ local function load_cells(names)
       cells[name] = false
     end
   end
-  for from = 1, n, 4000 do -- what fits onto Lua's stack
-    local upto = from + 3999
-    if upto > n then upto = n end
-    local values = call('MGET', unpack(missing, from, upto))
-    for i = from, upto do
-      local value = values[i - from + 1]
-      if value then
-        local kind, used, held, start, finish, at = dec('<Bdddd', value)
-        cells[missing[i]] = {used, held, start, finish, sub(value, at), false, kind}
-      end
+  if n == 0 then return end
+  local values = values_of(missing)
+  for i = 1, n do
+    local value = values[i]
+    if value then
+      local kind, used, held, start, finish, at = dec('<Bdddd', value)
+      cells[missing[i]] = {used, held, start, finish, sub(value, at), false, kind}
     end
   end
 end
@@ -156,7 +166,11 @@ end
 
 -- `n` values as a MessagePack array, nil among them. The header is always three bytes long, so that `state_of` finds its way.
 local function pack_array(n, values)
-  return string.char(0xdc, floor(n / 256), n % 256) .. cmsgpack.pack(unpack(values, 1, n))
+  local packed = string.char(0xdc, floor(n / 256), n % 256)
+  for from = 1, n, MOST do
+    packed = packed .. cmsgpack.pack(unpack(values, from, from + MOST < n and from + MOST - 1 or n))
+  end
+  return packed
 end
 
 local function state_of(value)
