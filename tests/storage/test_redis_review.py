@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 
 import pytest
 from tests.servers import RedisServer, unique_namespace
-from tests.storage.values import DAY_MS, HOUR_MS, MINUTE_MS, START, claim, level, meter, settle, take
+from tests.storage.values import DAY_MS, HOUR_MS, ME, MINUTE_MS, START, claim, level, meter, settle, take
 
+from asgi_llm_guard.claims import Bundle, Granted, Settlement
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
+from asgi_llm_guard.storage.redis_scripts import AMEND, RESERVE, script
 from asgi_llm_guard.testing import FrozenClock
-from asgi_llm_guard.windows import Sliding
+from asgi_llm_guard.windows import Lifetime, Sliding
 
 pytestmark = pytest.mark.anyio
 
@@ -72,3 +78,56 @@ async def test_memory_too_keeps_a_sliding_window_until_its_newest_sub_bucket_lea
     clock.advance(ms=20 * HOUR_MS)
     assert await level(memory, DAILY) == (0, 0)
     await memory.aclose()
+
+
+async def test_a_settlement_that_is_sent_again_is_still_before_later_reserves(
+    redis: RedisStorage, redis_server: RedisServer
+) -> None:
+    """Rule 8: a call is not refused because of a hold whose settlement found its script gone, though the call's was there."""
+    slot = meter(Lifetime(HOUR_MS), 1)
+    await take(redis, "first", claim(slot))
+    await take(redis, "other", claim(DAILY))
+    redis_server.call("SCRIPT", "FLUSH")
+    for parts in (RESERVE, AMEND):  # as if another client had loaded these in between
+        redis_server.call("SCRIPT", "LOAD", script(parts).text)
+    settled = redis.settle([Settlement("first", (0,))])
+    await take(redis, "second", claim(slot))
+    assert (await settled)[0].status == "settled"
+
+    redis_server.call("SCRIPT", "FLUSH")
+    redis_server.call("SCRIPT", "LOAD", script(AMEND).text)
+    settled = redis.settle([Settlement("second", (0,))])
+    assert isinstance(await redis.amend(ME, Bundle("other", (claim(slot),))), Granted)
+    assert (await settled)[0].status == "settled"
+
+
+def test_a_busy_loop_keeps_others_waiting_once_however_much_it_has_handed_over(
+    redis_server: RedisServer, namespace: str
+) -> None:
+    """What a busy loop has sent and not heard of is settled here after one timeout, not after one for each."""
+    timeout_s, many = 0.25, 20
+    storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=timeout_s)
+    busy, released = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        for n in range(many):
+            await take(storage, f"call-{n}", claim(DAILY, 0))
+        for n in range(many):
+            storage.settle([Settlement(f"call-{n}", (0,))])
+        busy.set()
+        released.wait(20)  # in the loop itself
+
+    async def timed() -> float:
+        before_s = monotonic()
+        await take(storage, "next", claim(DAILY, 1))
+        return monotonic() - before_s
+
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(asyncio.run, main())
+        busy.wait(20)
+        try:
+            assert asyncio.run(timed()) < many * timeout_s / 2
+        finally:
+            released.set()
+        running.result(20)
+    asyncio.run(storage.aclose())

@@ -202,6 +202,7 @@ class RedisStorage:
             argument = self._codec.plans(owner, plans, self._now_ms(), shapes)
             self._will_send(shapes)
             try:
+                before = tuple(lane.lane.unsettled)
                 now_ms, epoch, reply = await lane.lane.reserve(argument, _durable(shapes))
             except LinkError as error:
                 sent |= error.sent
@@ -220,6 +221,8 @@ class RedisStorage:
             if code == 1:
                 return granted(plans[reply[1]], reply, now_ms)
             if code == 0:
+                if before and asked < _MOST_ASKED - 1 and await self._overtook(lane, before):
+                    continue
                 answer = refused(plans, reply, now_ms)
                 if claims and forgotten == self._forgotten:
                     self._remember(claims, answer)
@@ -289,13 +292,25 @@ class RedisStorage:
         groups = [
             group for lane in tuple(self._lanes.values()) if lane is not mine for group in tuple(lane.lane.unsettled)
         ]
+        deadline_s = mine.lane.loop.time() + self._timeout_s
         for group in (*groups, *tuple(self._handing)):
             with contextlib.suppress(StorageError):
                 try:
-                    async with asyncio.timeout(self._timeout_s):
+                    async with asyncio.timeout_at(deadline_s):
                         await group.handed
                 except TimeoutError:  # that loop is busy with something else, and this one is not to wait for it
                     mine.lane.settle(group.twin())
+
+    async def _overtook(self, lane: Connected, before: Sequence[Group]) -> bool:
+        """Whether a refusal came before the answers to settlements handed over before what it refused; waits for them.
+
+        So it does where they were sent once more, after a lost connection or because the server had lost their script.
+        """
+        late = [group for group in before if group in lane.lane.unsettled]
+        for group in late:
+            with contextlib.suppress(StorageError):
+                await group.handed
+        return bool(late)
 
     # -------------------------------------------------------------------------------- amend
 
@@ -314,6 +329,7 @@ class RedisStorage:
             argument = self._codec.bundle(bundle, self._now_ms(), shapes)
             self._will_send(shapes)
             arguments = [*self._head(), *self._epoch_arguments(), self._constant[0], self._new_shapes()]
+            before = tuple(lane.lane.unsettled)
             lane.lane.flush()
             durable = _durable(shapes)
             try:
@@ -335,6 +351,8 @@ class RedisStorage:
                 self._data_lost(epoch)
                 continue
             code = answer[0]
+            if code == 0 and before and asked < _MOST_ASKED - 1 and await self._overtook(lane, before):
+                continue
             if code < 2:
                 return amended(bundle, answer, now_ms)
             if code == 2:
