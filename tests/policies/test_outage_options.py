@@ -153,7 +153,7 @@ def test_leases_that_make_no_sense(make: Callable[[], Policy], message: str) -> 
 )
 def test_slots_and_ids_are_not_leased(window: Window, unit: Unit, rule: Rule) -> None:
     """No meter of slots or ids can have a lease, whoever makes it."""
-    with pytest.raises(ConfigurationError, match="own: .*leave lease out"):
+    with pytest.raises(ConfigurationError, match=r"own: .*leave lease out"):
         Meter(key="k", policy="own", scope="user", subject="s", unit=unit, rule=rule, limit=9, window=window, lease=1)
 
 
