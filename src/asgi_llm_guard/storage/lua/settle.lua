@@ -137,10 +137,14 @@ for r = 1, #all do
   replies[r + 1] = reply
 end
 
+-- First what needs no memory: a server without any lets a script write on that has begun to.
+for i = 1, #ended do
+  local id, owner = ended[i][1], ended[i][3]
+  if owner then call('SREM', OPEN .. owner, id) end
+end
 save_cells()
 for i = 1, #ended do
-  local id, state, owner, record_id, record, late = ended[i][1], ended[i][2], ended[i][3], ended[i][4], ended[i][5], ended[i][6]
-  if owner then call('SREM', OPEN .. owner, id) end
+  local id, state, record_id, record, late = ended[i][1], ended[i][2], ended[i][4], ended[i][5], ended[i][6]
   if record_id then
     if late then append(record_id, record, keep, 'l', '1') else append(record_id, record, keep) end
   end

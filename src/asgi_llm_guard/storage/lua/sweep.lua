@@ -38,13 +38,13 @@ local function expire(owners, life, keep, regardless)
     release(due[i].claims, actuals, false)
     expired[i] = due[i].id
   end
+  for i = 1, #owners do call('DEL', OPEN .. owners[i]) end -- first, see `settle`
   save_cells()
   for i = 1, #due do
     local one = due[i]
     if one.draft then append(one.id, one.draft, keep, 'x', now) end
     call('SET', HOLD .. one.id, pack_array(3, {'E', now + life, one.value}), 'PX', life)
   end
-  for i = 1, #owners do call('DEL', OPEN .. owners[i]) end
   return expired
 end
 
