@@ -468,6 +468,8 @@ NOT_KEPT: dict[str, tuple[Callable[[], Policy], str]] = {
     "burst": (lambda: RateLimit("5/minute", algorithm="bucket", burst=9, name="mine"), "mine: its algorithm"),
     "session": (lambda: RateLimit("5/minute", per="session"), "session_rate: it counts by session"),
     "refund": (lambda: RateLimit("5/minute", expiry_charge="nothing"), "expiry_charge='nothing'"),
+    "lease": (lambda: RateLimit("500/minute", per="global", lease=50), "global_rate: its lease"),
+    "durable": (lambda: RateLimit("5/minute", durable="replica"), "user_rate: durable='replica'"),
     "shadow": (lambda: RateLimit("5 tokens/minute").shadow(), "user_rate.shadow: it counts tokens"),
 }
 

@@ -520,6 +520,10 @@ def _unfit(meter: Meter) -> str | None:
         return "it counts by session, and with it the live session ids of each caller"
     if meter.expiry_charge != "hold":
         return f"expiry_charge={meter.expiry_charge!r} gives back what a dead process took"
+    if meter.lease:
+        return "its lease is a chunk that is held"
+    if meter.durable is not None:
+        return f"durable={meter.durable!r} waits for what only a Redis storage can tell"
     return None
 
 
