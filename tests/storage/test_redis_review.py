@@ -10,9 +10,10 @@ from time import monotonic
 
 import pytest
 from tests.servers import RedisServer, unique_namespace
-from tests.storage.values import DAY_MS, HOUR_MS, ME, MINUTE_MS, START, claim, level, meter, settle, take
+from tests.storage.values import DAY_MS, HOUR_MS, ME, MINUTE_MS, START, claim, level, meter, record, settle, take
 
 from asgi_llm_guard.claims import Bundle, Granted, Settlement
+from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.redis_scripts import AMEND, RESERVE, script
@@ -131,3 +132,22 @@ def test_a_busy_loop_keeps_others_waiting_once_however_much_it_has_handed_over(
             released.set()
         running.result(20)
     asyncio.run(storage.aclose())
+
+
+async def test_a_plan_without_bundles_is_granted(storage: Storage) -> None:
+    """Nothing fits always, on every storage, and fails nobody who is asked for in the same step."""
+    nothing, something = await asyncio.gather(
+        storage.reserve(ME, ((),)), storage.reserve(ME, ((Bundle("call", (claim(DAILY),)),),))
+    )
+    assert isinstance(nothing, Granted)
+    assert nothing.receipts == ()
+    assert isinstance(something, Granted)
+
+
+async def test_a_record_settles_its_call_within_the_same_step(storage: Storage) -> None:
+    """A call id that the ledger has got from a settlement just before is settled: one record, whatever comes of it."""
+    settled = await storage.settle(
+        (Settlement("attempt", (), record("call", 1)), Settlement("call", (), record("call", 2)))
+    )
+    assert [one.status for one in settled] == ["lost", "duplicate"]
+    assert [one.cost_nanousd for one in await storage.records()] == [1]

@@ -44,8 +44,10 @@ for r = 6, #ARGV do
   requests[#requests + 1] = {f, first, known}
 end
 load_cells(cell_names)
-local hold_values = call('MGET', unpack(hold_names))
-local settled = call('HMGET', LEDGER_IDS, unpack(ids))
+local hold_values, settled = {}, {}
+if #ids > 0 then -- plans without a bundle claim nothing, and fit
+  hold_values, settled = call('MGET', unpack(hold_names)), call('HMGET', LEDGER_IDS, unpack(ids))
+end
 local known_holds, in_ledger = {}, {}
 for i = 1, #ids do
   known_holds[ids[i]] = hold_values[i]

@@ -89,7 +89,7 @@ local function over(p)
   return false
 end
 
-local replies, ended, done = {now}, {}, {}
+local replies, ended, done, recorded = {now}, {}, {}, {}
 for r = 1, #all do
   local s, p = all[r], parsed[r]
   local id, record = s[1], s[3]
@@ -112,7 +112,7 @@ for r = 1, #all do
   elseif state == 'E' then
     status = 2
     overages, any = charge(p.claims, actuals, nothing, true)
-  elseif state or call('HEXISTS', LEDGER_IDS, id) == 1 then
+  elseif state or recorded[id] or call('HEXISTS', LEDGER_IDS, id) == 1 then
     status = 4
   elseif not record and not p.receipts_to_hand and not p.current then
     status = 5
@@ -126,6 +126,7 @@ for r = 1, #all do
     if p.current then debit_current(p.current) end
     ended[#ended + 1] = {id, 'S', p.owner, record and s[2], record, status == 2}
     done[id] = 'S'
+    if record then recorded[s[2]] = true end
   elseif status == 5 then
     ended[#ended + 1] = {id, 'C'}
     done[id] = 'C'
