@@ -719,7 +719,8 @@ async def test_two_event_loops_on_a_cluster_never_pass_a_limit(redis_cluster: Re
     threads = [threading.Thread(target=work, args=(owner,)) for owner in (ME, OTHER)]
     for thread in threads:
         thread.start()
-    await asyncio.to_thread(lambda: [thread.join() for thread in threads])
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
     storage = on_cluster(redis_cluster, namespace)
     assert len(granted) == 2
     assert 0 < sum(granted) <= LIMIT
