@@ -151,3 +151,18 @@ async def test_a_record_settles_its_call_within_the_same_step(storage: Storage) 
     )
     assert [one.status for one in settled] == ["lost", "duplicate"]
     assert [one.cost_nanousd for one in await storage.records()] == [1]
+
+
+async def test_of_two_settlements_of_one_lost_hold_the_first_wins(storage: Storage) -> None:
+    """One that has to be sent once more, with its receipts, is not overtaken by a later one of the same call."""
+    receipts = await take(storage, "twin", claim(DAILY, 3))
+    await settle(storage, "twin", 0)
+    settled = await storage.settle(
+        (
+            Settlement("call", (5,), record("call", 5), receipts),
+            Settlement("call", ()),
+            Settlement("call", (7,), record("call", 7), receipts),
+        )
+    )
+    assert [(one.status, one.overages) for one in settled] == [("lost", (2,)), ("duplicate", ()), ("duplicate", ())]
+    assert await level(storage, DAILY) == (5, 0)

@@ -195,12 +195,12 @@ class Lane:
             if error is None and self._answered(group, done.result()[first:at], done.result()[0], decided):
                 continue
             failure = error or StorageError("redis: the settlement keeps coming back; nothing was charged twice")
-            group.sent |= failure.sent
+            group.sent |= error is not None and error.sent
             if group.tries < _MOST_TRIES:
                 retried.append(group)
                 continue
             failed = again(failure)
-            failed.sent = group.sent
+            failed.sent |= group.sent
             self._decide(group, failed, decided)
         self._groups[:0] = retried
         if decided:

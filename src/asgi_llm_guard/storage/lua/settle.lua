@@ -89,7 +89,7 @@ local function over(p)
   return false
 end
 
-local replies, ended, done, recorded = {now}, {}, {}, {}
+local replies, ended, done, recorded, back = {now}, {}, {}, {}, {}
 for r = 1, #all do
   local s, p = all[r], parsed[r]
   local id, record = s[1], s[3]
@@ -102,7 +102,9 @@ for r = 1, #all do
   elseif state and state ~= 'O' and now >= p.till then
     state = nil
   end
-  if p.unknown then
+  if back[id] then
+    status = back[id] -- the one before it comes first when they are sent again, too
+  elseif p.unknown then
     status = 8
   elseif over(p) and state ~= 'S' and state ~= 'C' then
     status = 7
@@ -130,6 +132,8 @@ for r = 1, #all do
   elseif status == 5 then
     ended[#ended + 1] = {id, 'C'}
     done[id] = 'C'
+  elseif status > 5 then
+    back[id] = status
   end
   local reply = {status, overages and #overages or 0}
   if any then
