@@ -324,7 +324,7 @@ class _Round:
                 worker.process.kill()
                 worker.process.join()
                 self.problems.append(f"process {worker.spec.name} did not end {_JOIN_S:g} s after it was told to")
-            elif worker.process.exitcode:
+            elif worker.process.exitcode and worker.killed_ns is None:
                 self.problems.append(f"process {worker.spec.name} ended with status {worker.process.exitcode}")
             self.running.remove(worker)
             self.ended.append(worker)
