@@ -84,7 +84,7 @@ local function take(f, q, bundles, names, k, at, plan, kept)
         local backlog
         pin, backlog = drained(cell, limit)
         used, held = in_units(cell, backlog, p1)
-        local excess = backlog + amount * p1 - (limit > 0 and p2 * p1 or 0)
+        local excess = backlog - ((limit > 0 and p2 * p1 or 0) - amount * p1)
         fits = excess <= 0
         if fits then
           resets = now
@@ -154,13 +154,16 @@ local function take(f, q, bundles, names, k, at, plan, kept)
         elseif kind == BUCKET then
           local _, backlog = drained(cell, limit)
           fill(cell, limit, pin, backlog + amount * p1)
-        elseif change_part(cell, pin, 0, amount) then
-          cell[2] = cell[2] - amount -- it has counted it as well
-          cell[6] = cell[6] or 1
         else
-          cell[5] = cell[5] .. enc('<ddd', pin, 0, amount)
-          forget_parts(cell, pin, p1, p2)
-          cell[6] = 2
+          cell[2] = cell[2] - amount -- `change_part` counts it as well, and no sum may pass 2^53
+          if change_part(cell, pin, 0, amount) then
+            cell[6] = cell[6] or 1
+          else
+            cell[2] = cell[2] + amount
+            cell[5] = cell[5] .. enc('<ddd', pin, 0, amount)
+            forget_parts(cell, pin, p1, p2)
+            cell[6] = 2
+          end
         end
       end
     end

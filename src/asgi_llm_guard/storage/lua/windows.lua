@@ -26,7 +26,7 @@ end
 
 local function sliding_fits_at(cell, amount, limit, total, newest, size, count)
   if amount > limit then return nil end
-  local missing, parts, at = total + amount - limit, cell[5], 1
+  local missing, parts, at = total - (limit - amount), cell[5], 1 -- so that no sum passes 2^53
   while at < #parts do
     local index, u, h, following = dec('<ddd', parts, at)
     if index >= newest - count then
