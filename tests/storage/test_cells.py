@@ -13,9 +13,9 @@ from tests.storage.values import HOUR_MS, SECOND_MS, START_MS, WINDOWS, claim, d
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.cells import Needs, State
-from asgi_llm_guard.storage.counting import Cell, Members
+from asgi_llm_guard.storage.counting import Cell, Members, counts_until
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
-from asgi_llm_guard.windows import Bucket, Distinct, Sliding, Window
+from asgi_llm_guard.windows import BUCKET, CALENDAR, LIFETIME, ROLLING, SLIDING, Bucket, Distinct, Sliding, Window
 
 OWNERS = ("p1", "p2", "p3")
 
@@ -46,6 +46,26 @@ def test_a_cell_survives_its_row(window: Window) -> None:
     assert again == cell
     assert list(again.parts or ()) == list(cell.parts or ())
     assert all(isinstance(column, int) for column in row[:5])
+
+
+def test_a_sliding_cell_counts_until_its_newest_sub_bucket_leaves() -> None:
+    """It is never said to be over earlier, whatever its numbers are; and hardly later, as they are in our time."""
+    for size in (1, 7, 1_000):
+        for buckets in (1, 2, 60):
+            for first in (0, 1, 5, START_MS // 1_000):
+                for newest in (first, first + 1, first + buckets):
+                    parts = {index: [1, 0] for index in sorted({first, newest})}
+                    cell = Cell(SLIDING, len(parts), 0, newest, (first + buckets + 1) * size, parts)
+                    leaves_ms = (newest + buckets + 1) * size
+                    assert counts_until(cell) >= leaves_ms
+                    assert first < 10 or counts_until(cell) <= leaves_ms + 1
+
+
+def test_other_cells_count_until_they_end() -> None:
+    """An instance, and a bucket, are over at their end; so is a sliding window in which nothing is counted."""
+    for kind in (LIFETIME, ROLLING, CALENDAR, BUCKET):
+        assert counts_until(Cell(kind, 1, 0, 5, 9_000)) == 9_000
+    assert counts_until(Cell(SLIDING, 0, 0, 20, 9_000, {})) == 9_000
 
 
 # ------------------------------------------------------------------------- random histories
