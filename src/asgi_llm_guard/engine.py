@@ -682,14 +682,20 @@ class Engine:
         if self._is_same_data() or self._loss_aware is None:
             return
         accepted = self._loss_aware.epoch
-        # Settling never asks which data it is; changing a hold that there is not does, and changes nothing.
-        await self.storage.amend(self.owner, Bundle(self.new_id(), ()))
+        await self._see_whether_lost()
         told = totals.settlements(self.owner, accepted)
         for first in range(0, len(told), _HANDED_OVER):
             await self.storage.settle(told[first : first + _HANDED_OVER])
         for bundle in totals.bundles:
             await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
         self._epoch = accepted
+
+    async def _see_whether_lost(self) -> None:
+        """Raise `DataLost` if the storage has lost its data, and nobody has accepted it.
+
+        Settling and heartbeats never ask which data it is; changing a hold that there is not does, and changes nothing.
+        """
+        await self.storage.amend(self.owner, Bundle(self.new_id(), ()))
 
     async def _reopen(self) -> None:
         """Make holds of what was admitted here and is still open: it holds its slots, and is charged if we die."""
@@ -792,6 +798,8 @@ class Engine:
             beat = await self.storage.heartbeat(self.owner)
             if self._totals is not None:
                 await self._follow(self._totals)
+            if self.state == "lost":
+                await self._see_whether_lost()
         except DataLost as error:
             await self._lose(error)
             return
@@ -800,8 +808,7 @@ class Engine:
                 self._storage_failed(error)
             return
         self._here.processes = max(1, beat.owners)
-        if self.state == "failed":
-            self._recovered()
+        self._recovered()
         self._settle_again()
         if self._here.open:
             await self._reopen()

@@ -12,6 +12,7 @@ import pytest
 from tests.servers import RedisServer, unique_namespace
 from tests.storage.values import DAY_MS, HOUR_MS, ME, MINUTE_MS, START, claim, level, meter, record, settle, take
 
+from asgi_llm_guard import Context, Guard, Iterations, LimitExceeded
 from asgi_llm_guard.claims import Bundle, Granted, Settlement
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
@@ -166,3 +167,25 @@ async def test_of_two_settlements_of_one_lost_hold_the_first_wins(storage: Stora
     )
     assert [(one.status, one.overages) for one in settled] == [("lost", (2,)), ("duplicate", ()), ("duplicate", ())]
     assert await level(storage, DAILY) == (5, 0)
+
+
+async def test_a_process_that_is_not_asked_is_ready_once_another_has_accepted_the_loss(
+    redis_server: RedisServer, namespace: str
+) -> None:
+    """A balancer that leaves a process alone until it is ready hears of it by the next heartbeat, and not only by a call."""
+    guards = [Guard([Iterations(5)], storage=f"{redis_server.url}?namespace={namespace}") for _ in range(2)]
+    for guard in guards:
+        async with guard.open(Context(caller="ada", session="s")), guard.call(model="m"):
+            pass
+    redis_server.call("DEL", f"llmguard1:{{{namespace}}}:e")
+    for guard in guards:
+        with pytest.raises(LimitExceeded):
+            async with guard.open(Context(caller="ada", session="s")), guard.call(model="m"):
+                pass
+    await guards[1].heartbeat()
+    assert not guards[1].ready, "nobody has accepted anything"
+    await guards[0].accept_data_loss()
+    await guards[1].heartbeat()
+    assert guards[1].ready
+    for guard in guards:
+        await guard.aclose()
