@@ -32,6 +32,7 @@ from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.storage.base import LAPSE_MS, Storage
+from asgi_llm_guard.storage.breaker import FAILURES
 from asgi_llm_guard.storage.leases import LeasingStorage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
@@ -476,6 +477,30 @@ async def test_an_amend_cut_off_holds_no_less_than_either(shards: Shards) -> Non
         assert [held for _, held in await shards.levels(A, B, C)] == [0, 0, 0]
 
 
+async def test_what_an_amend_would_give_back_is_nobodys_before_it_is_granted() -> None:
+    """Rule 7: while home has not decided, a group holds the more of both, so that a refusal finds it as it was."""
+    stores = [Counted(clock=FrozenClock(START)) for _ in range(SHARDS)]
+    storage, other = (ShardedStorage(stores, place=place) for _ in range(2))
+    await take(storage, "a", claim(A, 2), claim(B, 8))
+    stores[0].decides_first = False
+    stores[0].open.clear()
+    changing = asyncio.ensure_future(storage.amend(ME, Bundle("a", (claim(A, 11), claim(B, 1)))))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await refuse(other, "b", claim(B, 3))
+    stores[0].open.set()
+    assert isinstance(await changing, Refused)
+    assert [await level(storage, m) for m in (A, B)] == [(0, 2), (0, 8)]
+
+
+async def test_receipts_of_a_call_that_home_knows_charge_no_other_shard(shards: Shards) -> None:
+    """What another process holds is charged when its owner lapses, and not by the receipts, too."""
+    receipts = await take(shards.process(), "a", claim(A, 2), claim(B, 3))
+    (settled,) = await shards.process().settle((Settlement("a", (1, 1), None, receipts),))
+    assert settled.status == "settled"
+    assert await shards.levels(A, B) == [(1, 0), (0, 3)]
+
+
 async def test_an_amend_by_another_process_takes_what_it_claims(shards: Shards) -> None:
     """A hold that another process changes is that one's from then on; the first one's groups end with their owner."""
     first, second = shards.process(), shards.process()
@@ -760,11 +785,19 @@ async def test_a_node_that_dies_leaves_nothing_held_on_the_others(namespace: str
         dying.kill()
         answers = await asyncio.gather(*asking, return_exceptions=True)
         assert any(isinstance(answer, StorageError) for answer in answers)
+        for _ in range(FAILURES):  # so that it is left alone, however many of those had been answered
+            with pytest.raises(StorageError):
+                await storage.read((there[0],))
         for n in range(20):
             storage.settle((Settlement(f"c{n}", ()),))
         await storage.shards[storage._place(first.key)].settle((Settlement("flush-1", ()),))
         await storage.shards[storage._place(second.key)].settle((Settlement("flush-2", ()),))
         assert [await level(storage, m) for m in (first, second)] == [(0, 0), (0, 0)]
+        with pytest.raises(StorageError, match="left alone"):
+            await storage.read((there[0],))
+        assert storage.available()
+        assert not storage.shards[storage._place(there[0].key)].available()  # type: ignore[attr-defined]
+        await take(storage, "alive", claim(first), claim(second))
         await storage.aclose()
 
 

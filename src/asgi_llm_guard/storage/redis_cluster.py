@@ -85,6 +85,10 @@ class Cluster:
     def in_flight(self) -> int:
         return sum(node.in_flight for node in self._nodes.values()) + sum(1 for _ in self._own())
 
+    def node_of(self, slot: int) -> Node | None:
+        """The node that has the slot, as far as it is known."""
+        return self._slots[slot]
+
     def put(self, call: Call) -> None:
         detour = self._detours.get(call.slot)
         node = self._slots[call.slot]

@@ -99,7 +99,8 @@ class Link:
         self._closed = False
         self._expiry = Expiry(self._loop, timeout_s, self._expire)
         self._in_cluster = address.kind == "cluster"
-        self._servers = self._make_cluster() if self._in_cluster else self._make_node()
+        self._cluster = self._make_cluster() if self._in_cluster else None
+        self._servers = self._cluster or self._make_node()
         self._put: Callable[[Call], None] = self._servers.put
         _links.add(self)
 
@@ -178,6 +179,13 @@ class Link:
     @property
     def state(self) -> LinkState:
         return "down" if self._down else "up"
+
+    def is_up(self, key: bytes) -> bool:
+        """Whether the server that has the key is not left alone; in a cluster others may be."""
+        down = self._down
+        if not down or self._cluster is None:
+            return not down
+        return self._cluster not in down and self._cluster.node_of(key_slot(key)) not in down
 
     async def aclose(self) -> None:
         """Take no more calls, wait a little for those under way, and close. Idempotent."""

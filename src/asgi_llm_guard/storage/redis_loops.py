@@ -65,7 +65,7 @@ class Connected:
 
     @property
     def link_up(self) -> bool:
-        return self.link.state == "up"
+        return self.link.is_up(self._key)
 
     def submit(self, parts: tuple[str, ...], arguments: Sequence[bytes]) -> asyncio.Future[Any]:
         return self.link.submit(script(parts), self._key, arguments)
