@@ -633,8 +633,12 @@ class RedisStorage:
         if reply[2] == b"shapes":
             self._will_send_all()
             reply = await ask(OWNERS, [*self._head(), *arguments, self._new_shapes()])
+        expired: list[bytes] = []
+        while reply[2] == b"more":
+            expired += reply[3:]
+            reply = await ask(OWNERS, [*self._head(), *arguments])
         self._heard(reply[0])
-        return reply
+        return [*reply, *expired] if expired else reply
 
     async def _twice(self, lane: Connected, parts: tuple[str, ...], arguments: Sequence[bytes]) -> Any:
         """Ask for what may be done twice: once more if the connection broke."""

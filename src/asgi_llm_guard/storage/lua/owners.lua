@@ -4,19 +4,21 @@
 -- and, when asked again, all shapes it knows.
 -- Reply: clock, epoch, 1 if this owner had lapsed, how many owners are alive, then the call ids that were expired.
 --   Or clock, epoch, 'shapes': those of some holds are not known, and nothing was done.
+--   Or clock, epoch, 'more', the call ids that were expired: there are more of them, ask again.
 local OWNER_MEMORY = 86400000 -- a lapsed owner is remembered for a day, should it wake up
 
 local action, owner, lapse, life, keep = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local epoch = call('GET', KEYS[1]) or ''
-local expired, lapsed
+local expired, more, lapsed
 if ARGV[8] then learn_shapes(ARGV[8]) end
 
 if action == 'retire' then
-  expired = expire({owner}, life, keep, ARGV[8])
+  expired, more = expire({owner}, life, keep, ARGV[8])
 else
-  expired = sweep(life, keep, ARGV[8])
+  expired, more = sweep(life, keep, ARGV[8])
 end
 if not expired then return {now, epoch, 'shapes'} end
+if more then return {now, epoch, 'more', unpack(expired)} end
 if action == 'retire' then
   call('ZREM', OWNERS, owner)
   call('HDEL', LAPSED, owner)

@@ -1,12 +1,19 @@
 -- Expire the holds of owners that are gone: what is held becomes used, since it may have been billed; slots are freed.
 -- Where the shape of one of them is not known nothing is changed, and the answer is nil; with `regardless`, such a one ends
--- without its claims.
+-- without its claims. At most MOST holds go at a time, for all others wait meanwhile: then the second answer is true, and
+-- the client asks again until it is not.
+local MOST = 1000
 
 local function expire(owners, life, keep, regardless)
-  local due, ids, names = {}, {}, {}
+  local due, ids, names, more = {}, {}, {}, false
   for i = 1, #owners do
-    local open = call('SMEMBERS', OPEN .. owners[i])
+    local name = OPEN .. owners[i]
+    local room = MOST - #ids
+    local count = call('SCARD', name)
+    if count > room then more = true end
+    local open = count > room and call('SRANDMEMBER', name, room) or call('SMEMBERS', name)
     for j = 1, #open do ids[#ids + 1] = open[j] end
+    if more then break end
   end
   for i = 1, #ids do
     local value = call('GET', HOLD .. ids[i])
@@ -38,22 +45,28 @@ local function expire(owners, life, keep, regardless)
     release(due[i].claims, actuals, false)
     expired[i] = due[i].id
   end
-  for i = 1, #owners do call('DEL', OPEN .. owners[i]) end -- first, see `settle`
+  for i = 1, #owners do -- first, see `settle`
+    if more then
+      call('SREM', OPEN .. owners[i], unpack(ids))
+    else
+      call('DEL', OPEN .. owners[i])
+    end
+  end
   save_cells()
   for i = 1, #due do
     local one = due[i]
     if one.draft then append(one.id, one.draft, keep, 'x', now) end
     call('SET', HOLD .. one.id, pack_array(3, {'E', now + life, one.value}), 'PX', life)
   end
-  return expired
+  return expired, more
 end
 
 local function sweep(life, keep, regardless)
   local lapsed = call('ZRANGEBYSCORE', OWNERS, '-inf', now, 'WITHSCORES')
   local owners = {}
   for i = 1, #lapsed, 2 do owners[#owners + 1] = lapsed[i] end
-  local expired = expire(owners, life, keep, regardless)
-  if not expired then return nil end
+  local expired, more = expire(owners, life, keep, regardless)
+  if not expired or more then return expired, more end
   for i = 1, #lapsed, 2 do
     call('HSET', LAPSED, lapsed[i], lapsed[i + 1])
     call('ZREM', OWNERS, lapsed[i])
