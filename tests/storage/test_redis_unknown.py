@@ -9,7 +9,7 @@ from tests.fault_proxy import FaultProxy
 from tests.servers import RedisServer
 from tests.storage.values import ME, WINDOWS, ask, claim, meter, record, settle, take
 
-from asgi_llm_guard.claims import Bundle, Settlement
+from asgi_llm_guard.claims import Bundle, Refused, Settlement
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.redis import RedisStorage
@@ -93,3 +93,12 @@ async def test_a_settlement_of_unknown_outcome_stays_unknown_if_its_later_tries_
 async def test_settling_nothing_is_answered_with_nothing(storage: Storage) -> None:
     """Rule 10: an empty list of settlements is no error on any storage."""
     assert tuple(await storage.settle(())) == ()
+
+
+async def test_a_refusal_after_a_lost_try_is_no_refusal(proxy: FaultProxy, redis: RedisStorage) -> None:
+    """Where the reply to a first try was lost and the second does not fit, the outcome is unknown: it is to be cancelled."""
+    assert isinstance(await ask(redis, "too much", claim(BUDGET, 101)), Refused)
+    proxy.cut_at_reply(of="EVALSHA")
+    with pytest.raises(StorageError, match="a second try does not fit") as raised:
+        await ask(redis, "a", claim(BUDGET, 102))
+    assert raised.value.sent

@@ -75,6 +75,9 @@ OPTIONS: Final = ("max_records", "namespace", "shard_by", "shards", "timeout", "
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _MOST_ASKED: Final = 5
 _REMEMBERED: Final = 1024
+_STILL_UNKNOWN: Final = (
+    "redis: a second try does not fit, but what became of the first, whose connection broke, is unknown"
+)
 _PAGE: Final = 1000
 _CLOCKS_DIFFER_MS: Final = 600_000
 """The clocks of hosts and of the server are taken to differ by less."""
@@ -223,6 +226,10 @@ class RedisStorage:
             if code == 0:
                 if before and asked < _MOST_ASKED - 1 and await self._overtook(lane, before):
                     continue
+                if sent:
+                    # The first try may arrive yet, and be granted: it has to be cancelled, and who is refused cancels nothing.
+                    self._is_unknown(plans[0])
+                    raise LinkError(_STILL_UNKNOWN, sent=True)
                 answer = refused(plans, reply, now_ms)
                 if claims and forgotten == self._forgotten:
                     self._remember(claims, answer)
@@ -353,6 +360,8 @@ class RedisStorage:
             code = answer[0]
             if code == 0 and before and asked < _MOST_ASKED - 1 and await self._overtook(lane, before):
                 continue
+            if code == 0 and sent:
+                raise LinkError(_STILL_UNKNOWN, sent=True)
             if code < 2:
                 return amended(bundle, answer, now_ms)
             if code == 2:
