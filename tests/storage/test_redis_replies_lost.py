@@ -61,9 +61,11 @@ async def test_a_call_that_breaks_once_is_done_once(proxy: FaultProxy, redis: Re
 
 
 async def test_a_reserve_that_is_cancelled_after_it_was_sent_holds_nothing_in_the_end(
-    proxy: FaultProxy, redis: RedisStorage
+    proxy: FaultProxy, namespace: str
 ) -> None:
     """What a cancelled caller may have got is given back by a settlement without actuals, in the order they were made."""
+    redis = RedisStorage(proxy.url, namespace=namespace, timeout_s=10)
+    await redis.heartbeat(ME)
     proxy.to_server.hold()
     waiting = [asyncio.create_task(ask(redis, f"call-{n}", claim(SLOTS))) for n in range(40)]
     await asyncio.sleep(0)
@@ -77,6 +79,7 @@ async def test_a_reserve_that_is_cancelled_after_it_was_sent_holds_nothing_in_th
     assert await redis.open_holds() == 0
     for n in range(40):
         assert isinstance(await ask(redis, f"call-{n}", claim(SLOTS)), Ended)
+    await redis.aclose()
 
 
 async def test_a_reserve_that_arrives_after_its_cancellation_is_refused(
