@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Sequence
 
@@ -27,9 +28,11 @@ from tests.storage.values import (
     take,
 )
 
+from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, RateLimit, Usage
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Meter, Refused, Rule, Settled, Settlement, Unit, meter_key
 from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
+from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.storage.base import LAPSE_MS, Storage
 from asgi_llm_guard.storage.breaker import FAILURES
@@ -807,3 +810,40 @@ def test_shards_have_hash_tags_of_their_own() -> None:
     storage = open_storage(f"redis+cluster://localhost?namespace={name}&shard_by=caller", clock=SystemClock())
     assert isinstance(storage, ShardedStorage)
     assert [f"{name}.{n}" in repr(shard) for n, shard in enumerate(storage.shards)] == [True] * 16
+
+
+async def test_a_guard_on_shards_decides_and_settles_as_on_one_storage(
+    redis_cluster: RedisCluster, namespace: str
+) -> None:
+    """54: a guard whose callers, departments and global limit lie in several slots admits what fits, and records it once."""
+    url = f"{redis_cluster.url}?timeout=5&namespace={namespace}&shard_by=caller"
+    policies: list[Policy] = [
+        Iterations(100),
+        Budget("$5/yearly", per="department"),
+        RateLimit("20/hour", per="global", counts="calls"),
+    ]
+    made = 0
+
+    async def call_once(guard: Guard, n: int) -> None:
+        nonlocal made
+        context = Context(caller=f"team-{n % 5}", session=f"s-{n}", departments=("research",))
+        async with guard.open(context):
+            with contextlib.suppress(LimitExceeded):
+                async with guard.call(model="openai/gpt-4o-mini", max_output_tokens=10) as call:
+                    call.record(Usage(input_tokens=5, output_tokens=5))
+                    made += 1
+
+    async with Guard(policies, storage=url) as guard:
+        await asyncio.gather(*[call_once(guard, n) for n in range(40)])
+        await asyncio.gather(*[call_once(guard, n) for n in range(40, 60)])
+        storage = guard.storage
+        await storage.heartbeat("observer")
+        assert 1 <= made <= 20
+        for n in range(60, 60 + 20 - made):
+            await call_once(guard, n)
+        assert made == 20
+        await call_once(guard, 99)
+        assert made == 20
+        found = await storage.records()
+        assert [one.outcome for one in found] == ["measured"] * 20
+        assert await storage.open_holds() == 0
