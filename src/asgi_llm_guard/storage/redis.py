@@ -262,6 +262,10 @@ class RedisStorage:
     async def _receipts(self, lane: Connected, digest: str, rows: Sequence[Any]) -> tuple[Receipt, ...]:
         if not self._codec.knows(digest):
             script, common = await lane.link.command("HMGET", f"{self._prefix}s", digest, f"m{digest}", key=self._key)
+            if script is None or common is None:
+                raise StorageError(
+                    "redis: what a hold consists of is not known any more: the store was flushed meanwhile"
+                )
             self._codec.learn(digest, script, common)
         return self._codec.receipts(digest, rows)
 
@@ -430,10 +434,9 @@ class RedisStorage:
     def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
         """Take the answers to what is left of `group`; whether all is answered. Else its arguments are made anew."""
         self._heard(now_ms)
-        left: list[int] = []
-        arguments: list[bytes] = []
+        left: list[tuple[int, bytes]] = []
         shapes: list[Shape] = []
-        for place, reply in zip(group.left, replies, strict=True):
+        for (place, _), reply in zip(group.left, replies, strict=True):
             settlement = group.settlements[place]
             status = reply[0]
             if status <= 5:
@@ -445,10 +448,9 @@ class RedisStorage:
                 continue
             if status == 8:
                 self._will_send_all()
-            left.append(place)
-            arguments.append(self._codec.settlement(settlement, self._now_ms(), shapes, with_receipts=True))
+            left.append((place, self._codec.settlement(settlement, self._now_ms(), shapes, with_receipts=True)))
         self._will_send(shapes)
-        group.left, group.arguments = left, arguments
+        group.left = left
         return not left
 
     # ---------------------------------------------------------------------- lanes and sending

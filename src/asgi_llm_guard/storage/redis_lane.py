@@ -55,16 +55,15 @@ class _Handed(Handed[tuple[Settled, ...]]):
 class Group:
     """Settlements that were handed over together: one step, as far as the store knows their holds."""
 
-    __slots__ = ("arguments", "handed", "left", "left_behind", "number", "replies", "sent", "settlements", "tries")
+    __slots__ = ("handed", "left", "left_behind", "number", "replies", "sent", "settlements", "tries")
 
     def __init__(self, settlements: Sequence[Settlement], arguments: list[bytes]) -> None:
         self.number = next(_numbers)
         self.settlements = settlements
-        self.arguments = arguments
         self.handed: _Handed = _Handed()
         self.replies: list[Settled | None] = [None] * len(settlements)
-        self.left = list(range(len(settlements)))
-        """Which of them have no answer yet; `arguments` are theirs."""
+        self.left = list(enumerate(arguments))
+        """Which of them have no answer yet, and their arguments. Set as a whole: another thread may make a twin."""
         self.tries = 0
         self.sent = False
         """A try that failed may have been executed."""
@@ -73,7 +72,7 @@ class Group:
 
     def twin(self) -> Group:
         """What has no answer yet, for another lane. Whichever of the two is answered first decides."""
-        twin = Group(self.settlements, list(self.arguments))
+        twin = Group(self.settlements, [])
         twin.number, twin.handed, twin.sent = self.number, self.handed, True
         twin.replies, twin.left = list(self.replies), list(self.left)
         return twin
@@ -177,7 +176,7 @@ class Lane:
 
     def _send_groups(self, batch: list[Group]) -> None:
         self._flying += 1
-        arguments = [argument for group in batch for argument in group.arguments]
+        arguments = [argument for group in batch for _, argument in group.left]
         sent = self._sender.send_settles(arguments)
         sent.add_done_callback(lambda done: self._came_back(batch, done))
 
