@@ -53,7 +53,12 @@ class Target:
 
 
 _STORAGE = (
-    ("tests/storage/test_contract.py", "tests/storage/test_found.py", "-k", "not (sqlite or redis or valkey or sentinel or cluster)"),
+    (
+        "tests/storage/test_contract.py",
+        "tests/storage/test_found.py",
+        "-k",
+        "not (sqlite or redis or valkey or sentinel or cluster)",
+    ),
     ("tests/storage/test_cells.py", "tests/storage/test_memory.py"),
     ("tests/mutants/histories.py",),
 )
