@@ -75,7 +75,8 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     """The name of the policy that claims on it."""
     scope: str
-    """What the limit is for: `session`, `user`, `caller`, `department`, `agent`, `model`, `provider`, `tag`, `global`."""
+    """What the limit is for: `session`, `user`, `caller`, `department`, `agent`, `model`, `provider`, `tag`,
+    `global`, or two of them: `department:user`."""
     subject: str
     """Which one of them, for people to read; empty for `global`."""
     unit: Unit

@@ -9,7 +9,7 @@ from asgi_llm_guard.claims import Claim, Granted, Refused, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import NANO
-from asgi_llm_guard.policies import Budget, Limit
+from asgi_llm_guard.policies import Budget, Limit, RateLimit
 from asgi_llm_guard.policies._scoped import MEMO_SIZE, Per
 from asgi_llm_guard.windows import Calendar, Lifetime, Rolling
 
@@ -266,3 +266,34 @@ def test_shared_anonymous_caller_owns_nothing() -> None:
         assert claim.meter.owned is False
         (claim,) = policy.plan(Context(caller="acme"), call(), 0).claims
         assert claim.meter.owned is True
+
+
+async def test_members_of_a_team_have_limits_of_their_own() -> None:
+    """Conformance 44: `department:user` counts each member of each team apart, `caller:model` each model of a key."""
+    bench = Bench(Budget("$1/1d", per="department:user"))
+    bob = Context(caller="key-1", user="bob", departments=("research",))
+    both = Context(caller="key-1", user="alice", departments=("research", "sales"))
+    assert await bench.admits(ALICE, call(usd=1))
+    assert not await bench.admits(ALICE, call(usd=0.1))
+    assert await bench.admits(bob, call(usd=1))
+    assert not await bench.admits(both, call(usd=0.1)), "all of her teams must have room"
+    models = Bench(Budget("$1/1d", per="caller:model"))
+    assert await models.admits(ALICE, call("gpt-5", usd=1))
+    assert not await models.admits(ALICE, call("gpt-5", usd=0.1))
+    assert await models.admits(ALICE, call("gpt-5-mini", usd=1))
+    assert await models.admits(Context(caller="key-2"), call("gpt-5", usd=1))
+
+
+def test_subjects_of_two_scopes() -> None:
+    """The key names both, nobody else's ids can make the same one, and only those who are verified own it."""
+    (claim,) = claims(Budget("$5/1d", per="department:user"), ALICE, call())
+    assert (claim.meter.scope, claim.meter.subject, claim.meter.owned) == ("department:user", "research:alice", True)
+    assert claim.meter.key.endswith(":department:research:user:alice")
+    (other,) = claims(Budget("$5/1d", per="department:user"), Context(user="b", departments=("a:user",)), call())
+    assert other.meter.key.endswith(":department:a%3Auser:user:b")
+    (shared,) = claims(Budget("$5/1d", per="caller:model"), NOBODY, call())
+    assert (shared.meter.subject, shared.meter.owned) == ("anonymous:openai/gpt-5", False)
+    assert claims(Budget("$5/1d", per="department:user"), Context(user="b"), call()) == ()
+    assert claims(Budget("$5/1d", per="user:model"), ALICE, None) == ()
+    with pytest.raises(ConfigurationError, match="user:model"):
+        RateLimit("5/minute", per="user:model", counts="requests")

@@ -35,7 +35,21 @@ __all__ = [
     "quoted",
 ]
 
-Per = Literal["user", "session", "caller", "agent", "department", "model", "provider", "tag", "global"]
+Per = Literal[
+    "user",
+    "session",
+    "caller",
+    "agent",
+    "department",
+    "model",
+    "provider",
+    "tag",
+    "global",
+    "department:user",
+    "caller:model",
+    "user:model",
+    "department:model",
+]
 ExpiryCharge = Literal["hold", "nothing"]
 Counts = Literal["calls", "requests"]
 Leases = Mapping[Unit, int]
@@ -49,7 +63,7 @@ MEMO_SIZE: Final = 4096
 _PART_LENGTH: Final = 200
 _SHADOW: Final = ".shadow"
 _DIGEST: Final = "sha256~"
-_OWNED: Final = frozenset({"session", "user", "caller"})
+_OWNED: Final = frozenset({"session", "user", "caller", "department:user", "caller:model", "user:model"})
 _SHARED: Final = (ANONYMOUS,)  # the parts of a subject that nobody owns: all who are not verified
 
 V = TypeVar("V")
@@ -137,6 +151,28 @@ _SCOPES: Final[dict[str, Scope]] = {
         lambda _context, call: _each("provider", (call_provider(call),) if call is not None else ()),
         needs_call=True,
     ),
+}
+
+
+def _both(one: str, other: str) -> Scope:
+    """Each subject of one scope together with each of another: a member of a team, a model for a key."""
+    first, second = _SCOPES[one], _SCOPES[other]
+
+    def identify(context: Context, call: Call | None) -> Hashable:
+        return first.identify(context, call), second.identify(context, call)
+
+    def subjects(context: Context, call: Call | None) -> tuple[Subject, ...]:
+        return tuple(
+            Subject(f"{a.name}:{b.name}", (*a.parts, *b.parts))
+            for a in first.subjects(context, call)
+            for b in second.subjects(context, call)
+        )
+
+    return Scope(identify, subjects, needs_call=first.needs_call or second.needs_call)
+
+
+_SCOPES |= {
+    per: _both(*per.split(":")) for per in ("department:user", "caller:model", "user:model", "department:model")
 }
 
 
@@ -245,7 +281,7 @@ class NamedPolicy:
             window=window,
             enforce=self._enforce,
             expiry_charge=expiry_charge,
-            owned=scope in _OWNED and subject.parts != _SHARED,
+            owned=scope in _OWNED and not _is_shared(scope, subject.parts),
             status=self.status,
             on_outage=self.on_outage if self._enforce else "allow",
             # A limit of one subject (an agent's, a department's of tomorrow) may be lower than the chunk.
@@ -313,6 +349,11 @@ def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:
 def quoted(text: str) -> str:
     """Text from a request, for a message: in quotes and not longer than is readable."""
     return repr(text if len(text) <= _PART_LENGTH else text[:_PART_LENGTH] + "…")
+
+
+def _is_shared(scope: str, parts: tuple[str, ...]) -> bool:
+    """Whether it stands for all who are not verified, alone or together with another subject (of two parts)."""
+    return parts == _SHARED or (":" in scope and len(parts) < 4)
 
 
 def _bounded(part: str) -> str:
