@@ -226,6 +226,33 @@ async def test_what_only_its_receipts_are_known_of_is_charged_once(shards: Shard
     assert [len(await store.records()) for store in shards.stores] == [1, 0, 0]
 
 
+@pytest.mark.parametrize("unanswered", [0, 1])
+async def test_what_only_its_receipts_are_known_of_is_told_again_to_every_shard(
+    shards: Shards, unanswered: int
+) -> None:
+    """4: home did not answer, whether it took its part or not: told again, all shards are charged, each once."""
+    receipts = await take(Shards().process(), "a", claim(A, 2), claim(B, 3))
+    storage = shards.process()
+    settlement = Settlement("a", (2, 4), record("a", 1), receipts)
+    shards.shards[0].down(unanswered=unanswered)
+    with pytest.raises(StorageError):
+        await storage.settle((settlement,))
+    shards.shards[0].up()
+    for _ in range(2):
+        await storage.settle((settlement,))
+    assert await shards.levels(A, B) == [(2, 0), (4, 0)]
+    assert len(await storage.records()) == 1
+
+
+async def test_receipts_and_debits_in_one_shard_are_charged_both(shards: Shards) -> None:
+    """What a call is debited besides its receipts is no repetition of them, though both lie in the same shard."""
+    receipts = await take(Shards().process(), "a", claim(A, 2), claim(B, 3))
+    storage, other = shards.process(), lies_in(1, name="n")
+    for _ in range(2):
+        await storage.settle((Settlement("a", (2, 4), record("a", 1), receipts, (claim(other, 5),)),))
+    assert await shards.levels(A, B, other) == [(2, 0), (4, 0), (5, 0)]
+
+
 async def test_debits_are_charged_where_their_meters_lie(shards: Shards) -> None:
     """What turned out afterwards is debited in its own shards, once, whatever shards the call has held in."""
     storage = shards.process()
@@ -350,6 +377,29 @@ async def test_home_that_did_not_answer_is_asked_again_or_cancelled(shards: Shar
         else:
             await settle(storage, "b")
     assert await shards.levels(A, B) == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("reached", [0, 1])
+@pytest.mark.parametrize("later", [False, True])
+async def test_what_was_admitted_though_home_did_not_answer_is_charged_in_every_shard(
+    shards: Shards, *, reached: int, later: bool
+) -> None:
+    """A7: a call whose home did not say whether it grants it is charged by its receipts where each meter lies, once."""
+    receipts = await take(Shards().process(), "a", claim(B, 2), claim(A, 3))
+    storage = shards.process()
+    shards.shards[1].down(unanswered=reached)
+    with pytest.raises(StorageError):
+        await ask(storage, "a", claim(B, 2), claim(A, 3))
+    settlement = Settlement("a", (1, 4), record("a", 1), receipts)
+    if later:  # the first try fails
+        with pytest.raises(StorageError):
+            await storage.settle((settlement,))
+    shards.shards[1].up()
+    for _ in range(2):
+        await storage.settle((settlement,))
+    assert await shards.levels(A, B) == [(4, 0), (1, 0)]
+    assert await shards.held() == 0
+    assert [len(await store.records()) for store in shards.stores] == [0, 1, 0]
 
 
 async def test_a_settlement_that_failed_in_one_shard_is_applied_by_telling_it_again(shards: Shards) -> None:

@@ -434,9 +434,15 @@ class ShardedStorage:
     def _unsure(self, calls: Iterable[str], home: int, error: BaseException) -> None:
         """What home knows of these is not known, unless it was not asked."""
         for call_id in calls:
-            if self._open.pop(call_id, None) is not None and not (
-                isinstance(error, StorageError) and not error.sent and call_id not in self._ended
-            ):
+            known = self._open.pop(call_id, None)
+            if known is None or (isinstance(error, StorageError) and not error.sent and call_id not in self._ended):
+                continue
+            if isinstance(known, Held) and known.groups:
+                # Its groups are given back. Should it be settled all the same, its receipts charge the other shards.
+                for shard, group in known.groups.items():
+                    group.call_id = f"{call_id}~{shard}"
+                self._end(call_id, known)
+            else:
                 self._end(call_id, home)
 
     def _end(self, call_id: str, known: int | Held) -> None:
@@ -731,7 +737,7 @@ class ShardedStorage:
             shard = self._place(claim.meter.key)
             (here if shard == home else away.setdefault(shard, [])).append(claim)
         for shard, claims in away.items():
-            batches.add(shard, Settlement(f"{settlement.call_id}~{shard}", (), None, (), tuple(claims)))
+            batches.add(shard, Settlement(f"{settlement.call_id}~{shard}.d", (), None, (), tuple(claims)))
         return msgspec.structs.replace(settlement, debits=tuple(here)) if away else settlement
 
     def _by_receipts(self, settlement: Settlement, home: int) -> Held | None:
@@ -754,12 +760,12 @@ class ShardedStorage:
         """Ask home first: only if it does not know the call either, nothing stands for it in the other shards."""
         settlement = self._debit_away(settlement, call.home, batches)
         mine, rest = split(call, settlement)
-        self._end(settlement.call_id, call.home)
+        self._end(settlement.call_id, call)  # should it be settled again, for want of an answer, all shards are
 
         def then(answers: tuple[Settled, ...]) -> Pending[tuple[Settled, ...]]:
             if answers[0].status != "lost":
+                self._end(settlement.call_id, call.home)
                 return Completed(answers)
-            self._end(settlement.call_id, call)  # should it be settled again, all are
             pendings: list[Pending[tuple[Settled, ...]]] = [self.shards[shard].settle((one,)) for shard, one in rest]
             shards = [shard for shard, _ in rest]
             return Together(
