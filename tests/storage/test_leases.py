@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tests.storage.values import (
     take,
 )
 
-from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Refused, Settlement
+from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Plan, Refused, Settlement
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.leases import LeasingStorage
@@ -839,6 +839,57 @@ async def test_the_end_is_measured_from_before_the_question(clock: FrozenClock) 
     assert storage.admit(ME, (Bundle("b", (claim(hot),)),)) is not None
     clock.advance(ms=2_000)
     assert storage.admit(ME, (Bundle("c", (claim(hot),)),)) is None
+
+
+class Repeating(MemoryStorage):
+    """A store that remembers its first refusal, and gives it again."""
+
+    refusal: Refused | None = None
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        answer = self.refusal or await super().reserve(owner, plans)
+        if isinstance(answer, Refused):
+            self.refusal = answer
+        return answer
+
+
+async def test_a_refusal_that_was_remembered_does_not_tell_the_time(clock: FrozenClock) -> None:
+    """A chunk is over with its window, though a refusal that is given again names an instant before that."""
+    hot, storage = leased(window=Calendar("hour")), around(Repeating(clock=clock), clock)
+    await warm(storage, claim(hot))
+    other = leased(subject="other")
+    await refuse(storage, "a", claim(other), claim(DIRECT, 11))
+    clock.advance(ms=HOUR_MS)
+    await refuse(storage, "b", claim(other), claim(DIRECT, 11))
+    assert storage.admit(ME, (Bundle("c", (claim(hot),)),)) is None
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+async def test_an_amend_whose_outcome_is_unknown_leaves_nothing_held_in_the_store(
+    clock: FrozenClock, *, overtaken: bool
+) -> None:
+    """A call of leased claims that may hold in the store since it was amended is given back there too, without a record."""
+    store = Waiting(clock=clock)
+    link, hot = OutageStorage(store), leased()
+    storage = around(link, clock)
+    await warm(storage, claim(hot))
+    receipts = await take(storage, "a", claim(hot, 2), draft=draft("a", cost=1))
+    bundle = Bundle("a", (claim(hot, 2), claim(DIRECT, 3)), draft("a", cost=1))
+    if overtaken:
+        store.open.clear()
+        changing = asyncio.ensure_future(storage.amend(ME, bundle))
+        await asyncio.sleep(0)
+        await settle(storage, "a", receipts=receipts)
+        store.open.set()
+        assert isinstance(await changing, Ended)
+    else:
+        link.down(unanswered=1)
+        with pytest.raises(StorageError):
+            await storage.amend(ME, bundle)
+        link.up()
+        await settle(storage, "a", receipts=receipts)
+    assert await level(store, DIRECT) == (0, 0)
+    assert await level(store, hot) == (1, 100)
 
 
 @pytest.mark.parametrize(

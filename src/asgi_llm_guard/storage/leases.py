@@ -173,6 +173,10 @@ class LeasingStorage:
         passed_ms = self._clock.now_ms() - asked_ms
         return said_ms + passed_ms + (passed_ms >> 10)
 
+    def _heard(self, asked_ms: int, answer: Answer) -> None:
+        if not isinstance(answer, Refused):  # that may be remembered: said earlier than it was asked for
+            self._synced = (asked_ms, answer.now_ms)
+
     # --------------------------------------------------------------------------------- reserve
 
     def reserve(self, owner: str, plans: Sequence[Plan]) -> Coroutine[Any, Any, Answer]:
@@ -462,7 +466,7 @@ class LeasingStorage:
                 await self._let_go(slots)
                 asked_ms = self._clock.now_ms()
                 answer = await ask()
-        self._synced = (asked_ms, answer.now_ms)
+        self._heard(asked_ms, answer)
         return self._without_own(owner, answer) if isinstance(answer, Refused) else answer
 
     def _unspent(self, owner: str, answer: Refused) -> list[Slot]:
@@ -503,7 +507,7 @@ class LeasingStorage:
         rest = tuple([Bundle(call.bundle.call_id, call.rest(), call.bundle.draft) for call in calls if call.inner])
         asked_ms = self._clock.now_ms()
         answer = await self.inner.reserve(calls[0].owner, (rest,))
-        self._synced = (asked_ms, answer.now_ms)
+        self._heard(asked_ms, answer)
         if isinstance(answer, Granted):
             return replayed(calls, answer.now_ms)
         with self._lock:
@@ -564,7 +568,7 @@ class LeasingStorage:
                 self._abandon()
             _log.debug("no chunk of %s was leased: %s", meter.key, error)
             return
-        self._synced = (asked_ms, answer.now_ms)
+        self._heard(asked_ms, answer)
         with self._lock:
             wanted = slot.fetching == call_id
             slot.fetching = None
@@ -624,7 +628,7 @@ class LeasingStorage:
             answer = await self.inner.amend(lease.owner, Bundle(lease.call_id, (claim,)))
         except StorageError:
             return  # it is returned when its calls have ended
-        self._synced = (asked_ms, answer.now_ms)
+        self._heard(asked_ms, answer)
         if isinstance(answer, Granted) and answer.receipts[0].pin != lease.pin:
             # The window has ended in between, and the hold was moved to the next one, of which nothing was spent.
             self._hand_over([Settlement(lease.call_id, ())])
@@ -676,7 +680,10 @@ class LeasingStorage:
                 unheard = isinstance(answer, Ended) and answer.reason == "unknown"
                 if call is None or call.rest() or not unheard:
                     return answer
-            return await self.inner.reserve(owner, ((rest,),))
+            call.inner = True  # before there is an answer: from here on the store has to be told of its end
+            answer = await self.inner.reserve(owner, ((rest,),))
+            call.inner = not isinstance(answer, Refused)
+            return answer
 
         try:
             answer = await self._insist(owner, ask)
