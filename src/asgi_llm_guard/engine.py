@@ -764,7 +764,7 @@ class Engine:
             return
         if self._waiters:
             self._wake()
-        if self.observers or self._totals is not None:
+        if self.observers or self._totals is not None or self._tried:
             for settlement, settled in zip(settlements, replies, strict=True):
                 if settled.status != "duplicate" or settlement.call_id in self._tried:
                     if self._totals is not None:

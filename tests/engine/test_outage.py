@@ -88,6 +88,18 @@ async def test_what_calls_have_used_is_kept_beyond_the_bound(clock: FrozenClock)
     assert len(await storage.records()) == _MOST_UNSETTLED + 1
 
 
+async def test_settlements_that_were_taken_are_not_remembered(clock: FrozenClock) -> None:
+    """What was settled without an answer is forgotten when the answer comes, also if no observer asks for it."""
+    storage = OutageStorage(MemoryStorage(clock=clock))
+    guard = guard_over(storage, clock, Budget("$1/1d", on_outage="allow"))
+    storage.lose_replies()
+    await one_call(guard)
+    assert len(guard.engine._tried) == 1
+    storage.up()
+    await guard.heartbeat()
+    assert not guard.engine._tried
+
+
 async def test_nothing_is_left_to_cancel_where_nothing_was_sent(clock: FrozenClock) -> None:
     """A refusal of a storage that was not reached at all leaves no cancellation behind."""
     storage = OutageStorage(MemoryStorage(clock=clock))
