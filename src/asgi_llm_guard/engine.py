@@ -626,6 +626,8 @@ class Engine:
     async def _lose(self, error: DataLost) -> bool:
         """The storage has lost its data: do as the guard was told. Gives whether to go on with it."""
         if self._change("lost", error):
+            if self._leasing is not None:
+                self._leasing.abandon()  # it need not have seen the loss: what leases nothing passes through it
             _log.error(
                 "the usage store has lost its data (on_data_loss=%r)%s: %s",
                 self.on_data_loss,

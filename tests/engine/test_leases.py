@@ -11,6 +11,7 @@ from tests.engine.conftest import PRICES
 from tests.storage.leases_kit import turn
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage
+from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.events import Event, StorageFailed, StorageRecovered
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
@@ -110,3 +111,23 @@ async def test_a_leased_budget_is_spent_to_the_last_call(new_guard: Callable[...
 def _claims(guard: Guard) -> tuple[Any, ...]:
     verdict = guard.policies[0].plan(CONTEXT, guard.describe(**CALL), 0)
     return verdict.claims
+
+
+async def test_no_chunk_is_spent_of_data_that_is_lost(clock: FrozenClock) -> None:
+    """A loss that shows in a call without leases ends those of the guard, too: every call is refused until it is accepted."""
+    storage = OutageStorage(MemoryStorage(clock=clock))
+    guard = Guard([Iterations(25, per="caller"), LEASED], storage=storage, clock=clock, prices=PRICES)
+    only_leased = Guard([LEASED], storage=storage, clock=clock, prices=PRICES).policies
+    call_ = guard.describe(**CALL)
+    assert not isinstance(await guard.engine.reserve(only_leased, CONTEXT, call_), Denied)
+    await turn()
+    storage.down()
+    assert not isinstance(await guard.engine.reserve(only_leased, CONTEXT, call_), Denied)
+    storage.up()
+    storage.lose_data(MemoryStorage(clock=clock))
+    for policies in (guard.policies[:1], only_leased):
+        denied = await guard.engine.reserve(policies, CONTEXT, call_)
+        assert isinstance(denied, Denied)
+        assert denied.code == "guard_unavailable"
+    await guard.accept_data_loss()
+    assert not isinstance(await guard.engine.reserve(only_leased, CONTEXT, call_), Denied)

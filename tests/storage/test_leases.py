@@ -1337,6 +1337,20 @@ def test_a_loop_that_ends_takes_its_chunk_with_it(clock: FrozenClock) -> None:
     assert asyncio.run(level(store, hot)) == (0, 102)
 
 
+async def test_a_loss_that_another_process_has_accepted_ends_leases(outage: OutageStorage, clock: FrozenClock) -> None:
+    """What the store's data has no chunk of is not spent any more once an answer shows that it is other data."""
+    hot, storage = leased(), around(outage, clock)
+    await warm(storage, claim(hot))
+    await storage.heartbeat(ME)
+    await take(storage, "spends", claim(hot))
+    outage.lose_data(MemoryStorage(clock=clock))
+    await outage.accept_loss()
+    await storage.heartbeat(ME)
+    assert storage.admit(ME, (Bundle("a", (claim(hot),)),)) is None
+    await take(storage, "b", claim(hot))
+    assert await level(storage, hot) == (0, 1)
+
+
 async def test_a_chunk_that_was_never_asked_for_is_asked_for_again(memory: MemoryStorage, clock: FrozenClock) -> None:
     """If its task is cancelled before it begins, the next call asks for the chunk."""
     hot, storage = leased(), around(memory, clock)

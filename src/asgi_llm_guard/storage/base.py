@@ -229,6 +229,10 @@ class Leasing(Storage, Protocol):
         """Grant the whole plan without asking the store, or change nothing. In an event loop; never waits."""
         ...
 
+    def abandon(self) -> None:
+        """The store has lost its data: neither spend nor return what was reserved beforehand."""
+        ...
+
 
 @runtime_checkable
 class Interruptible(Protocol):

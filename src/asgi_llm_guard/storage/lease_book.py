@@ -166,6 +166,11 @@ class Book:
         self.due: list[Lease] = []
         """To be returned: no call holds of them any more."""
 
+    @property
+    def leases(self) -> int:
+        """How many are not returned yet."""
+        return sum(len(slot.leases) for slots in tuple(self.owners.values()) for slot in tuple(slots.values()))
+
     # ------------------------------------------------------------------------------- take, give
 
     def slots(self, owner: str) -> dict[str, Slot]:

@@ -70,7 +70,7 @@ from asgi_llm_guard.claims import (
 )
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
-from asgi_llm_guard.storage.base import TOMBSTONE_MS, Completed, Pending, Storage
+from asgi_llm_guard.storage.base import TOMBSTONE_MS, Completed, LossAware, Pending, Storage
 from asgi_llm_guard.storage.lease_book import Book, Lease, Slot, claimed_twice, lower
 from asgi_llm_guard.storage.lease_calls import (
     Answering,
@@ -146,6 +146,7 @@ class LeasingStorage:
         self._workers = workers
         self._skew_ms = skew_ms
         self._tombstone_ms = tombstone_ms
+        self._aware = inner if isinstance(inner, LossAware) else None
         self.begin_anew()
         _storages.add(self)
 
@@ -160,6 +161,7 @@ class LeasingStorage:
         self._name = os.urandom(9).hex()
         self._numbers = itertools.count(1)
         self._synced = (0, 0)
+        self._epoch = ""
 
     # ------------------------------------------------------------------------------------ time
 
@@ -176,6 +178,15 @@ class LeasingStorage:
     def _heard(self, asked_ms: int, answer: Answer) -> None:
         if not isinstance(answer, Refused):  # that may be remembered: said earlier than it was asked for
             self._synced = (asked_ms, answer.now_ms)
+        self._see_epoch()
+
+    def _see_epoch(self) -> None:
+        """Where another process has accepted a loss, nobody is told: the store goes by data that has no chunk of this one."""
+        if self._aware is not None:
+            epoch = self._aware.epoch
+            if self._epoch and epoch != self._epoch and self._book.leases:
+                self.abandon()
+            self._epoch = epoch
 
     # --------------------------------------------------------------------------------- reserve
 
@@ -373,7 +384,7 @@ class LeasingStorage:
             else:
                 asked.unknown = True
             if isinstance(error, DataLost):
-                self._abandon()
+                self.abandon()
             raise
         fetches: list[Fetch] = []
         with self._lock:
@@ -414,9 +425,10 @@ class LeasingStorage:
         for bundle in asked.plans[0]:
             self._known.pop(bundle.call_id, None)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """The store has lost its data, leases included: begin anew. Calls that are open are settled by their receipts."""
         with self._lock:
+            self._epoch = ""
             self._book.abandon()
             for call_id, known in tuple(self._known.items()):
                 if isinstance(known, Asked):
@@ -565,7 +577,7 @@ class LeasingStorage:
             if not isinstance(error, StorageError):
                 raise
             if isinstance(error, DataLost):
-                self._abandon()
+                self.abandon()
             _log.debug("no chunk of %s was leased: %s", meter.key, error)
             return
         self._heard(asked_ms, answer)
@@ -691,7 +703,7 @@ class LeasingStorage:
             with self._lock:
                 self._undo(change)
             if isinstance(error, DataLost):
-                self._abandon()
+                self.abandon()
             raise
         fetches: list[Fetch] = []
         with self._lock:
@@ -907,9 +919,10 @@ class LeasingStorage:
         try:
             beat = await self.inner.heartbeat(owner)
         except DataLost:
-            self._abandon()
+            self.abandon()
             raise
         self._synced = (asked_ms, beat.now_ms)
+        self._see_epoch()
         with self._lock:
             self._book.workers = max(1, beat.owners)
             lost = self._book.lapse(owner) if beat.lapsed else 0
