@@ -134,13 +134,13 @@ class Floor:
         return self.bare.submit(pack(("EVALSHA", script(RESERVE).sha, 1, self.key, *self.head, *arguments)))
 
     def send_settles(self, arguments: list[bytes]) -> asyncio.Future[Any]:
-        raise AssertionError("the floor only reserves")
+        raise NotImplementedError
 
     def confirm(self, durable: str) -> asyncio.Future[None]:
-        raise AssertionError("the floor only reserves")
+        raise NotImplementedError
 
     def settled(self, group: Group, replies: Sequence[Any], now_ms: int) -> bool:
-        raise AssertionError("the floor only reserves")
+        raise NotImplementedError
 
 
 async def _beat(storage: RedisStorage) -> None:

@@ -171,9 +171,8 @@ def _both(one: str, other: str) -> Scope:
     return Scope(identify, subjects, needs_call=first.needs_call or second.needs_call)
 
 
-_SCOPES |= {
-    per: _both(*per.split(":")) for per in ("department:user", "caller:model", "user:model", "department:model")
-}
+for _per in ("department:user", "caller:model", "user:model", "department:model"):
+    _SCOPES[_per] = _both(*_per.split(":"))
 
 
 # ---------------------------------------------------------------------------------- policies
