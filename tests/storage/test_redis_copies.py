@@ -30,7 +30,7 @@ from tests.storage.values import (
 
 from asgi_llm_guard.claims import Bundle, Ended, Granted
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.base import TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
@@ -182,3 +182,18 @@ async def test_call_ids_of_a_ledger_stay_spent_in_the_copy(make: Making, clock: 
     assert answer.reason == "settled"
     assert (await settle(copy, "settled", 9, record=record("settled", 9))).status == "duplicate"
     assert await level(copy, METERS[2]) == await level(original, METERS[2])
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_a_call_admitted_again_after_its_tombstone_is_still_open_in_the_copy(
+    make: Making, clock: FrozenClock, kind: str
+) -> None:
+    """What remains of an earlier end of the same call id does not take the place of its hold."""
+    old, new, on = make(kind), make("redis"), METERS[0]
+    await take(old, "again", claim(on, 3))
+    await old.retire(ME)
+    clock.advance(ms=TOMBSTONE_MS)
+    await take(old, "again", claim(on, 4))
+    await new.load([line async for line in old.export()])
+    assert await new.open_holds() == 1
+    assert (await settle(new, "again", 1)).status == "settled"
