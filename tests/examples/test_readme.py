@@ -75,6 +75,6 @@ def test_every_promise_has_its_test() -> None:
     promises = re.findall(r"^- \*\*(?:.+\n)(?:  .+\n)*", PAGE, re.MULTILINE)
     linked = [re.findall(r"\]\((tests/[^)]+\.py)\)", promise) for promise in promises]
 
-    assert len(promises) == 5
+    assert len(promises) == 6
     assert all(linked)
     assert [path for paths in linked for path in paths if not (README.parent / path).is_file()] == []
