@@ -71,7 +71,7 @@ def test_it_is_short() -> None:
 
 
 def test_every_promise_has_its_test() -> None:
-    """Each of the five promises links to a test file that exists."""
+    """Each of the six promises links to a test file that exists."""
     promises = re.findall(r"^- \*\*(?:.+\n)(?:  .+\n)*", PAGE, re.MULTILINE)
     linked = [re.findall(r"\]\((tests/[^)]+\.py)\)", promise) for promise in promises]
 
