@@ -21,7 +21,8 @@ from asgi_llm_guard.admission import ActiveCall
 from asgi_llm_guard.events import Event, SettledCall
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.base import Storage
-from asgi_llm_guard.testing import FakeProvider, Price, _Changes
+from asgi_llm_guard.testing import FakeProvider, Price
+from asgi_llm_guard.testing.gates import Changes
 from asgi_llm_guard.usage import UsageRecord
 
 MODEL = "openai/gpt-test"
@@ -46,7 +47,7 @@ class Settlements:
 
     def __init__(self) -> None:
         self.seen: list[SettledCall] = []
-        self._changes = _Changes()
+        self._changes = Changes()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, SettledCall):
@@ -67,7 +68,7 @@ class Watch:
         self.begun = 0
         self.running = 0
         self.raised: list[type[BaseException]] = []
-        self._changes = _Changes()
+        self._changes = Changes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -282,7 +283,7 @@ async def serve(
     app: ASGIApp, on_stop: Callable[[], Awaitable[None]] | None = None, *, lifespan: str = "off", http: str = "auto"
 ) -> AsyncIterator[int]:
     """Serve `app` with uvicorn in a thread of its own; gives the port."""
-    caller, ready, ended, stopping = asyncio.get_running_loop(), asyncio.Event(), _Changes(), threading.Event()
+    caller, ready, ended, stopping = asyncio.get_running_loop(), asyncio.Event(), Changes(), threading.Event()
 
     async def run(listener: socket.socket) -> None:
         config: Any = uvicorn.Config(app, lifespan=lifespan, http=http, log_config=None, access_log=False)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""A storage that goes away."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
+from asgi_llm_guard.errors import DataLost, StorageError
+from asgi_llm_guard.storage.base import Pending, Storage
+from asgi_llm_guard.usage import UsageRecord
+
+__all__ = ["OutageStorage"]
+
+
+class OutageStorage:
+    """A storage that goes away, loses its answers or its data, and comes back, when the test says so.
+
+    Around any `Storage`, which does all the work. With `breaker` it says by itself that it is away, as storages
+    behind a wire do after a few failures, so that guards do not even try.
+    """
+
+    def __init__(self, inner: Storage, *, breaker: bool = False) -> None:
+        self.inner = inner
+        self.attempts = 0
+        """How many operations were tried while it was away."""
+        self._breaker = breaker
+        self._mode: Literal["up", "down", "silent"] = "up"
+        self._still_up = 0
+        self._unanswered = 0
+        self._epoch = 0
+        self._accepted = 0
+
+    def down(self, *, after: int = 0, unanswered: int = 0) -> None:
+        """Nothing reaches the store any more. Before that, `after` operations still work, and then so many reach it
+        of which nobody learns what became of them.
+        """
+        self._mode, self._still_up, self._unanswered = "down", after, unanswered
+
+    def lose_replies(self, *, after: int = 0) -> None:
+        """Everything reaches the store, and after so many operations nobody learns what became of them."""
+        self._mode, self._still_up = "silent", after
+
+    def up(self) -> None:
+        """It answers again."""
+        self._mode = "up"
+
+    def lose_data(self, fresh: Storage) -> None:
+        """`fresh` takes the place of the store, as after a flush or a restart without a disk."""
+        self.inner = fresh
+        self._epoch += 1
+
+    @property
+    def lost(self) -> bool:
+        """Whether its data was lost, and nobody has accepted that."""
+        return self._epoch != self._accepted
+
+    def available(self) -> bool:
+        return self._mode != "down" or not self._breaker
+
+    @property
+    def epoch(self) -> str:
+        return str(self._accepted)
+
+    async def accept_loss(self) -> None:
+        async with self._reached():
+            self._accepted = self._epoch
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        async with self._reached(decides=True):
+            return await self.inner.reserve(owner, plans)
+
+    async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended:
+        async with self._reached(decides=True):
+            return await self.inner.amend(owner, bundle)
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        mode = self._next()
+        if mode == "down":
+            return _Failed(_nobody_there())
+        pending = self.inner.settle(settlements)
+        return _Failed(_no_answer()) if mode == "silent" else pending
+
+    async def heartbeat(self, owner: str) -> Heartbeat:
+        async with self._reached():
+            return await self.inner.heartbeat(owner)
+
+    async def retire(self, owner: str) -> None:
+        async with self._reached():
+            await self.inner.retire(owner)
+
+    async def read(self, meters: Sequence[Meter]) -> tuple[Reading, ...]:
+        async with self._reached():
+            return await self.inner.read(meters)
+
+    async def reset(self, meters: Sequence[Meter]) -> None:
+        async with self._reached():
+            await self.inner.reset(meters)
+
+    async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
+        async with self._reached():
+            return await self.inner.records(since_ms=since_ms, limit=limit)
+
+    async def export(self) -> AsyncIterator[bytes]:
+        async with self._reached():
+            async for line in self.inner.export():
+                yield line
+
+    async def load(self, lines: Iterable[bytes]) -> None:
+        async with self._reached():
+            await self.inner.load(lines)
+
+    async def open_holds(self) -> int:
+        async with self._reached():
+            return await self.inner.open_holds()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+    @asynccontextmanager
+    async def _reached(self, *, decides: bool = False) -> AsyncGenerator[None]:
+        mode = self._next()
+        if mode == "down":
+            raise _nobody_there()
+        if decides and self.lost:
+            raise DataLost("the store is not the one that it was")
+        yield
+        if mode == "silent":
+            raise _no_answer()
+
+    def _next(self) -> Literal["up", "down", "silent"]:
+        if self._mode == "up":
+            return "up"
+        if self._still_up:
+            self._still_up -= 1
+            return "up"
+        self.attempts += 1
+        if self._mode == "down" and self._unanswered:
+            self._unanswered -= 1
+            return "silent"
+        return self._mode
+
+
+def _nobody_there() -> StorageError:
+    error = StorageError("nobody is there")
+    error.sent = False
+    return error
+
+
+def _no_answer() -> StorageError:
+    return StorageError("no answer came back")
+
+
+class _Failed:
+    """A settlement whose outcome is not known."""
+
+    def __init__(self, error: StorageError) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> tuple[Settled, ...]:  # noqa: ARG002 - see Pending
+        raise self._error
+
+    def add_done_callback(self, callback: Callable[[Pending[tuple[Settled, ...]]], object], /) -> None:
+        callback(self)
+
+    def __await__(self) -> Generator[object, None, tuple[Settled, ...]]:
+        raise self._error
+        yield  # pragma: no cover - makes this a generator; never reached

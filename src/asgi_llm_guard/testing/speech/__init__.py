@@ -1,0 +1,1 @@
+"""How providers speak: one file per dialect, written without the code that measures it."""
