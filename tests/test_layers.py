@@ -19,7 +19,7 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 # a layer may import itself and what its line says.
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
-    "protocols": "storage.base policies.base identity.base",
+    "protocols": "storage.base storage.entries policies.base identity.base",
     "rules": "charge denials describe estimate marks plan pricing routes storage.cells storage.counting policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "cache identity ledger storage telemetry",

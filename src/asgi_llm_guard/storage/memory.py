@@ -20,7 +20,9 @@ from asgi_llm_guard.storage import cells as verbs
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
 from asgi_llm_guard.storage.cells import Hold, Owner, State, Tombstone
 from asgi_llm_guard.storage.counting import Cell, copy, disposable
+from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
+from asgi_llm_guard.storage.memory_entries import MemoryEntries
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["MAX_RECORDS", "MemoryLedger", "MemoryMembers", "MemoryStorage"]
@@ -167,6 +169,7 @@ class MemoryStorage:
         self._owners: dict[str, Owner] = {}
         self._members = MemoryMembers()
         self._ledger = MemoryLedger(max_records)
+        self._spaces: dict[str, MemoryEntries] = {}
         self._state = State(
             cells=self._cells,
             holds=self._holds,
@@ -251,6 +254,15 @@ class MemoryStorage:
             self._begin()
             return len(self._holds)
 
+    def entries(self, space: str, bounds: Bounds | None = None) -> MemoryEntries:
+        with self._lock:
+            kept = self._spaces.get(check_space(space))
+            if kept is None:
+                kept = self._spaces[space] = MemoryEntries(self._instant, bounds or Bounds())
+            elif bounds is not None:
+                kept.bounds = bounds
+            return kept
+
     async def aclose(self) -> None:
         with self._lock:
             self._closed = True
@@ -269,10 +281,13 @@ class MemoryStorage:
 
     def _begin(self) -> int:
         """The instant of the operation that holds the lock."""
+        now_ms = self._cells.now_ms = self._instant()
+        return now_ms
+
+    def _instant(self) -> int:
         if self._closed:
             raise StorageError("memory: this storage was closed; make a new one")
-        now_ms = self._cells.now_ms = self._now()
-        return now_ms
+        return self._now()
 
     def _forget_ended(self, now_ms: int, most: int) -> None:
         ended = self._ended
