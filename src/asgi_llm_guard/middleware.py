@@ -24,8 +24,8 @@ from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import unwrapped
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
-from asgi_llm_guard.wire import dialect_for, dialect_named
-from asgi_llm_guard.wire.base import Answer, Ask, Dialect, StreamMeter
+from asgi_llm_guard.wire import dialect_for, dialect_named, is_readable
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered, render, websocket_close
@@ -47,7 +47,6 @@ _PATHS_KEPT: Final = 200
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}")
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _CLOSES: Final = frozenset({"websocket.close", "websocket.http.response.start"})
-_KEPT_BODY: Final = 8 * 1024 * 1024
 _CAUSES: Final = 8
 
 
@@ -365,9 +364,9 @@ class _Exchange:
         "denied",
         "dialect",
         "done",
+        "fed",
         "guard",
         "headers",
-        "kept",
         "left",
         "meter",
         "middleware",
@@ -377,7 +376,6 @@ class _Exchange:
         "scope",
         "send",
         "status",
-        "streaming",
         "strip",
         "view",
     )
@@ -408,11 +406,10 @@ class _Exchange:
         self.done = False
         self.status = 0
         self.strip = False
-        self.meter: StreamMeter | None = None
-        self.kept: bytearray | None = None
+        self.meter: Meter | None = None
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.left: int | None = None
-        self.streaming = False
+        self.fed = False
 
     # -------------------------------------------------------------------------------- admit
 
@@ -549,7 +546,7 @@ class _Exchange:
     async def _send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.body":
-            if self.meter is not None or self.kept is not None:
+            if self.meter is not None:
                 message = self._metered(message)
             if not self.done and (not message.get("more_body", False) or self._is_whole(message)):
                 # Handed over before the client can see the end: its next request finds this one settled.
@@ -589,40 +586,24 @@ class _Exchange:
     def _start_meter(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Read the body as it passes, if it is in a form that can be read."""
         assert self.dialect is not None  # noqa: S101 - asked for by `_start` only
-        content_type = b""
         for name, value in headers:
-            lowered = name.lower()
-            if lowered == b"content-type":
-                content_type = value.lower()
-            elif lowered == b"content-encoding" and value.lower() != b"identity":
+            if name.lower() == b"content-encoding" and value.lower() != b"identity":
                 return
-        if content_type.startswith(b"text/event-stream"):
-            self.meter = self.dialect.stream(self.strip)
-            self.streaming = True
-        elif b"json" in content_type:
-            self.kept = bytearray()
+        head = Head(self.status, headers, self.scope["path"], self.ask)
+        if is_readable(head.header(b"content-type")):
+            self.meter = self.dialect.meter(head, strip_usage=self.strip)
 
     def _metered(self, message: Message) -> Message:
+        assert self.meter is not None  # noqa: S101 - asked for by `_send` only
         body: bytes = message.get("body", b"")
-        if self.meter is not None:
-            forward = self.meter.feed(body)
-            if not message.get("more_body", False):
-                forward += self.meter.finish()
-            if forward is not body:
-                return {**message, "body": forward}
-        elif self.kept is not None:
-            if len(self.kept) + len(body) > _KEPT_BODY:
-                self.kept = None
-            else:
-                self.kept += body
-        return message
+        self.fed |= bool(body)
+        forward = self.meter.feed(body)
+        if not message.get("more_body", False):
+            forward += self.meter.finish()
+        return message if forward is body else {**message, "body": forward}
 
     def _answer(self) -> Answer | None:
-        if self.meter is not None:
-            return self.meter.answer()
-        if self.kept and self.dialect is not None:
-            return self.dialect.read_response(self.status, bytes(self.kept))
-        return None
+        return self.meter.answer() if self.meter is not None and self.fed else None
 
     def _end(self) -> None:
         self.done = True

@@ -1,4 +1,4 @@
-"""What a call used: measured tokens by bucket, and the record that the ledger keeps of it.
+"""What a call used: measured tokens by bucket, what is billed besides tokens, and the record that the ledger keeps.
 
 Buckets are inclusive: `input_tokens` includes cache reads and writes, `output_tokens` includes
 reasoning, `total = input + output`. `None` is unknown and never counted as zero.
@@ -21,6 +21,7 @@ Outcome = Literal[
     "provider_error",  # the provider answered an error without usage: no money, one iteration
     "not_dispatched",  # known not to have been sent: nothing
     "expired",  # the owner died: charged the hold
+    "cached",  # answered from the cache: nothing was sent; `usage` is what the first answer used
 ]
 
 
@@ -43,10 +44,29 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Included in `input_tokens`."""
     output_audio_tokens: int | None = None
     """Included in `output_tokens`."""
+    input_image_tokens: int | None = None
+    """Included in `input_tokens`."""
+    output_image_tokens: int | None = None
+    """Included in `output_tokens`."""
+    images: int | None = None
+    """Images that were generated, where each has its price."""
+    audio_ms: int | None = None
+    """Audio that was taken in, in milliseconds, where it is billed by its length."""
+    characters: int | None = None
+    """Characters that were spoken, where speech is billed by them."""
+    web_searches: int | None = None
+    """Searches that the provider made for the answer."""
+    search_units: int | None = None
+    """What Cohere bills a ranking by."""
+    reported_nanousd: int | None = None
+    """The cost that the provider itself reports."""
     service_tier: str | None = None
     """The tier that the response says it was served on."""
     model: str | None = None
     """The model that the response names, which is the one that is billed."""
+    extra: tuple[Usage, ...] = ()
+    """Billed beside this, each at the price of its own `model`: what other models did for the answer. Not included
+    in the counts above."""
 
     @property
     def total_tokens(self) -> int | None:
@@ -97,3 +117,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """From dispatch to the first part of the answer, in milliseconds."""
     latency_ms: int | None = None
     """From dispatch to the end of the answer, in milliseconds."""
+    attempt_of: str | None = None
+    """The call id of the first attempt, if this is another one of the same call."""
+    attempt: int = 1
+    """Which attempt of its call this is, counted from 1."""

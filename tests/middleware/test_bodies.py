@@ -244,7 +244,7 @@ async def test_changed_body_has_one_framing() -> None:
             Provider([gzip.compress(b"{}")], headers=[*JSON_HEADERS, (b"Content-Encoding", b"gzip")]),
             ("unseen", None),
         ),
-        (Provider([b'{"x": "', b"x" * (9 * 1024 * 1024), b'"}']), ("unseen", None)),
+        (Provider([b'{"x": "', b"x" * (9 * 1024 * 1024), b'"}']), ("unmetered", None)),
     ],
     ids=["json", "stream", "charset", "text", "encoded", "too long to keep"],
 )

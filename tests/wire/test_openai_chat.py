@@ -21,11 +21,12 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire import DIALECTS, _AnyItems, dialect_for, dialect_named, item_meter, meter_object
-from asgi_llm_guard.wire.base import Answer, Ask, Dialect, ErrorKind
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, ErrorKind, Head
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 from asgi_llm_guard.wire.peek import BodyError, read_body
 
 CHAT = OpenAIChat()
+STREAM = Head(200, [(b"Content-Type", b"text/event-stream; charset=utf-8")])
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL = "gpt-nova-2026-05-02"
 USAGE = Usage(
@@ -70,7 +71,7 @@ with_streams = pytest.mark.parametrize("name", STREAMS)
 
 
 def stream(*chunks: bytes, strip: bool = False) -> tuple[bytes, Answer]:
-    meter = CHAT.stream(strip)
+    meter = CHAT.meter(STREAM, strip_usage=strip)
     forwarded = b"".join([meter.feed(chunk) for chunk in chunks]) + meter.finish()
     return forwarded, meter.answer()
 
@@ -98,7 +99,7 @@ def test_request_is_read() -> None:
     """Model, limit, number of choices, streaming and the wish for usage are as the client wrote them."""
     view = read_body((FIXTURES / "request.json").read_bytes())
     assert CHAT.read_request(view) == Ask(
-        model="gpt-nova", max_output_tokens=640, choices=2, stream=True, wants_usage=True
+        model="gpt-nova", max_output_tokens=640, choices=2, stream=True, wants_usage=True, service_tier="auto"
     )
     assert ask({"model": "m"}) == Ask(model="m", max_output_tokens=None, choices=1, stream=False, wants_usage=False)
     nulls = {"max_tokens": None, "max_completion_tokens": None, "n": None, "stream": None, "stream_options": None}
@@ -229,7 +230,7 @@ def test_every_split_gives_the_same_answer(name: str) -> None:
     """Wherever a chunk ends, the answer is the same, and every chunk is forwarded at once and untouched."""
     data = (FIXTURES / name).read_bytes()
     for at in range(len(data)):
-        meter = CHAT.stream(strip_usage=False)
+        meter = CHAT.meter(STREAM, strip_usage=False)
         for piece in (data[:at], data[at:]):
             assert meter.feed(piece) is piece
         assert meter.finish() == b""
@@ -255,7 +256,7 @@ def test_stripping_removes_the_extra_chunk_only(name: str) -> None:
 
 def test_stripping_holds_back_no_finished_event() -> None:
     """An event is forwarded with the chunk that completes it."""
-    meter = CHAT.stream(strip_usage=True)
+    meter = CHAT.meter(STREAM, strip_usage=True)
     event = sse(chunk("a"))
     assert meter.feed(event + event[:20]) == event
     assert meter.feed(event[20:]) == event
@@ -270,7 +271,7 @@ def test_stripping_keeps_errors() -> None:
 
 def test_cut_stream_tells_what_it_saw() -> None:
     """A stream that is given up in the middle has its text counted and no end."""
-    meter = CHAT.stream(strip_usage=False)
+    meter = CHAT.meter(STREAM, strip_usage=False)
     meter.feed(sse(chunk("abc", model="m")))
     assert meter.answer() == Answer(kind="success", model="m", text_bytes=3, finished=False)
 
@@ -370,7 +371,7 @@ _JSON: st.SearchStrategy[Any] = (
 @given(st.lists(st.binary() | _JSON.map(lambda value: b"data: " + json.dumps(value).encode() + b"\n\n")), st.booleans())
 def test_no_bytes_break_a_stream(chunks: list[bytes], strip: bool) -> None:
     """Metering never raises; without stripping the chunks themselves come back; with it only whole events are missing."""
-    meter = CHAT.stream(strip)
+    meter = CHAT.meter(STREAM, strip_usage=strip)
     forwarded = [meter.feed(chunk) for chunk in chunks]
     rest = meter.finish()
     if strip:

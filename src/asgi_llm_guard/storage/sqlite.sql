@@ -73,7 +73,8 @@ CREATE TABLE templates (
 );
 
 -- Departments and tags are JSON lists: json_each(departments) charges a row to each of them in
--- full, a sum without it counts the row once.
+-- full, a sum without it counts the row once. `usage_more` is a JSON object with what few calls use:
+-- images, searches, what other models did.
 CREATE TABLE ledger (
     row INTEGER PRIMARY KEY,
     call_id TEXT NOT NULL UNIQUE,
@@ -99,6 +100,8 @@ CREATE TABLE ledger (
     dispatched_ms INTEGER,
     first_token_ms INTEGER,
     latency_ms INTEGER,
+    attempt_of TEXT,
+    attempt INTEGER NOT NULL,
     has_usage INTEGER NOT NULL,
     input_tokens INTEGER,
     output_tokens INTEGER,
@@ -109,7 +112,8 @@ CREATE TABLE ledger (
     input_audio_tokens INTEGER,
     output_audio_tokens INTEGER,
     service_tier TEXT,
-    usage_model TEXT
+    usage_model TEXT,
+    usage_more TEXT
 );
 
 CREATE INDEX ledger_by_time ON ledger (at_ms);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Final, cast
 
 import msgspec
@@ -141,7 +142,24 @@ def _record_of_values(values: Sequence[Any]) -> UsageRecord:
 
 # ----------------------------------------------------------------------------------- ledger
 
-_USAGE_COLUMNS: Final = tuple("usage_model" if name == "model" else name for name in Usage.__struct_fields__)
+_USAGE_FIELDS: Final = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+    "reasoning_tokens",
+    "input_audio_tokens",
+    "output_audio_tokens",
+    "service_tier",
+    "model",
+)
+"""Those with a column of their own; the others share one."""
+_MORE: Final = tuple(name for name in Usage.__struct_fields__ if name not in _USAGE_FIELDS)
+_USAGE_COLUMNS: Final = (*("usage_model" if name == "model" else name for name in _USAGE_FIELDS), "usage_more")
+_usage_values: Final = attrgetter(*_USAGE_FIELDS)
+_more_values: Final = attrgetter(*_MORE)
+_NO_MORE: Final = _more_values(Usage())
 _RECORD_FIELDS: Final = tuple(name for name in UsageRecord.__struct_fields__ if name != "usage")
 
 LEDGER_COLUMNS: Final = (*_RECORD_FIELDS, "has_usage", *_USAGE_COLUMNS)
@@ -163,7 +181,10 @@ def row_of_record(record: UsageRecord) -> tuple[object, ...]:
     values[_TAGS_AT] = msgspec.json.encode(tags).decode() if tags else "[]"
     if usage is None:
         return (*values, *_NO_USAGE)
-    return (*values, 1, *msgspec.structs.astuple(usage))
+    more = None
+    if _more_values(usage) != _NO_MORE:
+        more = msgspec.json.encode({name: value for name in _MORE if (value := getattr(usage, name))}).decode()
+    return (*values, 1, *_usage_values(usage), more)
 
 
 def record_of_row(row: Sequence[Any]) -> UsageRecord:
@@ -173,5 +194,11 @@ def record_of_row(row: Sequence[Any]) -> UsageRecord:
     fields["tags"] = tuple(msgspec.json.decode(row[_TAGS_AT]))
     fields["late"] = bool(row[_LATE_AT])
     has_usage, *usage = row[len(_RECORD_FIELDS) :]
-    fields["usage"] = Usage(**dict(zip(Usage.__struct_fields__, usage, strict=True))) if has_usage else None
+    fields["usage"] = _usage_of_row(usage) if has_usage else None
     return UsageRecord(**fields)
+
+
+def _usage_of_row(values: Sequence[Any]) -> Usage:
+    fields = dict(zip(_USAGE_FIELDS, values, strict=False))
+    more = values[-1]
+    return Usage(**fields) if more is None else msgspec.convert(fields | msgspec.json.decode(more), Usage)

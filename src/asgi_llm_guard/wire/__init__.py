@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -9,15 +10,15 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 
-__all__ = ["DIALECTS", "dialect_for", "dialect_named", "item_meter", "meter_object"]
+__all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_meter", "meter_object"]
 
 DIALECTS: Final[tuple[Dialect, ...]] = (OpenAIChat(),)
 """Every dialect there is, in the order in which objects are tried."""
 
 
-def dialect_for(path: str) -> Dialect | None:
-    """The dialect that requests to `path` speak; `None`: no dialect has such a path."""
-    return next((dialect for dialect in DIALECTS if dialect.recognises(path)), None)
+def dialect_for(path: str, host: str = "") -> Dialect | None:
+    """The dialect that requests to `path` (at `host`, where it is known) speak; `None`: no dialect has such a path."""
+    return next((dialect for dialect in DIALECTS if dialect.recognises(path, host)), None)
 
 
 def dialect_named(name: str) -> Dialect:
@@ -31,6 +32,14 @@ def dialect_named(name: str) -> Dialect:
             return dialect
     known = ", ".join(repr(dialect.name) for dialect in DIALECTS)
     raise ConfigurationError(f"dialect: expected one of {known}, got {name!r}")
+
+
+_READABLE: Final = re.compile(rb"json|^text/event-stream|^application/vnd\.amazon\.eventstream", re.IGNORECASE)
+
+
+def is_readable(content_type: bytes) -> bool:
+    """Whether a body of this type may say what a call used: JSON, or a stream of it."""
+    return _READABLE.search(content_type) is not None
 
 
 def meter_object(obj: object) -> Answer | None:

@@ -6,6 +6,7 @@ Pure code: bytes and values in, values out. Reading a request refuses what it ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -13,7 +14,10 @@ import msgspec
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.peek import BodyView
 
-__all__ = ["Answer", "Ask", "Dialect", "ErrorKind", "ItemMeter", "StreamMeter"]
+__all__ = ["Answer", "Ask", "Dialect", "ErrorKind", "Head", "Headers", "ItemMeter", "Meter"]
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""As ASGI has them: names may be in any case, and come more than once."""
 
 ErrorKind = Literal[
     "rate_limit",  # waiting helps
@@ -38,6 +42,29 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     wants_usage: bool = False
     """The client asked for the usage of the stream itself; it must not be stripped."""
+    service_tier: str | None = None
+    """The tier that the request asks for, where prices differ by it."""
+    images: int = 0
+    """At most so many images are generated, over all choices, where each has its price."""
+    characters: int = 0
+    """So many characters are to be spoken, where speech is billed by them."""
+    audio_ms: int = 0
+    """At most so much audio is sent along, in milliseconds, where it is billed by its length."""
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The head of a response, and what it answers."""
+
+    status: int
+    headers: Headers = ()
+    path: str = ""
+    """Where the request was sent."""
+    ask: Ask | None = None
+    """What the request asked for; `None`: not known."""
+
+    def header(self, name: bytes) -> bytes:
+        """The first header of this name (given in lower case); empty if there is none."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,15 +86,33 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Stream events that could not be read: not JSON, or too large. `text_bytes` is then a lower bound."""
 
 
-class StreamMeter(Protocol):
-    """Reads a streamed answer as it passes. One for each response."""
+class Meter(Protocol):
+    """Reads the body of one response as it passes: a whole body or a stream, in bounded memory."""
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of generated text so far. Cheap: it is asked for after every chunk."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """The ending given to `cut` has been forwarded: nothing more is."""
+        ...
 
     def feed(self, chunk: bytes) -> bytes:
-        """What to forward now. Without stripping it is `chunk` itself; never raises, whatever the bytes."""
+        """What to forward now. Without stripping or cutting it is `chunk` itself; never raises, whatever the bytes."""
+        ...
+
+    def cut(self, ending: bytes) -> bytes:
+        """End the stream for the client: forward what is left of the event that has begun, then `ending`.
+
+        Gives what to forward at once: `ending`, if no event has begun; else it comes with a later `feed`, or with
+        `finish`. What is fed after it is still read, and not forwarded.
+        """
         ...
 
     def finish(self) -> bytes:
-        """The stream has ended by itself: what is still to be forwarded. Not for streams that were cut."""
+        """The stream has ended by itself: what is still to be forwarded. Not for streams that broke off."""
         ...
 
     def answer(self) -> Answer:
@@ -100,8 +145,8 @@ class Dialect(Protocol):
         """The provider that alone speaks it; `None`: many do, and the dialect does not tell which."""
         ...
 
-    def recognises(self, path: str) -> bool:
-        """Whether requests to this path speak it."""
+    def recognises(self, path: str, host: str = "") -> bool:
+        """Whether POST requests to this path speak it, and are billed. `host`: where it is known, in lower case."""
         ...
 
     def read_request(self, view: BodyView, path: str = "") -> Ask:
@@ -126,8 +171,12 @@ class Dialect(Protocol):
         """What a whole response says. A body that cannot be read is an answer without usage."""
         ...
 
-    def stream(self, strip_usage: bool) -> StreamMeter:
-        """A meter for a streamed response. `strip_usage`: the guard asked for usage and the client did not."""
+    def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:
+        """A meter for the body of a response, which must not be content-encoded.
+
+        `strip_usage`: the guard asked for usage and the client did not. A body of a kind that cannot be read gives
+        a meter that forwards it, and says what is known without it.
+        """
         ...
 
     def read_object(self, obj: object) -> Answer | None:

@@ -6,28 +6,34 @@ Source: https://platform.openai.com/docs/api-reference/chat, and the types of op
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-from collections.abc import Iterable, Mapping
 from typing import Annotated, Final
 
 import msgspec
 
 from asgi_llm_guard.usage import Usage
-from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, ItemMeter, StreamMeter
+from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
+from asgi_llm_guard.wire.meters import Streamed, Whole
 from asgi_llm_guard.wire.peek import BodyError, BodyView
+from asgi_llm_guard.wire.shape import (
+    LONGEST_NAME,
+    MOST_CHOICES,
+    MOST_TOKENS,
+    count_of,
+    decode,
+    first_count,
+    items,
+    name_of,
+    path_parts,
+    pick,
+    text_length,
+    within,
+)
 from asgi_llm_guard.wire.sse import Block, Blocks
 
 __all__ = ["OpenAIChat"]
 
-_MOST_TOKENS: Final = 2**31 - 1
-"""No request may ask for more, and a report of more is not believed."""
-_MOST_CHOICES: Final = 65_536  # times _MOST_TOKENS still an exact amount in every storage
-_LONGEST_NAME: Final = 256
-
 _LIMITS: Final = ("max_completion_tokens", "max_tokens")
-logger = logging.getLogger(__name__)
 
 
 class OpenAIChat:
@@ -38,9 +44,9 @@ class OpenAIChat:
     name: Final = "openai"
     provider: Final = None
 
-    def recognises(self, path: str) -> bool:
+    def recognises(self, path: str, host: str = "") -> bool:  # noqa: ARG002 - many hosts speak it
         """Whether `path` ends in `/chat/completions`; doubled and trailing slashes make no difference."""
-        return _parts(path)[-2:] == ["chat", "completions"]
+        return path_parts(path)[-2:] == ["chat", "completions"]
 
     def read_request(self, view: BodyView, path: str = "") -> Ask:
         """What the request asks for.
@@ -52,19 +58,20 @@ class OpenAIChat:
         Raises:
             BodyError: `model` is missing, or one of the values read here is malformed.
         """
-        model = _deployment(path) or view.text("model", longest=_LONGEST_NAME)
+        model = _deployment(path) or view.text("model", longest=LONGEST_NAME)
         if model is None:
             raise BodyError("invalid_request", 400, "model: required, got none", "model")
-        limits = [limit for name in _LIMITS if (limit := view.whole(name, least=0, most=_MOST_TOKENS)) is not None]
+        limits = [limit for name in _LIMITS if (limit := view.whole(name, least=0, most=MOST_TOKENS)) is not None]
         stream = view.flag("stream")
         options = view.inside("stream_options")
         wants_usage = options is not None and options.flag("include_usage")
         return Ask(
             model=model,
             max_output_tokens=max(limits) if limits and min(limits) > 0 else None,
-            choices=view.whole("n", least=1, most=_MOST_CHOICES) or 1,
+            choices=view.whole("n", least=1, most=MOST_CHOICES) or 1,
             stream=stream,
             wants_usage=stream and wants_usage,
+            service_tier=_text(view, "service_tier"),
         )
 
     def rewrite(self, view: BodyView, *, include_usage: bool, max_output_tokens: int | None) -> bytes:
@@ -85,7 +92,7 @@ class OpenAIChat:
                 changes["stream_options"] = msgspec.Raw(options.replace({"include_usage": True}))
         if max_output_tokens is not None:
             present = {
-                name: limit for name in _LIMITS if (limit := view.whole(name, least=0, most=_MOST_TOKENS)) is not None
+                name: limit for name in _LIMITS if (limit := view.whole(name, least=0, most=MOST_TOKENS)) is not None
             }
             for name, limit in (present or {_LIMITS[0]: 0}).items():
                 if limit == 0 or limit > max_output_tokens:
@@ -102,25 +109,27 @@ class OpenAIChat:
             else:
                 if completion.object != "error":
                     return _of_plain(completion)
-        value = _decode(body)
+        value = decode(body)
         if not 200 <= status < 300:
-            return Answer(kind="error", error=_classify(status, value), usage=_usage(_pick(value, "usage")))
+            return Answer(kind="error", error=_classify(status, value), usage=_usage(pick(value, "usage")))
         tally = _Tally()
         tally.add(value)
         return tally.answer(whole=True)
 
-    def stream(self, strip_usage: bool) -> StreamMeter:
-        """A meter for a streamed response."""
-        return _Stream(strip_usage)
+    def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:
+        """A meter for the body of a response: server-sent events, or one JSON value."""
+        if head.header(b"content-type").lower().startswith(b"text/event-stream"):
+            return Streamed(Blocks(), _Tally(), strip=strip_usage)
+        return Whole(lambda body: self.read_response(head.status, body))
 
     def read_object(self, obj: object) -> Answer | None:
         """What an object says: a chat completion as a model or a dict, an HTTP response, or an SDK's status error."""
-        status = _pick(obj, "status_code")
+        status = pick(obj, "status_code")
         if isinstance(status, int) and isinstance(obj, BaseException):
-            return Answer(kind="error", error=_classify(status, _pick(obj, "body")))
+            return Answer(kind="error", error=_classify(status, pick(obj, "body")))
         if isinstance(status, int):
-            content = _pick(obj, "content")
-            if not isinstance(content, bytes) or not _is_ours(_decode(content)):
+            content = pick(obj, "content")
+            if not isinstance(content, bytes) or not _is_ours(decode(content)):
                 return None
             return self.read_response(status, content)
         if not _is_ours(obj):
@@ -139,7 +148,7 @@ class OpenAIChat:
 # Nearly every response is one, and to decode only what is read of it takes a third of the time. What does not
 # fit these types is read by shape, as all the rest is, and gives the same answer.
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0, le=_MOST_TOKENS)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
 class _Function(msgspec.Struct):
@@ -213,7 +222,7 @@ def _of_plain(completion: _Plain) -> Answer:
         stored=of_input.cache_write_tokens,
         reasoning=of_output.reasoning_tokens,
         audio=(of_input.audio_tokens, of_output.audio_tokens),
-        names=(_name(completion.model), _name(completion.service_tier)),
+        names=(name_of(completion.model), name_of(completion.service_tier)),
     )
     size = 0
     for choice in completion.choices:
@@ -236,48 +245,58 @@ _NOTHING_OF_OUTPUT: Final = _OfOutput()
 class _Tally:
     """What an answer says, from its chunks or as one piece. The last report of usage wins; none are summed."""
 
-    __slots__ = ("_done", "_error", "_model", "_open", "_text_bytes", "_tier", "_usage")
+    __slots__ = ("_done", "_error", "_model", "_open", "_tier", "_undecoded", "_usage", "text_bytes")
 
     def __init__(self) -> None:
         self._model: str | None = None
         self._tier: str | None = None
         self._usage: Usage | None = None
         self._error: ErrorKind | None = None
-        self._text_bytes = 0
+        self.text_bytes = 0
+        self._undecoded = 0
         self._open: dict[int, bool] = {}
         self._done = False
 
     def add(self, value: object) -> bool:
         """Count a completion, a chunk or an error; `False`: it is none of them."""
-        choices = _pick(value, "choices")
+        choices = pick(value, "choices")
         if _error_of(value) is not None:
             self._error = _classify(None, value)
         elif not isinstance(choices, (list, tuple)):
             return False
-        if (model := _pick(value, "model")) != self._model:
-            self._model = _name(model) or self._model
-        if (tier := _pick(value, "service_tier")) != self._tier:
-            self._tier = _name(tier) or self._tier
+        if (model := pick(value, "model")) != self._model:
+            self._model = name_of(model) or self._model
+        if (tier := pick(value, "service_tier")) != self._tier:
+            self._tier = name_of(tier) or self._tier
         # Groq reports in its own place as well, and there even when nobody asked.
-        usage = _usage(_pick(value, "usage")) or _usage(_pick(_pick(value, "x_groq"), "usage"))
+        usage = _usage(pick(value, "usage")) or _usage(pick(pick(value, "x_groq"), "usage"))
         if usage is not None and (usage.total_tokens is not None or self._usage is None):
             self._usage = usage
-        for choice in _items(choices):
-            self._text_bytes += _text_bytes(_pick(choice, "delta") or _pick(choice, "message"))
-            index = _pick(choice, "index")
-            if not isinstance(index, int) or not 0 <= index < _MOST_CHOICES:
+        for choice in items(choices):
+            self.text_bytes += _text_bytes(pick(choice, "delta") or pick(choice, "message"))
+            index = pick(choice, "index")
+            if not isinstance(index, int) or not 0 <= index < MOST_CHOICES:
                 index = 0
             # Sticky: OpenRouter reports usage beside a choice that has ended before.
-            self._open[index] = self._open.get(index, True) and _pick(choice, "finish_reason") is None
+            self._open[index] = self._open.get(index, True) and pick(choice, "finish_reason") is None
         return True
 
-    def fail(self) -> None:
-        """Count an error that says no more than that."""
-        self._error = self._error or "other"
-
-    def done(self) -> None:
-        """Count the stream's end marker."""
-        self._done = True
+    def event(self, block: Block) -> bool:
+        """Count the block. Whether it is the chunk that only reports usage, which not every client can take."""
+        data = block.data
+        if data is None:
+            return False
+        if data.strip() == b"[DONE]":
+            self._done = True
+            return False
+        value = decode(data)
+        self.add(value)
+        if block.error:
+            self._error = self._error or "other"
+        elif value is None:
+            self._undecoded += 1
+        alone = pick(value, "choices") == [] and _error_of(value) is None
+        return alone and isinstance(pick(value, "usage"), dict)
 
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
@@ -290,53 +309,10 @@ class _Tally:
             usage=usage,
             model=self._model,
             error=self._error,
-            text_bytes=self._text_bytes,
+            text_bytes=self.text_bytes,
             finished=ended and self._error is None,
-            unread=unread,
+            unread=unread + self._undecoded,
         )
-
-
-class _Stream:
-    """The meter of one streamed response."""
-
-    __slots__ = ("_blocks", "_strip", "_tally", "_undecoded")
-
-    def __init__(self, strip: bool) -> None:
-        self._blocks = Blocks()
-        self._strip = strip
-        self._tally = _Tally()
-        self._undecoded = 0
-
-    def feed(self, chunk: bytes) -> bytes:
-        forward = self._read(self._blocks.feed(chunk))
-        return forward if self._strip else chunk
-
-    def finish(self) -> bytes:
-        forward = self._read(self._blocks.finish())
-        return forward if self._strip else b""
-
-    def answer(self) -> Answer:
-        return self._tally.answer(unread=self._undecoded + self._blocks.passed_over)
-
-    def _read(self, blocks: list[Block]) -> bytes:
-        return b"".join([block.raw for block in blocks if not self._extra(block)])
-
-    def _extra(self, block: Block) -> bool:
-        """Count the block. Whether it is the chunk that only reports usage, which not every client can take."""
-        data = block.data
-        if data is None:
-            return False
-        if data.strip() == b"[DONE]":
-            self._tally.done()
-            return False
-        value = _decode(data)
-        self._tally.add(value)
-        if block.error:
-            self._tally.fail()
-        elif value is None:
-            self._undecoded += 1
-        alone = _pick(value, "choices") == [] and _error_of(value) is None
-        return alone and isinstance(_pick(value, "usage"), dict)
 
 
 class _Items:
@@ -346,7 +322,7 @@ class _Items:
 
     def __init__(self) -> None:
         self._tally = _Tally()
-        self._raw = _Stream(strip=False)
+        self._raw = Streamed(Blocks(), _Tally())
         self._known = False
 
     def add(self, item: object) -> None:
@@ -355,7 +331,7 @@ class _Items:
         if isinstance(item, bytes):
             self._raw.feed(item)
             return
-        for shape in (item, _pick(item, "chunk")):  # the SDK's own events wrap the chunk
+        for shape in (item, pick(item, "chunk")):  # the SDK's own events wrap the chunk
             if _is_ours(shape):
                 self._known = True
                 self._tally.add(shape)
@@ -367,16 +343,17 @@ class _Items:
         return raw if raw.text_bytes or raw.usage or raw.error or raw.model else None
 
 
-def _parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if part]
+def _text(view: BodyView, member: str) -> str | None:
+    value = view.get(member) if member in view else None
+    return value if isinstance(value, str) else None
 
 
 def _deployment(path: str) -> str | None:
     """The model in `/openai/deployments/{model}/chat/completions`."""
     if "deployments" not in path:
         return None
-    parts = _parts(path)[-4:]
-    return parts[1] if len(parts) == 4 and parts[0] == "deployments" and _name(parts[1]) else None
+    parts = path_parts(path)[-4:]
+    return parts[1] if len(parts) == 4 and parts[0] == "deployments" and name_of(parts[1]) else None
 
 
 def _is_ours(value: object) -> bool:
@@ -384,54 +361,16 @@ def _is_ours(value: object) -> bool:
 
     A function's own `{"error": "…"}` has not: it says nothing of the calls that were made.
     """
-    if isinstance(_pick(value, "choices"), (list, tuple)):
+    if isinstance(pick(value, "choices"), (list, tuple)):
         return True
-    error = _pick(value, "error")
+    error = pick(value, "error")
     return (
-        _pick(value, "type") != "error"  # Anthropic's envelope
-        and _pick(value, "object") in (None, "error")
+        pick(value, "type") != "error"  # Anthropic's envelope
+        and pick(value, "object") in (None, "error")
         and isinstance(error, dict)
         and isinstance(error.get("message"), str)
         and ("type" in error or "code" in error)
     )
-
-
-def _decode(data: bytes) -> object:
-    """The JSON value in `data`; `None` when it is none."""
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, ValueError):
-        pass
-    try:  # servers written in Python send NaN as a log probability, and halves of surrogate pairs
-        return json.loads(data.decode("utf-8", "replace"))
-    except (RecursionError, ValueError):
-        return None
-
-
-def _pick(value: object, name: str) -> object:
-    """The member `name` of a dict, or the attribute of another object; `None` when there is none."""
-    if type(value) is dict:
-        return value.get(name)
-    if value is None or isinstance(value, (str, int, float, list, tuple)):
-        return None
-    if isinstance(value, Mapping):
-        return value.get(name)
-    try:
-        return getattr(value, name, None)
-    except Exception:  # a property of somebody else's class may raise anything (httpx: ResponseNotRead)
-        logger.debug("%s.%s could not be read for metering", type(value).__name__, name, exc_info=True)
-        return None
-
-
-def _items(value: object) -> Iterable[object]:
-    return value if isinstance(value, (list, tuple)) else ()
-
-
-def _name(value: object) -> str | None:
-    """A name as it may stand in records and labels; `None` for anything else, such as Azure's empty first one."""
-    if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable():
-        return value
-    return None
 
 
 def _text_bytes(message: object) -> int:
@@ -439,34 +378,27 @@ def _text_bytes(message: object) -> int:
     if message is None:
         return 0
     # vLLM sends its reasoning under both names.
-    reasoning = _pick(message, "reasoning_content") or _pick(message, "reasoning")
-    size = _length(_pick(message, "content")) + _length(_pick(message, "refusal")) + _length(reasoning)
-    size += _length(_pick(_pick(message, "audio"), "transcript"))
-    for call in _items(_pick(message, "tool_calls")):
-        size += _function_bytes(_pick(call, "function"))
-    return size + _function_bytes(_pick(message, "function_call"))
+    reasoning = pick(message, "reasoning_content") or pick(message, "reasoning")
+    size = _length(pick(message, "content")) + _length(pick(message, "refusal")) + _length(reasoning)
+    size += _length(pick(pick(message, "audio"), "transcript"))
+    for call in items(pick(message, "tool_calls")):
+        size += _function_bytes(pick(call, "function"))
+    return size + _function_bytes(pick(message, "function_call"))
 
 
 def _function_bytes(function: object) -> int:
-    return 0 if function is None else _length(_pick(function, "name")) + _length(_pick(function, "arguments"))
+    return 0 if function is None else _length(pick(function, "name")) + _length(pick(function, "arguments"))
 
 
 def _length(text: object) -> int:
-    if text is None:
-        return 0
-    if isinstance(text, str):
-        return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if text is None or isinstance(text, str):
+        return text_length(text)
     # Mistral's content may be a list of parts, with thinking as parts inside a part.
-    parts = [part for item in _items(text) for part in (item, *_items(_pick(item, "thinking")))]
-    return sum(_length(piece) for part in parts if isinstance(piece := _pick(part, "text"), str))
+    parts = [part for item in items(text) for part in (item, *items(pick(item, "thinking")))]
+    return sum(_length(piece) for part in parts if isinstance(piece := pick(part, "text"), str))
 
 
 # ------------------------------------------------------------------------------------ usage
-
-
-def _count(value: object) -> int | None:
-    """A number of tokens; `None` for what is not believable as one."""
-    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else None
 
 
 def _usage(report: object) -> Usage | None:
@@ -476,18 +408,18 @@ def _usage(report: object) -> Usage | None:
     """
     if report is None:
         return None
-    entered, written = _count(_pick(report, "prompt_tokens")), _count(_pick(report, "completion_tokens"))
+    entered, written = count_of(pick(report, "prompt_tokens")), count_of(pick(report, "completion_tokens"))
     if entered is None and written is None:
         return None
-    of_input, of_output = _pick(report, "prompt_tokens_details"), _pick(report, "completion_tokens_details")
+    of_input, of_output = pick(report, "prompt_tokens_details"), pick(report, "completion_tokens_details")
     return _usage_of(
         entered,
         written,
-        total=_count(_pick(report, "total_tokens")),
-        cached=_first(_pick(of_input, "cached_tokens"), _pick(report, "num_cached_tokens")),  # the latter: Mistral
-        stored=_count(_pick(of_input, "cache_write_tokens")),
-        reasoning=_count(_pick(of_output, "reasoning_tokens")),
-        audio=(_count(_pick(of_input, "audio_tokens")), _count(_pick(of_output, "audio_tokens"))),
+        total=count_of(pick(report, "total_tokens")),
+        cached=first_count(pick(of_input, "cached_tokens"), pick(report, "num_cached_tokens")),  # the latter: Mistral
+        stored=count_of(pick(of_input, "cache_write_tokens")),
+        reasoning=count_of(pick(of_output, "reasoning_tokens")),
+        audio=(count_of(pick(of_input, "audio_tokens")), count_of(pick(of_output, "audio_tokens"))),
     )
 
 
@@ -514,20 +446,12 @@ def _usage_of(
         output_tokens=written,
         cache_read_tokens=cached,
         cache_write_tokens=stored,
-        reasoning_tokens=_within(reasoning, written),
-        input_audio_tokens=_within(audio[0], entered),
-        output_audio_tokens=_within(audio[1], written),
+        reasoning_tokens=within(reasoning, written),
+        input_audio_tokens=within(audio[0], entered),
+        output_audio_tokens=within(audio[1], written),
         model=names[0],
         service_tier=names[1],
     )
-
-
-def _first(*values: object) -> int | None:
-    return next((count for value in values if (count := _count(value)) is not None), None)
-
-
-def _within(part: int | None, whole: int | None) -> int | None:
-    return part if part is not None and whole is not None and part <= whole else None
 
 
 # ----------------------------------------------------------------------------------- errors
@@ -582,16 +506,16 @@ def _error_of(value: object) -> object:
     """The error in an answer, under `error` or without an envelope, alone in a list or not; `None`: there is none."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if _pick(value, "object") == "error":
-        return _pick(value, "error") or value
-    return _pick(value, "error") or None
+    if pick(value, "object") == "error":
+        return pick(value, "error") or value
+    return pick(value, "error") or None
 
 
 def _classify(status: int | None, value: object) -> ErrorKind:
     """What kind of error an answer is; `status` is `None` in the middle of a stream."""
     error = _error_of(value) or value
-    code, kind = _pick(error, "code"), _pick(error, "type") or _pick(error, "status")
-    message = error if isinstance(error, str) else _pick(error, "message")
+    code, kind = pick(error, "code"), pick(error, "type") or pick(error, "status")
+    message = error if isinstance(error, str) else pick(error, "message")
     text = message[:4096].lower() if isinstance(message, str) else ""
     if status is None and type(code) is int:  # OpenRouter and vLLM put the status there
         status = code
@@ -603,7 +527,7 @@ def _classify(status: int | None, value: object) -> ErrorKind:
     for word in (code, kind):
         if isinstance(word, str) and word in _KINDS:
             return _KINDS[word]
-    if status == 402 and _pick(_pick(error, "metadata"), "limit_source") == "openrouter_in_flight_budget":
+    if status == 402 and pick(pick(error, "metadata"), "limit_source") == "openrouter_in_flight_budget":
         return "rate_limit"
     if status in _STATUSES:
         return _STATUSES[status]

@@ -46,6 +46,16 @@ class Blocks:
         self.passed_over = 0
         """How many blocks were too long to be read."""
 
+    @property
+    def pending(self) -> int:
+        """How many bytes of an unfinished block have been fed."""
+        return len(self._tail)
+
+    @property
+    def terminator(self) -> bytes:
+        """What ends a block that broke off."""
+        return b"\n\n"
+
     def feed(self, chunk: bytes) -> list[Block]:
         """The blocks that `chunk` completes."""
         tail = self._tail
