@@ -122,7 +122,6 @@ class Describer:
         provider = found or provider
         card = self.prices.resolve(provider, bare)
         window = card.context_window if card is not None else None
-        tier = view.get("service_tier") if "service_tier" in view else None
         call = Call(
             provider=provider,
             model=bare,
@@ -133,7 +132,7 @@ class Describer:
             max_output_tokens=ask.max_output_tokens,
             choices=ask.choices,
             stream=ask.stream,
-            service_tier=tier if isinstance(tier, str) else None,
+            service_tier=ask.service_tier,
         )
         return self.prices.quote(call, self._clock.now_ms(), service_tier=call.service_tier)
 
