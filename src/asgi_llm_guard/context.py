@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 
-__all__ = ["Call", "Context"]
+__all__ = ["CacheWrites", "Call", "Context"]
+
+CacheWrites = Literal["none", "5m", "1h"]
+"""What of its input a call can have written to the provider's cache: nothing, for the usual time, for a longer one
+(which costs more)."""
 
 _NO_PARAMS: Mapping[str, object] = {}
 
@@ -80,6 +85,19 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     service_tier: str | None = None
     """The tier that the request asks for, where prices differ by it."""
+    cache_writes: CacheWrites = "1h"
+    may_have_audio: bool = True
+    """Its input may be audio in part."""
+    images: int = 0
+    """At most so many images are generated, over all choices, where each has its price."""
+    audio_ms: int = 0
+    """At most so much audio is sent along, in milliseconds, where it is billed by its length."""
+    characters: int = 0
+    """At most so many characters are spoken, where speech is billed by them."""
+    web_searches: int = 0
+    """At most so many searches are made by the provider."""
+    search_units: int = 0
+    """At most so many units of a ranking, where it is billed by them."""
     cost_nanousd: int | None = None
     """At most this cost; `None`: no price is known for the model."""
     input_nanousd: int = 0

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import genai_prices.types as genai
+import msgspec
 import pytest
 from genai_prices.data import providers as genai_providers
 from hypothesis import given
@@ -48,16 +49,45 @@ def usages(draw: st.DrawFn, tiers: list[str | None]) -> Usage:
     read = draw(st.integers(0, input_tokens))
     write = draw(st.integers(0, input_tokens - read))
     reasoning = draw(st.integers(0, output_tokens))
+    audio = draw(st.integers(0, input_tokens))
+    spoken = draw(st.integers(0, output_tokens - reasoning))
     return Usage(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         cache_read_tokens=read,
         cache_write_tokens=write,
         cache_write_1h_tokens=draw(st.integers(0, write)),
-        input_audio_tokens=draw(st.integers(0, input_tokens)),
+        input_audio_tokens=audio,
+        input_image_tokens=draw(st.none() | st.integers(0, input_tokens - audio)),
         reasoning_tokens=reasoning,
-        output_audio_tokens=draw(st.integers(0, output_tokens - reasoning)),
+        output_audio_tokens=spoken,
+        output_image_tokens=draw(st.none() | st.integers(0, output_tokens - reasoning - spoken)),
+        images=draw(counts),
+        audio_ms=draw(counts),
+        characters=draw(counts),
+        web_searches=draw(counts),
+        search_units=draw(counts),
         service_tier=draw(st.sampled_from(tiers)),
+    )
+
+
+counts = st.none() | st.integers(0, 5_000)
+
+
+def bounding(model: tuple[str, str], usage: Usage, spare: tuple[int, int] = (0, 0)) -> Call:
+    """The tightest call that a usage is within, but for `spare` tokens."""
+    return Call(
+        provider=model[0],
+        model=model[1],
+        input_tokens=(usage.input_tokens or 0) + spare[0],
+        output_tokens=(usage.output_tokens or 0) + spare[1],
+        cache_writes="1h" if usage.cache_write_1h_tokens else "5m" if usage.cache_write_tokens else "none",
+        may_have_audio=bool(usage.input_audio_tokens),
+        images=usage.images or 0,
+        audio_ms=usage.audio_ms or 0,
+        characters=usage.characters or 0,
+        web_searches=usage.web_searches or 0,
+        search_units=usage.search_units or 0,
     )
 
 
@@ -72,39 +102,42 @@ def usages(draw: st.DrawFn, tiers: list[str | None]) -> Usage:
 def test_no_cost_is_above_its_quote(
     model: tuple[str, str], book: str, usage: Usage, spare: tuple[int, int], at_ms: int, later_ms: int
 ) -> None:
-    """Whatever the model, its prices, the buckets, the tier (priority apart) and the hour: cost <= quote."""
+    """T4, S4: whatever the model, its prices, the buckets and units, the tier (priority apart) and the hour: cost <= quote."""
     prices = BOOKS[book]
-    call = Call(
-        provider=model[0],
-        model=model[1],
-        input_tokens=(usage.input_tokens or 0) + spare[0],
-        output_tokens=(usage.output_tokens or 0) + spare[1],
-    )
+    call = bounding(model, usage, spare)
     quoted = prices.quote(call, at_ms).cost_nanousd
     cost = prices.cost(model[0], model[1], usage, at_ms + later_ms, call=call).nanousd
+    card = prices.resolve(*model)
+    assert card is not None
+    if card.by_unit and quoted is None:
+        assert not cost  # nothing that it is billed by was bounded, and nothing was used
+        return
     assert quoted is not None
-    assert cost is not None
+    if cost is None:  # something was used that has no price, and of tokens there are none
+        assert card.by_unit or not usage.total_tokens
+        return
     assert 0 <= cost <= quoted
 
 
 @given(
     model=st.sampled_from([m for m in MODELS if m[0] in ("openai", "anthropic", "google", "aws", "x-ai")]),
-    usage=usages(["priority", "fast"]),
+    asked=st.sampled_from(["priority", "fast", "ultrafast"]),
+    usage=usages([None]),
     at_ms=st.integers(NOW_MS - 60 * DAY_MS, NOW_MS + 60 * DAY_MS),
 )
 def test_no_cost_is_above_its_quote_on_the_tier_that_was_asked_for(
-    model: tuple[str, str], usage: Usage, at_ms: int
+    model: tuple[str, str], asked: str, usage: Usage, at_ms: int
 ) -> None:
-    """A request for a dearer tier is quoted at it, and at the standard one if that is dearer."""
+    """A request for a dearer tier is quoted at it, at the one that it comes back as, and at the standard one."""
     prices = BOOKS["genai"]
-    call = Call(
-        provider=model[0], model=model[1], input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0
-    )
-    quoted = prices.quote(call, at_ms, service_tier=usage.service_tier).cost_nanousd
-    cost = prices.cost(model[0], model[1], usage, at_ms, call=call).nanousd
-    assert quoted is not None
-    assert cost is not None
-    assert cost <= quoted
+    call = bounding(model, usage)
+    quoted = prices.quote(call, at_ms, service_tier=asked).cost_nanousd
+    served = {"fast": ("fast", "priority"), "priority": ("fast", "priority")}.get(asked, (asked,))
+    for tier in (*served, "default"):
+        on_tier = msgspec.structs.replace(usage, service_tier=tier)
+        cost = prices.cost(model[0], model[1], on_tier, at_ms, call=call).nanousd
+        assert cost is None or quoted is not None or cost == 0
+        assert (cost or 0) <= (quoted or 0)
 
 
 def test_a_dearer_tier_is_quoted_dearer() -> None:
@@ -126,7 +159,7 @@ def test_what_would_fit_fits(model: tuple[str, str], left: int, input_tokens: in
     prices = BOOKS["genai"]
     call = Call(provider=model[0], model=model[1], input_tokens=input_tokens, output_tokens=choices, choices=choices)
     quoted = prices.quote(call, NOW_MS)
-    if quoted.output_picousd == 0 or quoted.input_nanousd > left:
+    if quoted.cost_nanousd is None or quoted.output_picousd == 0 or quoted.input_nanousd > left:
         return
     each = (left - quoted.input_nanousd) * 1000 // quoted.output_picousd
     fitting = Call(

@@ -102,9 +102,47 @@ BOOK = PriceBook.snapshot()
             "0.001",
             id="gemini audio",
         ),
-        # As above: images 30 out, text 2.50; which it is, usage does not say.
+        # As above: images 30 out, text 2.50; 1,290 tokens for an image of 1,024 x 1,024.
         pytest.param(
-            "gemini", "gemini-2.5-flash-image", Usage(input_tokens=0, output_tokens=1_290), "0.0387", id="image out"
+            "gemini",
+            "gemini-2.5-flash-image",
+            Usage(input_tokens=0, output_tokens=1_390, output_image_tokens=1_290),
+            "0.03895",
+            id="image out",
+        ),
+        pytest.param(
+            "gemini", "gemini-2.5-flash-image", Usage(input_tokens=0, output_tokens=1_290), "0.0387", id="image or text out"
+        ),
+        # https://developers.openai.com/api/docs/pricing, 2026-11-21: gpt-image-1.5, text 5 in, 10 out, images 8 in, 32 out.
+        pytest.param(
+            "openai",
+            "gpt-image-1.5",
+            Usage(input_tokens=350, output_tokens=4_160, input_image_tokens=300, output_image_tokens=4_160, images=1),
+            "0.13577",  # 50 x 5 + 300 x 8 + 4,160 x 32
+            id="gpt-image",
+        ),
+        # As above: whisper 0.006 a minute, tts-1 15 a million characters.
+        pytest.param("openai", "whisper-1", Usage(audio_ms=90_000), "0.009", id="whisper"),
+        pytest.param("openai", "tts-1", Usage(characters=4_096), "0.06144", id="speech"),
+        # As above: 10 for a thousand web searches.
+        pytest.param(
+            "openai", "gpt-4o", Usage(input_tokens=1_000, output_tokens=500, web_searches=3), "0.0375", id="searches"
+        ),
+        # https://platform.claude.com/docs/en/about-claude/pricing, 2026-11-21: 10 for a thousand.
+        pytest.param(
+            "anthropic",
+            "claude-sonnet-4-5",
+            Usage(input_tokens=1_000, output_tokens=0, web_searches=2),
+            "0.023",
+            id="claude searches",
+        ),
+        # https://docs.mistral.ai/deployment/ai-studio/pricing, 2026-11-21: voxtral-small, 0.1 in, 0.4 out, 0.004 a minute.
+        pytest.param(
+            "mistral",
+            "voxtral-small-24b-2507",
+            Usage(input_tokens=1_000, output_tokens=1_000, audio_ms=60_000),
+            "0.00450002",  # rounded up to whole pico-dollars for a millisecond
+            id="tokens and minutes",
         ),
         # https://docs.perplexity.ai/getting-started/pricing, 2026-11-21: 3 in, 15 out, and 14 for a thousand calls.
         pytest.param(
@@ -272,8 +310,25 @@ def test_what_is_not_in_the_price_is_named() -> None:
     """M9: what a provider bills besides tokens is listed on the card, so that a partial price can be seen."""
     card = BOOK.resolve("openai", "gpt-4o")
     assert card is not None
-    assert "web_searches_kcount" in card.also
+    assert "storage_searches_kcount" in card.also
     assert "gpt-4o" in repr(card)
+
+
+@pytest.mark.parametrize(
+    "provider, model, usage, dollars",
+    [
+        # https://cohere.com/pricing, 2026-11: 2 for a thousand rankings.
+        ("cohere", "rerank-v3.5", Usage(search_units=3), "0.006"),
+        ("azure", "dall-e-3", Usage(images=2), "0.264"),
+        ("xai", "grok-imagine-image", Usage(images=3), "0.06"),
+    ],
+)
+def test_units_that_only_the_second_source_has(provider: str, model: str, usage: Usage, dollars: str) -> None:
+    """Rankings and images that the first source does not list cost what the second one says."""
+    cost = BOOK.cost(provider, model, usage, NOON_MS)
+    assert cost.nanousd is not None
+    assert abs(from_nano(cost.nanousd) - Decimal(dollars)) < Decimal("0.000001")
+    assert cost.source == "litellm cost map 1.109.1, 2026-11-21"
 
 
 def test_prices_that_only_the_second_source_has() -> None:

@@ -268,3 +268,51 @@ def test_error_in_the_rule_for_conflicts() -> None:
     """An unknown rule for conflicts is refused."""
     with pytest.raises(ConfigurationError, match="on_conflict: expected 'genai' or 'max', got 'min'"):
         PriceBook.snapshot(on_conflict="min")  # type: ignore[arg-type]
+
+
+def test_prices_of_other_units() -> None:
+    """S4: images, minutes of audio, characters, searches and rankings are stated in dollars for so many of them."""
+    book = PriceBook.snapshot(
+        overrides={
+            "openai/our-images": {"per_image": 0.04},
+            "openai/our-ears": {"per_audio_minute": 0.006},
+            "openai/our-voice": {"per_million_characters": 15},
+            "cohere/our-ranking": {"per_search_unit": "0.002"},
+            "gpt-4o": {"per_web_search": 0.02},
+        }
+    )
+    assert cost(book, "openai", "our-images", Usage(images=3)) == 120_000_000
+    assert cost(book, "openai", "our-ears", Usage(audio_ms=90_000)) == 9_000_000
+    assert cost(book, "openai", "our-voice", Usage(characters=1_000)) == 15_000_000
+    assert cost(book, "cohere", "our-ranking", Usage(search_units=2)) == 4_000_000
+    assert cost(book, "openai", "gpt-4o", Usage(input_tokens=0, output_tokens=0, web_searches=2)) == 40_000_000
+    assert cost(book, "openai", "gpt-4o", Usage(input_tokens=1_000, output_tokens=0)) == 2_500_000
+    assert cost(book, "openai", "our-images", Usage(input_tokens=5, output_tokens=5)) is None
+
+
+def test_what_is_free_is_free_in_every_unit() -> None:
+    """67: a model priced at 0 costs nothing for searches, images or audio either, unless those have a stated price."""
+    everything = Usage(
+        input_tokens=9, output_tokens=9, images=1, audio_ms=1, characters=1, web_searches=1, search_units=1
+    )
+    free = PriceBook.snapshot(overrides={"gpt-4o": {"input": 0, "output": 0}, "ollama/*": {"input": 0, "output": 0}})
+    assert cost(free, "openai", "gpt-4o", everything) == 0
+    assert cost(free, "ollama", "llama", everything) == 0
+    stated = PriceBook.snapshot(overrides={"gpt-4o": {"input": 0, "output": 0, "per_web_search": 1}})
+    assert cost(stated, "openai", "gpt-4o", everything) == 1_000_000_000
+
+
+def test_tokens_of_images_are_stated() -> None:
+    """S4: rates of images' tokens are stated like any other, and follow the whole where they are not."""
+    told = Usage(input_tokens=1_000, output_tokens=0, input_image_tokens=1_000)
+    book = PriceBook.snapshot(
+        overrides={"m": {"input": 1, "output": 1, "image_input": 3}, "gpt-realtime": {"input": 8}}
+    )
+    assert cost(book, None, "m", told) == 3_000_000
+    assert cost(book, "openai", "gpt-realtime", told) == 10_000_000  # 5 for 4, so 10 for 8
+
+
+def test_a_unit_has_a_largest_price() -> None:
+    """A price of more than $1,000 for one image is a mistake, and is told apart from one for a token."""
+    with pytest.raises(ConfigurationError, match=r"prices of 'm': per_image: more than \$1,000, got 5000"):
+        PriceBook.snapshot(overrides={"m": {"per_image": 5000}})

@@ -18,8 +18,10 @@ from asgi_llm_guard.pricing.snapshot import bundled, provider_id
 NOW_MS = 1_795_219_200_000  # 2026-11-21
 RATES = {
     "input", "output", "cache_read", "cache_write", "cache_write_1h", "audio_input", "audio_output",
-    "audio_cache_read", "reasoning", "media_input", "media_output", "media_cache_read", "per_call",
+    "audio_cache_read", "image_input", "image_output", "image_cache_read", "reasoning", "video_input", "video_output",
+    "per_call", "per_image", "per_audio_ms", "per_character", "per_web_search", "per_search_unit",
 }  # fmt: skip
+UNITS = {"per_call", "per_image", "per_audio_ms", "per_character", "per_web_search", "per_search_unit"}
 
 
 def file() -> dict[str, Any]:
@@ -42,10 +44,10 @@ def test_there_are_prices_for_two_thousand_models() -> None:
 
 
 def test_every_price_is_a_whole_number_that_is_not_negative() -> None:
-    """No float and no negative rate is anywhere in the file, and every entry has an input price."""
+    """No float and no negative rate is anywhere in the file, and every entry has a price of input or of another unit."""
     for provider in file()["providers"].values():
         for name, entry in provider["models"].items():
-            assert "input" in entry, name
+            assert "input" in entry or UNITS - {"per_call", "per_web_search"} & entry.keys(), name
             for price in prices_of(entry):
                 for key in RATES & price.keys():
                     assert type(price[key]) is int, (name, key)
@@ -53,11 +55,22 @@ def test_every_price_is_a_whole_number_that_is_not_negative() -> None:
 
 
 def test_no_rate_is_mixed_up_by_a_factor_of_a_thousand() -> None:
-    """No token costs more than a tenth of a cent: $1,000 per million is above every list price."""
+    """No token costs more than a tenth of a cent, nor an image or a search $10, nor a minute of audio a dollar."""
     for provider in file()["providers"].values():
         for name, entry in provider["models"].items():
             for price in prices_of(entry):
-                assert all(price[key] <= 10**9 for key in (RATES - {"per_call"}) & price.keys()), name
+                assert all(price[key] <= 10**9 for key in (RATES - UNITS) & price.keys()), name
+            assert all(
+                entry[key] <= 10**13 for key in ("per_image", "per_web_search", "per_search_unit") if key in entry
+            )
+            assert entry.get("per_audio_ms", 0) <= 10**12 // 60_000, name
+            assert entry.get("per_character", 0) <= 10**9, name
+
+
+def test_every_axis_has_prices() -> None:
+    """S4: cache reads and writes of both kinds, reasoning, audio, images, sizes, tiers, dates and other units are priced."""
+    found = {key for provider in file()["providers"].values() for entry in provider["models"].values() for key in entry}
+    assert found >= RATES | {"above", "tiers", "dated", "alt", "context", "max_output"}
 
 
 def test_every_entry_says_where_it_is_from() -> None:
@@ -153,7 +166,7 @@ def test_names_that_are_the_same_model(provider: str | None, model: str, found: 
         ("openai", "gpt-4o-0102"),
         ("openai", "gpt-4o:nitro"),
         ("openai", "claude-sonnet-4-5"),
-        ("openai", "whisper-1"),  # billed by the minute, not by the token
+        ("openai", "omni-moderation-latest"),
         ("ollama", "llama3.1"),
         ("my-proxy", "gpt-4o"),
         ("openai", ""),

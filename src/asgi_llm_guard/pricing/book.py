@@ -12,16 +12,19 @@ from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.pricing import overrides as _overrides
-from asgi_llm_guard.pricing.cards import RateCard, Rates, tier_name
+from asgi_llm_guard.pricing.bill import picousd
+from asgi_llm_guard.pricing.cards import RateCard, input_kind, tier_name
 from asgi_llm_guard.pricing.snapshot import MAX_NAME, Entry, Snapshot, bundled, candidates, provider_id
 from asgi_llm_guard.usage import Usage
 
-__all__ = ["Cost", "OnConflict", "PriceBook", "Unknown"]
+__all__ = ["Cost", "OnConflict", "PriceBook", "TrustReported", "Unknown"]
 
+TrustReported = Literal["missing", "always", "never"]
 Unknown = Literal["deny", "allow"] | Mapping[str, str]
 OnConflict = Literal["genai", "max"]
 
 UNPRICED: Final = "unpriced (allowed)"
+REPORTED: Final = "reported by provider"
 _MAX_CACHED: Final = 4096
 """Names come from callers: what is remembered of them is bounded."""
 
@@ -57,6 +60,7 @@ class PriceBook:
         "_on_conflict",
         "_origin",
         "_snapshot",
+        "_trust_reported",
         "_unknown",
         "overrides",
     )
@@ -68,10 +72,14 @@ class PriceBook:
         overrides: Mapping[str, object] | str | Path | None = None,
         unknown: Unknown = "deny",
         on_conflict: OnConflict = "genai",
+        trust_reported: TrustReported = "missing",
     ) -> None:
         """`snapshot`: `None` takes the one of this release, when it is first needed. The rest as `PriceBook.snapshot`."""
         if on_conflict not in ("genai", "max"):
             raise ConfigurationError(f"on_conflict: expected 'genai' or 'max', got {on_conflict!r}")
+        if trust_reported not in ("missing", "always", "never"):
+            raise ConfigurationError(f"trust_reported: expected 'missing', 'always' or 'never', got {trust_reported!r}")
+        self._trust_reported: TrustReported = trust_reported
         self._snapshot = snapshot
         self._on_conflict: OnConflict = on_conflict
         self.overrides, self._origin = _overrides.read(overrides)
@@ -91,14 +99,17 @@ class PriceBook:
         overrides: Mapping[str, object] | str | Path | None = None,
         unknown: Unknown = "deny",
         on_conflict: OnConflict = "genai",
+        trust_reported: TrustReported = "missing",
     ) -> PriceBook:
         """The prices that ship with this release.
 
         `overrides`: prices by `provider/model`, `provider/*` or bare model, or the path of a TOML file with
         them: `input`, `output`, `cache_read`, `cache_write`, `cache_write_1h`, `audio_input`, `audio_output`,
-        `audio_cache_read` and `reasoning` in $ per million tokens, `per_call` in $; `cost_per_1k_input` and
-        `cost_per_1k_output` in $ per thousand. They win over the snapshot. For a model that the snapshot
-        knows, rates that are not given change in proportion; any other needs `input` and `output`.
+        `audio_cache_read`, `image_input`, `image_output`, `image_cache_read` and `reasoning` in $ per million
+        tokens; `cost_per_1k_input` and `cost_per_1k_output` in $ per thousand; `per_call`, `per_image`,
+        `per_audio_minute`, `per_million_characters`, `per_web_search` and `per_search_unit` in $. They win over
+        the snapshot. For a model that the snapshot knows, rates that are not given change in proportion, and
+        prices of other units stay; any other needs `input` and `output`, or the price of a unit.
         A price of 0 is free; a missing one is not; with both
         `input` and `output`, the list's fee for each call falls away.
 
@@ -107,10 +118,13 @@ class PriceBook:
 
         `on_conflict`: where the snapshot's two sources differ, `"genai"` takes the first, `"max"` the dearer.
 
+        `trust_reported`: when to charge what the provider itself reports that a call cost: `"missing"`: where
+        these prices have no answer; `"always"`: wherever it reports one; `"never"`.
+
         Raises:
             ConfigurationError: one of them is malformed; names the model, the key and the value.
         """
-        return cls(None, overrides=overrides, unknown=unknown, on_conflict=on_conflict)
+        return cls(None, overrides=overrides, unknown=unknown, on_conflict=on_conflict, trust_reported=trust_reported)
 
     def with_overrides(self, overrides: Mapping[str, object] | str | Path | None) -> PriceBook:
         """The same book with these overrides in place of its own. Takes effect with the first call that uses it.
@@ -118,7 +132,18 @@ class PriceBook:
         Raises:
             ConfigurationError: as `snapshot`.
         """
-        return type(self)(self._snapshot, overrides=overrides, unknown=self._unknown, on_conflict=self._on_conflict)
+        return type(self)(
+            self._snapshot,
+            overrides=overrides,
+            unknown=self._unknown,
+            on_conflict=self._on_conflict,
+            trust_reported=self._trust_reported,
+        )
+
+    @property
+    def date(self) -> str:
+        """The day that the list prices are from, `YYYY-MM-DD`."""
+        return self._known.date
 
     # ------------------------------------------------------------------------------ look-up
 
@@ -139,35 +164,31 @@ class PriceBook:
     def quote(self, call: Call, at_ms: int, *, service_tier: str | None = None) -> Call:
         """The call with the most that it can cost, if it is admitted at `at_ms` and served within a day.
 
-        All input at the dearest rate that the input's bound can reach (cache writes, audio and long
-        contexts included), all output at the dearest output rate, and what each call costs; rounded up
-        once. The standard service tier, and `service_tier` if that is dearer.
+        All input at the dearest rate that the input's bound can reach (long contexts included, and cache
+        writes and audio where the call may have them), all output at the dearest output rate, and what is
+        billed besides tokens; rounded up once. The standard service tier, and `service_tier` if that is dearer.
         """
         card = self.resolve(call.provider, call.model)
         billed = None
         if card is None:
             if self._charge_as is None:
-                allowed = self._unknown == "allow"
-                return msgspec.structs.replace(
-                    call,
-                    cost_nanousd=0 if allowed else None,
-                    input_nanousd=0,
-                    output_picousd=0,
-                    price_source=UNPRICED if allowed else None,
-                    billed_model=None,
-                )
+                return _without_price(call, allowed=self._unknown == "allow")
             card = self._charge_as
             billed = card.model
+        fees = card.fees_of(call)
+        if fees is None:
+            return _without_price(call, allowed=self._unknown == "allow")
         bounds = card.steady_ceiling
         if bounds is None:
             bounds = card.ceiling(at_ms, tier_name(service_tier))
         input_tokens = call.input_tokens
-        _, input_rate, output_rate = bounds[0]
+        _, input_rates, output_rate = bounds[0]
         if len(bounds) > 1:
-            for above, raised_input, raised_output in bounds:
+            for above, raised_inputs, raised_output in bounds:
                 if input_tokens > above:
-                    input_rate, output_rate = raised_input, raised_output
-        input_pico = input_tokens * input_rate + card.per_call
+                    input_rates, output_rate = raised_inputs, raised_output
+        input_rate = input_rates[input_kind(call.cache_writes, audio=call.may_have_audio)]
+        input_pico = input_tokens * input_rate + card.per_call + fees
         cost = -(-(input_pico + call.output_tokens * output_rate) // 1000)
         input_nano = -(-input_pico // 1000)
         return msgspec.structs.replace(
@@ -182,27 +203,49 @@ class PriceBook:
     def cost(
         self, provider: str | None, model: str | None, usage: Usage, at_ms: int, *, call: Call | None = None
     ) -> Cost:
-        """What a usage costs at `at_ms`, exactly, rounded up once.
+        """What a usage costs at `at_ms`, exactly, rounded up once; with what other models did for it.
 
         The price is that of the model which the response names (`usage.model`, then `model`), if it has
         one, else of the one that was asked for (`call.model`). A price that the service states for the
         model asked for holds for the response too, unless that is of another model.
 
-        Unknown, never 0, if input or output is unknown (and not free), or the figures contradict each
-        other. Never raises.
+        Unknown, never 0, if input or output is unknown (and not free), if something was used that has no
+        price, or the figures contradict each other. Never raises.
         """
-        named = usage.model if isinstance(usage.model, str) else None
-        card = self._card_of(provider, named, model, call.model if call is not None else None)
+        reported = usage.reported_nanousd
+        if reported is not None and (
+            self._trust_reported == "never" or type(reported) is not int or not 0 <= reported <= MAX_AMOUNT
+        ):
+            reported = None
+        asked = call.model if call is not None else None
+        card = self._card_of(provider, _name(usage.model), model, asked)
+        if reported is not None and self._trust_reported == "always":
+            return Cost(reported, REPORTED, card.model if card is not None else None)
         if card is None:
+            if reported is not None:
+                return Cost(reported, REPORTED, _name(usage.model))
             if self._charge_as is None:
                 return _ALLOWED if self._unknown == "allow" else _UNKNOWN
             card = self._charge_as
-        sheet = card.steady
-        if sheet is None or usage.service_tier is not None:
-            sheet = card.sheet(at_ms, tier_name(usage.service_tier))
-        return Cost(_nanousd(sheet, usage), card.source, card.model)
+        pico = picousd(card, usage, at_ms)
+        for other in usage.extra:
+            beside = self._beside(provider, other, card, at_ms)
+            pico = None if pico is None or beside is None else pico + beside
+        if pico is None or pico > MAX_AMOUNT * 1000:
+            return Cost(None, card.source, card.model) if reported is None else Cost(reported, REPORTED, card.model)
+        return Cost(-(-pico // 1000), card.source, card.model)
 
     # ------------------------------------------------------------------------------ inside
+
+    def _beside(self, provider: str | None, usage: Usage, card: RateCard, at_ms: int) -> int | None:
+        """What another model did for an answer, in pico-USD. One that is not named is the answer's own."""
+        named = _name(usage.model)
+        if named is not None:
+            found = self._card_of(provider, named, None, None) or self._charge_as
+            if found is None:
+                return 0 if self._unknown == "allow" else None
+            card = found
+        return picousd(card, usage, at_ms)
 
     @property
     def _known(self) -> Snapshot:
@@ -216,7 +259,7 @@ class PriceBook:
         stated = self._override(key, names)
         found = known.find(key, names)
         if stated is not None:
-            if found is None and not _whole(stated[1]):
+            if found is None and not _overrides.is_whole(stated[1]):
                 # The rest of a bare model's price is that of whoever sells it.
                 found = known.find(None, names)
                 if found is None:
@@ -287,7 +330,7 @@ class PriceBook:
     def _check_whole(self, key: str) -> None:
         """An override of a model that the snapshot lacks has to be complete."""
         given = self._given[key]
-        if _whole(given):
+        if _overrides.is_whole(given):
             return
         provider, names = candidates(None, key, self._known)
         if self._known.find(provider, names) is None:
@@ -314,75 +357,16 @@ class PriceBook:
         return card
 
 
-def _whole(given: Mapping[str, int]) -> bool:
-    return "input" in given and "output" in given
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
-def _nanousd(sheet: tuple[tuple[int, Rates], ...], usage: Usage) -> int | None:
-    """Nano-USD for a usage, rounded up; `None` if it is unknown or contradicts itself."""
-    total_input = usage.input_tokens
-    total_output = usage.output_tokens
-    rates = sheet[0][1]
-    if type(total_input) is not int or type(total_output) is not int:
-        return _nanousd_of_part(sheet, usage)
-    if len(sheet) > 1:
-        for above, raised in sheet:
-            if total_input > above:
-                rates = raised
-    read = usage.cache_read_tokens or 0
-    write = usage.cache_write_tokens or 0
-    write_1h = usage.cache_write_1h_tokens or 0
-    audio_input = usage.input_audio_tokens or 0
-    audio_output = usage.output_audio_tokens or 0
-    reasoning = usage.reasoning_tokens or 0
-    pico = rates.per_call + total_input * rates.input + total_output * rates.output
-    if read or write or write_1h or audio_input or audio_output or reasoning:
-        parts = (read, write, write_1h, audio_input, audio_output, reasoning)
-        if any(type(part) is not int or part < 0 for part in parts):
-            return None
-        plain = total_input - read - write
-        if plain < 0 or write_1h > write or audio_input > total_input or audio_output + reasoning > total_output:
-            return None
-        # Audio that was neither read from nor written to a cache comes first; the rest was cached audio.
-        fresh_audio = min(audio_input, plain)
-        read_audio = min(audio_input - fresh_audio, read)
-        pico += (
-            read * (rates.cache_read - rates.input)
-            + (write - write_1h) * (rates.cache_write - rates.input)
-            + write_1h * (rates.cache_write_1h - rates.input)
-            + fresh_audio * (rates.audio_input - rates.input)
-            + read_audio * (rates.audio_cache_read - rates.cache_read)
-            + audio_output * (rates.audio_output - rates.output)
-            + reasoning * (rates.reasoning - rates.output)
-        )
-    if total_input < 0 or total_output < 0 or pico > MAX_AMOUNT * 1000:
-        return None
-    return -(-pico // 1000)
-
-
-def _nanousd_of_part(sheet: tuple[tuple[int, Rates], ...], usage: Usage) -> int | None:
-    """What a usage costs of which a part is unknown: known only if the unknown part is free at every size."""
-    known_input, known_output = usage.input_tokens, usage.output_tokens
-    everything = [rates for _, rates in sheet]
-    if known_input is None:
-        if any(_input_rates(rates) != {0} for rates in everything):
-            return None
-        known_input = 0
-    if known_output is None:
-        if any({rates.output, rates.audio_output, rates.reasoning} != {0} for rates in everything):
-            return None
-        known_output = 0
-    if type(known_input) is not int or type(known_output) is not int:
-        return None
-    return _nanousd(sheet, msgspec.structs.replace(usage, input_tokens=known_input, output_tokens=known_output))
-
-
-def _input_rates(rates: Rates) -> set[int]:
-    return {
-        rates.input,
-        rates.cache_read,
-        rates.cache_write,
-        rates.cache_write_1h,
-        rates.audio_input,
-        rates.audio_cache_read,
-    }
+def _without_price(call: Call, *, allowed: bool) -> Call:
+    return msgspec.structs.replace(
+        call,
+        cost_nanousd=0 if allowed else None,
+        input_nanousd=0,
+        output_picousd=0,
+        price_source=UNPRICED if allowed else None,
+        billed_model=None,
+    )

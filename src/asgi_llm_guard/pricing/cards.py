@@ -1,4 +1,4 @@
-"""Rate cards: what one model's tokens cost, by bucket, size of input, instant and service tier.
+"""Rate cards: what one model's tokens cost, by bucket, size of input, instant and service tier, and what else it bills.
 
 Amounts are pico-USD (10^-12), whole numbers: $1 per million tokens is 1,000,000 pico-USD per token.
 """
@@ -10,13 +10,18 @@ from typing import Final
 
 import msgspec
 
+from asgi_llm_guard.context import CacheWrites, Call
 from asgi_llm_guard.pricing.snapshot import Entry, Price
 
-__all__ = ["Ceiling", "RateCard", "Rates", "Sheet", "tier_name"]
+__all__ = ["WEB_SEARCH", "Ceiling", "Fees", "RateCard", "Rates", "Sheet", "input_kind", "tier_name"]
 
 DAY_MS: Final = 86_400_000
 MINUTE_MS: Final = 60_000
 _MAX_CACHED: Final = 256
+
+WEB_SEARCH: Final = 35 * 10**9
+"""Pico-USD for a web search of a model whose list price has none: the dearest that there is, $35 for a thousand.
+Source: https://ai.google.dev/gemini-api/docs/pricing, grounding with Google Search of Gemini 2.5 (2026-11)."""
 
 _TIERS: Final = {
     "batch": "batch",
@@ -26,7 +31,10 @@ _TIERS: Final = {
     "priority": "priority",
     "service_tier_flex": "flex",
     "service_tier_priority": "priority",
+    "ultrafast": "ultrafast",
 }
+#: A request for one is answered, and billed, as another: OpenAI's `fast` comes back as `priority`.
+_SERVED_AS: Final = {"fast": ("fast", "priority"), "priority": ("fast", "priority")}
 
 
 class Rates(msgspec.Struct, frozen=True, gc=False):
@@ -40,6 +48,9 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
     audio_input: int
     audio_output: int
     audio_cache_read: int
+    image_input: int
+    image_output: int
+    image_cache_read: int
     reasoning: int
     per_call: int
     """Pico-USD for each call, on top."""
@@ -49,11 +60,43 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
         return Rates(*(max(getattr(self, name), getattr(other, name)) for name in self.__struct_fields__))
 
 
+class Fees(msgspec.Struct, frozen=True, gc=False):
+    """Pico-USD for one of what is billed besides tokens, or instead of them. `None`: no price is known."""
+
+    image: int | None = None
+    audio_ms: int | None = None
+    character: int | None = None
+    web_search: int | None = None
+    search_unit: int | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether something that a model can be billed by instead of tokens has a price."""
+        return not (
+            self.image is None and self.audio_ms is None and self.character is None and self.search_unit is None
+        )
+
+
 Sheet = tuple[tuple[int, Rates], ...]
 """What holds at one instant on one tier: rates by the size of input above which they hold, ascending from 0."""
 
-Ceiling = tuple[tuple[int, int, int], ...]
-"""Upper bounds by the size of input: (above so many tokens, input rate, output rate), never falling."""
+Ceiling = tuple[tuple[int, tuple[int, ...], int], ...]
+"""Upper bounds by the size of input: (above so many tokens, input rates by `input_kind`, output rate), never falling."""
+
+_KINDS: Final = {
+    ("none", False): 0,
+    ("none", True): 1,
+    ("5m", False): 2,
+    ("5m", True): 3,
+    ("1h", False): 4,
+    ("1h", True): 5,
+}
+
+
+def input_kind(cache_writes: CacheWrites, *, audio: bool) -> int:
+    """Which of a ceiling's input rates holds for a call that can write so much to a cache, and may have audio."""
+    return _KINDS[cache_writes, audio]
+
 
 #: What each bucket is a part of, and so costs if it has no price of its own.
 _PART_OF: Final = {
@@ -65,8 +108,18 @@ _PART_OF: Final = {
     "audio_input": "input",
     "audio_output": "output",
     "audio_cache_read": "cache_read",
+    "image_input": "input",
+    "image_output": "output",
+    "image_cache_read": "cache_read",
     "reasoning": "output",
     "per_call": None,
+}
+_FEES: Final = {
+    "per_image": "image",
+    "per_audio_ms": "audio_ms",
+    "per_character": "character",
+    "per_web_search": "web_search",
+    "per_search_unit": "search_unit",
 }
 
 
@@ -86,7 +139,9 @@ class RateCard:
         "_per_call",
         "_sheets",
         "also",
+        "by_unit",
         "context_window",
+        "fees",
         "max_output_tokens",
         "model",
         "provider",
@@ -112,7 +167,7 @@ class RateCard:
         self.source = source
         """Where the price comes from, and its date."""
         self.also = entry.also
-        """What the provider bills besides tokens, and no figure here includes (searches, hours of audio)."""
+        """What the provider bills besides, and no figure here includes (file searches, pages)."""
         self.stated = given is not None
         """The service states this price itself."""
         self._given = dict(given or {})
@@ -120,8 +175,16 @@ class RateCard:
         """The largest input in tokens, where known."""
         self.max_output_tokens = self._given.pop("max_output_tokens", entry.max_output)
         """The largest output in tokens, where known."""
+        stated = {name: self._given.pop(key) for key, name in _FEES.items() if key in self._given}
+        listed = {name: getattr(entry, key) for key, name in _FEES.items()}
+        if self._given.get("input") == 0 == self._given.get("output"):
+            listed = dict.fromkeys(listed, 0)  # free as a whole, but for what is stated
+        self.fees = Fees(**(listed | stated))
+        """What is billed in other units than tokens."""
+        self.by_unit = entry.input is None and "input" not in self._given
+        """It is billed by such units only: tokens have no price."""
         self._entry = entry if dearest else msgspec.structs.replace(entry, alt=None)
-        prices = [entry, *entry.dated, *(price for tier in entry.tiers.values() for price in tier)]
+        prices: list[Price] = [entry, *entry.dated, *(price for tier in entry.tiers.values() for price in tier)]
         self._grain = MINUTE_MS if any(price.hours for price in prices) else DAY_MS
         self._sheets: dict[tuple[int, str | None], Sheet] = {}
         self._ceilings: dict[tuple[int, str | None], Ceiling] = {}
@@ -155,6 +218,22 @@ class RateCard:
             sheet = self._sheets[key] = self._sheet(key[0] * self._grain, tier)
         return sheet
 
+    def fees_of(self, call: Call) -> int | None:
+        """Pico-USD for all that a call can be billed besides tokens; `None`: it is billed by what the call bounds not."""
+        fees = self.fees
+        total = call.web_searches * (WEB_SEARCH if fees.web_search is None else fees.web_search)
+        bounded = not self.by_unit
+        for count, fee in (
+            (call.images, fees.image),
+            (call.audio_ms, fees.audio_ms),
+            (call.characters, fees.character),
+            (call.search_units, fees.search_unit),
+        ):
+            if count and fee is not None:
+                total += count * fee
+                bounded = True
+        return total if bounded else None
+
     def ceiling(self, at_ms: int, tier: str | None) -> Ceiling:
         """What no call can exceed that is admitted at an instant and served within a day, on the standard
         tier, a cheaper one, or the one that is asked for."""
@@ -169,23 +248,15 @@ class RateCard:
     # ------------------------------------------------------------------------- working it out
 
     def _ceiling(self, day_ms: int, tier: str | None) -> Ceiling:
-        tiers = {None, *({"flex", "batch", tier} & self._entry.tiers.keys())}
+        tiers = {None, *({"flex", "batch", *_SERVED_AS.get(tier or "", (tier,))} & self._entry.tiers.keys())}
         sheets = [self._sheet(at_ms, name) for at_ms in self._changes(day_ms, day_ms + 2 * DAY_MS) for name in tiers]
         ceiling = []
-        input_rate = output_rate = 0
+        inputs, output_rate = (0,) * len(_KINDS), 0
         for above in sorted({above for sheet in sheets for above, _ in sheet}):
             for rates in (rates for sheet in sheets for start, rates in sheet if start == above):
-                input_rate = max(
-                    input_rate,
-                    rates.input,
-                    rates.cache_read,
-                    rates.cache_write,
-                    rates.cache_write_1h,
-                    rates.audio_input,
-                    rates.audio_cache_read,
-                )
-                output_rate = max(output_rate, rates.output, rates.audio_output, rates.reasoning)
-            ceiling.append((above, input_rate, output_rate))
+                inputs = tuple(map(max, inputs, _input_rates(rates)))
+                output_rate = max(output_rate, rates.output, rates.audio_output, rates.image_output, rates.reasoning)
+            ceiling.append((above, inputs, output_rate))
         return tuple(ceiling)
 
     def _changes(self, from_ms: int, until_ms: int) -> Iterator[int]:
@@ -221,6 +292,14 @@ class RateCard:
         return tuple(sheet)
 
 
+def _input_rates(rates: Rates) -> tuple[int, ...]:
+    """The dearest rate of input, by `input_kind`."""
+    text = max(rates.input, rates.cache_read, rates.image_input, rates.image_cache_read)
+    audio = max(text, rates.audio_input, rates.audio_cache_read)
+    written = rates.cache_write, max(rates.cache_write, rates.cache_write_1h)
+    return (text, audio, *(max(rate, kind) for rate in written for kind in (text, audio)))
+
+
 def _holds(price: Price, at_ms: int) -> bool:
     if at_ms < price.since:
         return False
@@ -243,15 +322,15 @@ def _rates_above(price: Price, start: int) -> dict[str, int]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-_GIVEN: Final = (*_PART_OF, "media_input", "media_output", "media_cache_read")
+_GIVEN: Final = (*_PART_OF, "video_input", "video_output")
 
 
 def _fill(given: Mapping[str, int]) -> Rates:
-    """Rates for every bucket. Images and video are not told apart in usage: text is charged like the dearest."""
+    """Rates for every bucket. Video is not told apart in usage: text is charged like it, where it is dearer."""
     rates: dict[str, int] = {}
     for name, whole in _PART_OF.items():
         rates[name] = given[name] if name in given else rates[whole] if whole else 0
-        rates[name] = max(rates[name], given.get(f"media_{name}", 0))
+        rates[name] = max(rates[name], given.get(f"video_{name}", 0))
     return Rates(**rates)
 
 

@@ -11,10 +11,10 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.pricing.snapshot import provider_id
 
-__all__ = ["Given", "parse", "read"]
+__all__ = ["Given", "is_whole", "parse", "read"]
 
 Given = Mapping[str, int]
-"""Pico-USD per token by rate, `per_call` in pico-USD, and limits in tokens."""
+"""Pico-USD per token by rate, pico-USD per unit by unit, and limits in tokens."""
 
 _PER_MILLION: Final = (
     "input",
@@ -25,16 +25,30 @@ _PER_MILLION: Final = (
     "audio_input",
     "audio_output",
     "audio_cache_read",
+    "image_input",
+    "image_output",
+    "image_cache_read",
     "reasoning",
 )
 _PER_1K: Final = {"cost_per_1k_input": "input", "cost_per_1k_output": "output"}
+_UNITS: Final = {
+    "per_call": ("per_call", 1),
+    "per_image": ("per_image", 1),
+    "per_audio_minute": ("per_audio_ms", 60_000),
+    "per_million_characters": ("per_character", 1_000_000),
+    "per_web_search": ("per_web_search", 1),
+    "per_search_unit": ("per_search_unit", 1),
+}
+"""By the key that a price is given by: the unit, and how many of it the price is for."""
 _TOKENS: Final = ("context_window", "max_output_tokens")
 _ALLOWED: Final = (
     f"{', '.join(_PER_MILLION)} ($ per million tokens); {', '.join(_PER_1K)} ($ per thousand tokens); "
-    f"per_call ($); {', '.join(_TOKENS)} (tokens)"
+    f"{', '.join(_UNITS)} ($); {', '.join(_TOKENS)} (tokens)"
 )
-_MAX_PICO: Final = 10**12
-"""One dollar for one token: above that, somebody has mixed up the units."""
+_MAX_USD: Final = 1
+"""For one token: above that, somebody has mixed up the units."""
+_MAX_UNIT_USD: Final = 1_000
+"""For one call, one image, one search, a minute, a million characters: likewise."""
 
 
 def read(overrides: Mapping[str, object] | str | Path | None) -> tuple[Mapping[str, object], str]:
@@ -76,12 +90,19 @@ def parse(models: Mapping[str, object]) -> dict[str, Given]:
                 f"prices of {model!r}: given twice, as names that differ only in case or provider alias"
             )
         given = _rates(model, prices)
-        if key.endswith("/*") and not {"input", "output"} <= given.keys():
+        if key.endswith("/*") and not is_whole(given):
             raise ConfigurationError(
                 f"prices of {model!r}: input and output are needed; a price of 0 is free, a missing one is not"
             )
         parsed[key] = given
     return parsed
+
+
+def is_whole(given: Given) -> bool:
+    """Whether it is a price without any list price beside it: of input and output, or of another unit."""
+    return {"input", "output"} <= given.keys() or any(
+        unit in given for unit, _ in _UNITS.values() if unit not in ("per_call", "per_web_search")
+    )
 
 
 def _key(model: str) -> str:
@@ -97,8 +118,9 @@ def _rates(model: str, prices: Mapping[object, object]) -> dict[str, int]:
             name, amount = str(key), _pico(where, value, 1_000_000)
         elif key in _PER_1K:
             name, amount = _PER_1K[str(key)], _pico(where, value, 1_000)
-        elif key == "per_call":
-            name, amount = "per_call", _pico(where, value, 1)
+        elif key in _UNITS:
+            name, per = _UNITS[str(key)]
+            amount = _pico(where, value, per, unit=True)
         elif key in _TOKENS:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AMOUNT:
                 raise ConfigurationError(f"{where}: expected a whole number of tokens from 1, got {value!r}")
@@ -115,8 +137,8 @@ def _rates(model: str, prices: Mapping[object, object]) -> dict[str, int]:
     return given
 
 
-def _pico(where: str, value: object, per: int) -> int:
-    """Dollars per so many tokens as whole pico-dollars, rounded up."""
+def _pico(where: str, value: object, per: int, *, unit: bool = False) -> int:
+    """Dollars per so many tokens (or other units) as whole pico-dollars, rounded up."""
     wrong = ConfigurationError(
         f"{where}: expected a price in $ such as 2.5 (0 is free), got {value!r}; allowed are {_ALLOWED}"
     )
@@ -128,7 +150,9 @@ def _pico(where: str, value: object, per: int) -> int:
         raise wrong from None
     if not usd.is_finite() or usd < 0:
         raise wrong
-    if usd.adjusted() > 6 or usd * 10**12 > _MAX_PICO * per:
+    if unit and (usd.adjusted() > 6 or usd > _MAX_UNIT_USD):
+        raise ConfigurationError(f"{where}: more than ${_MAX_UNIT_USD:,}, got {value!r}; is it in $, and for so many?")
+    if not unit and (usd.adjusted() > 6 or usd > _MAX_USD * per):
         raise ConfigurationError(
             f"{where}: more than $1 for one token, got {value!r}; is it $ per {'million' if per > 1000 else 'thousand'}?"
         )

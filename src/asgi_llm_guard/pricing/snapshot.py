@@ -80,11 +80,13 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     audio_input: int | None = None
     audio_output: int | None = None
     audio_cache_read: int | None = None
+    image_input: int | None = None
+    image_output: int | None = None
+    image_cache_read: int | None = None
     reasoning: int | None = None
-    media_input: int | None = None
-    """The dearest of image and video, which usage does not tell apart from text."""
-    media_output: int | None = None
-    media_cache_read: int | None = None
+    video_input: int | None = None
+    """Usage does not tell video apart from text."""
+    video_output: int | None = None
     per_call: int | None = None
     """Pico-USD for each call, on top."""
     above: tuple[tuple[int, Price], ...] = ()
@@ -99,12 +101,18 @@ class Entry(Price, frozen=True, kw_only=True):
     """Everything the snapshot knows of one model."""
 
     source: str
+    per_image: int | None = None
+    """Pico-USD, like the next four: for each image that is generated."""
+    per_audio_ms: int | None = None
+    per_character: int | None = None
+    per_web_search: int | None = None
+    per_search_unit: int | None = None
     context: int | None = None
     max_output: int | None = None
     filled: tuple[str, ...] = ()
     """The rates that only the second source has."""
     also: tuple[str, ...] = ()
-    """What the provider bills in other units than tokens, by the name of the unit."""
+    """What the provider bills in units that no figure here has, by the name of the unit."""
     dated: tuple[Price, ...] = ()
     """Later ones win over earlier ones, and over the entry itself."""
     tiers: dict[str, tuple[Price, ...]] = {}
