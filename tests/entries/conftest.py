@@ -9,10 +9,17 @@ from tests.entries.kit import MakeEntries, Store
 from tests.storage.conftest import FACTORIES
 from tests.storage.values import START
 
+from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.entries import Bounds, Entries, KeepsEntries
+from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.sharded import ShardedStorage
 from asgi_llm_guard.testing import FrozenClock
 
-KEEPERS = ["memory"]
+KEEPERS = ["memory", "sqlite", "redis", "valkey", "sentinel", "cluster", "sharded"]
+
+
+def _sharded(clock: FrozenClock) -> ShardedStorage:
+    return ShardedStorage([MemoryStorage(clock=clock) for _ in range(3)])
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def clock() -> FrozenClock:
 @pytest.fixture(params=KEEPERS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: FrozenClock) -> AsyncIterator[Store]:
     """A storage of one kind, which can keep entries."""
-    made = FACTORIES[request.param](tmp_path)(clock)
+    made: Storage = _sharded(clock) if request.param == "sharded" else FACTORIES[request.param](tmp_path)(clock)
     assert isinstance(made, KeepsEntries)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(made.aclose)

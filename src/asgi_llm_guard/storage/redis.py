@@ -46,16 +46,18 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
 from asgi_llm_guard.storage.cells import Hold, Tombstone
+from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
 from asgi_llm_guard.storage.pending import tell
 from asgi_llm_guard.storage.redis_address import Address
 from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text, read_record
 from asgi_llm_guard.storage.redis_copy import Copy as _Copy
+from asgi_llm_guard.storage.redis_entries import RedisEntries
 from asgi_llm_guard.storage.redis_lane import Group
 from asgi_llm_guard.storage.redis_link import Link, LinkError, ServerInfo
 from asgi_llm_guard.storage.redis_loops import Connected, Home
 from asgi_llm_guard.storage.redis_replies import amended, granted, record_of, refused, texts
-from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, EPOCH, HOLD, METERS, OWNERS, script
+from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, ENTRIES, EPOCH, HOLD, METERS, OWNERS, script
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import DISTINCT, SLOTS
 
@@ -163,6 +165,7 @@ class RedisStorage:
         self._lanes_lock = threading.Lock()
         self._handing: dict[Group, asyncio.AbstractEventLoop] = {}
         self._home: Home | None = None
+        self._spaces: dict[str, RedisEntries] = {}
         self._constant = (
             str(self._lapse_ms).encode(),
             str(self._tombstone_ms).encode(),
@@ -718,6 +721,19 @@ class RedisStorage:
             await lane.link.command("SCARD", f"{self._prefix}oh:".encode() + owner, key=self._key) for owner in owners
         ]
         return sum(counts)
+
+    # ------------------------------------------------------------------------------ entries
+
+    def entries(self, space: str, bounds: Bounds | None = None) -> RedisEntries:
+        kept = self._spaces.get(check_space(space))
+        if kept is None:
+            kept = self._spaces[space] = RedisEntries(self._ask_entries, space, bounds or Bounds())
+        elif bounds is not None:
+            kept.bounds = bounds
+        return kept
+
+    async def _ask_entries(self, arguments: Sequence[bytes]) -> Any:
+        return await self._twice(self._lane(), ENTRIES, [*self._head(), *arguments])
 
     # ----------------------------------------------------------------------- export, import
 

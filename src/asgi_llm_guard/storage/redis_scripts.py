@@ -8,7 +8,7 @@ from typing import Final
 
 from asgi_llm_guard.storage.redis_link import Script
 
-__all__ = ["ALL", "AMEND", "EPOCH", "HOLD", "METERS", "OWNERS", "RESERVE", "SETTLE", "script"]
+__all__ = ["ALL", "AMEND", "ENTRIES", "EPOCH", "HOLD", "METERS", "OWNERS", "RESERVE", "SETTLE", "script"]
 
 _COMMON: Final = ("state", "windows")
 RESERVE: Final = (*_COMMON, "take", "reserve")
@@ -18,7 +18,8 @@ OWNERS: Final = (*_COMMON, "release", "sweep", "owners")
 METERS: Final = (*_COMMON, "meters")
 EPOCH: Final = ("state", "epoch")
 HOLD: Final = ("state", "hold")
-ALL: Final = (RESERVE, SETTLE, AMEND, OWNERS, METERS, EPOCH, HOLD)
+ENTRIES: Final = ("entries",)
+ALL: Final = (RESERVE, SETTLE, AMEND, OWNERS, METERS, EPOCH, HOLD, ENTRIES)
 
 
 @cache

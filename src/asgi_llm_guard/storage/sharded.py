@@ -72,6 +72,7 @@ from asgi_llm_guard.claims import (
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import Completed, Interruptible, LossAware, Pending, Storage
 from asgi_llm_guard.storage.cells import Hold, Tombstone
+from asgi_llm_guard.storage.entries import Bounds, KeepsEntries
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, read_line, write_lines
 from asgi_llm_guard.storage.lease_book import claimed_twice
 from asgi_llm_guard.storage.pending import Handed, tell
@@ -95,6 +96,7 @@ from asgi_llm_guard.storage.shard_parts import (
     state_of,
     union,
 )
+from asgi_llm_guard.storage.sharded_entries import ShardedEntries
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["SHARDS", "ShardedStorage"]
@@ -968,6 +970,13 @@ class ShardedStorage:
         """That shard has lost its data, if this says so."""
         if isinstance(error, DataLost):
             self._lost[shard] = self._generation
+
+    def entries(self, space: str, bounds: Bounds | None = None) -> ShardedEntries:
+        """As `KeepsEntries`, if every shard is one. Each shard has the bounds for itself."""
+        shards = [shard.entries(space, bounds) for shard in self.shards if isinstance(shard, KeepsEntries)]
+        if len(shards) < len(self.shards):
+            raise ConfigurationError(f"entries: not every shard can keep {space!r}; use Redis or Valkey")
+        return ShardedEntries(shards)
 
     async def aclose(self) -> None:
         self._return_again()

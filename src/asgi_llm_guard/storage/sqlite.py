@@ -27,9 +27,18 @@ from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage import sqlite_rows as rows
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Pending
+from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import parse_lines, write_lines
+from asgi_llm_guard.storage.sqlite_entries import SqliteEntries, prepare_entries
 from asgi_llm_guard.storage.sqlite_file import Synchronous, connect, prepare
-from asgi_llm_guard.storage.sqlite_tables import CountHolds, Load, TableOperation, records_since, snapshot
+from asgi_llm_guard.storage.sqlite_tables import (
+    CountHolds,
+    EntryOperation,
+    Load,
+    TableOperation,
+    records_since,
+    snapshot,
+)
 from asgi_llm_guard.storage.sqlite_writer import Job, Writer
 from asgi_llm_guard.usage import UsageRecord
 
@@ -86,6 +95,7 @@ class SqliteStorage:
         self._reading = threading.Lock()
         self._writer: Writer | None = None
         self._closed = False
+        self._spaces: dict[str, SqliteEntries] = {}
         prepare(self.path)
         _storages.add(self)
 
@@ -130,6 +140,15 @@ class SqliteStorage:
     async def open_holds(self) -> int:
         return await self._submit(CountHolds())
 
+    def entries(self, space: str, bounds: Bounds | None = None) -> SqliteEntries:
+        kept = self._spaces.get(check_space(space))
+        if kept is None:
+            prepare_entries(self.path)
+            kept = self._spaces[space] = SqliteEntries(self._submit, space, bounds or Bounds())
+        elif bounds is not None:
+            kept.bounds = bounds
+        return kept
+
     async def aclose(self) -> None:
         self._closed = True
         writer = self._writer
@@ -138,7 +157,7 @@ class SqliteStorage:
 
     # ------------------------------------------------------------------------------- the writer
 
-    def _submit(self, operation: rows.Operation[T] | TableOperation[T]) -> Job[T]:
+    def _submit(self, operation: rows.Operation[T] | TableOperation[T] | EntryOperation[T]) -> Job[T]:
         writer = self._writer
         if writer is None or writer.pid != os.getpid():
             writer = self._start()

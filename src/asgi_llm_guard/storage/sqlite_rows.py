@@ -42,6 +42,7 @@ from asgi_llm_guard.storage.sqlite_tables import (
     UPSERT_OWNER,
     UPSERT_RECORD,
     UPSERT_TOMBSTONE,
+    EntryOperation,
     TableOperation,
     cell_of_row,
     hold_row,
@@ -222,11 +223,15 @@ class _Group:
             self.retired.add(cast("Retire", operation).owner)
 
 
-def _grouped(operations: Iterable[object]) -> list[_Group | TableOperation[object]]:
+def _grouped(operations: Iterable[object]) -> list[_Group | TableOperation[object] | EntryOperation[object]]:
     """The operations in their order, those that are decided on cells together."""
-    groups: list[_Group | TableOperation[object]] = []
+    groups: list[_Group | TableOperation[object] | EntryOperation[object]] = []
     group: _Group | None = None
     for operation in operations:
+        if hasattr(operation, "run_at"):
+            groups.append(cast("EntryOperation[object]", operation))
+            group = None
+            continue
         if hasattr(operation, "run"):
             groups.append(cast("TableOperation[object]", operation))
             group = None
@@ -301,6 +306,8 @@ class SqliteDatabase:
             for group in groups:
                 if isinstance(group, _Group):
                     replies += self._decide(group, now_ms)
+                elif hasattr(group, "run_at"):
+                    replies.append(group.run_at(self._connection, now_ms))
                 else:
                     replies.append(self._run(group))
         self._untidied += len(operations)

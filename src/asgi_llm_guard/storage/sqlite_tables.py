@@ -34,6 +34,7 @@ __all__ = [
     "UPSERT_RECORD",
     "UPSERT_TOMBSTONE",
     "CountHolds",
+    "EntryOperation",
     "Load",
     "TableOperation",
     "cell_of_row",
@@ -170,6 +171,12 @@ class TableOperation(Protocol[T_co]):
     """An operation on whole tables, in the writer's transaction. It sees all that was decided before it."""
 
     def run(self, connection: sqlite3.Connection, codec: HoldCodec) -> T_co: ...
+
+
+class EntryOperation(Protocol[T_co]):
+    """An operation on tables that have nothing to do with counters, in the writer's transaction."""
+
+    def run_at(self, connection: sqlite3.Connection, now_ms: int) -> T_co: ...
 
 
 class CountHolds(msgspec.Struct, frozen=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal
 
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
-from asgi_llm_guard.errors import DataLost, StorageError
+from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import Pending, Storage
+from asgi_llm_guard.storage.entries import Bounds, Entries, InFlight, KeepsEntries, Kept, Leading
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["OutageStorage"]
@@ -115,6 +116,12 @@ class OutageStorage:
         async with self._reached():
             return await self.inner.open_holds()
 
+    def entries(self, space: str, bounds: Bounds | None = None) -> _Entries:
+        """As `KeepsEntries`, if the store is one."""
+        if not isinstance(self.inner, KeepsEntries):
+            raise ConfigurationError(f"entries: a {type(self.inner).__name__} cannot keep {space!r}")
+        return _Entries(self.inner.entries(space, bounds), self._reached)
+
     async def aclose(self) -> None:
         await self.inner.aclose()
 
@@ -140,6 +147,44 @@ class OutageStorage:
             self._unanswered -= 1
             return "silent"
         return self._mode
+
+
+class _Entries:
+    """A space of a store that may be away."""
+
+    def __init__(self, inner: Entries, reached: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._inner = inner
+        self._reached = reached
+
+    @property
+    def bounds(self) -> Bounds:
+        return self._inner.bounds
+
+    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
+        async with self._reached():
+            return await self._inner.find(key, names=names)
+
+    async def begin(
+        self, key: str, token: str, *, claim_ms: int, names: Sequence[str] = (), note: str = "", fresh: bool = False
+    ) -> Kept | Leading | InFlight:
+        async with self._reached():
+            return await self._inner.begin(key, token, claim_ms=claim_ms, names=names, note=note, fresh=fresh)
+
+    async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
+        async with self._reached():
+            return await self._inner.store(key, token, value, ttl_ms=ttl_ms)
+
+    async def abandon(self, key: str, token: str) -> None:
+        async with self._reached():
+            await self._inner.abandon(key, token)
+
+    async def forget(self, key: str) -> None:
+        async with self._reached():
+            await self._inner.forget(key)
+
+    async def bump(self, name: str) -> None:
+        async with self._reached():
+            await self._inner.bump(name)
 
 
 def _nobody_there() -> StorageError:

@@ -15,6 +15,7 @@
 --   <ns>:s           shapes      hash: digest to what the claims of a bundle have in common with all such bundles
 --   <ns>:l           ledger      stream of usage records
 --   <ns>:li          ledger ids  hash: call id to its entry in the stream
+--   <ns>:v:…, <ns>:w:…           what caches keep; see entries.lua
 --
 -- Cells are read once and written once for each script call. Nothing is written before everything was judged, so that
 -- an error leaves either nothing or (the server ran out of memory in between) charges without their hold, never the reverse.
