@@ -84,7 +84,8 @@ class Streamed:
             return self._feed_to_end(chunk)
         blocks = self._splitter.feed(chunk)
         if self._strip:
-            return b"".join([block.raw for block in blocks if not self._count(block)])
+            kept = b"".join([block.raw for block in blocks if not self._count(block)])
+            return b"" if self.ended else kept
         for block in blocks:
             self._count(block)
         return b"" if self.ended else chunk
@@ -110,13 +111,14 @@ class Streamed:
 
     def _feed_to_end(self, chunk: bytes) -> bytes:
         """The rest of the piece that has begun, and the ending after it."""
-        forwarded = self._splitter.pending
-        blocks = self._splitter.feed(chunk)
-        for block in blocks:
+        end = -self._splitter.pending
+        ended = False
+        for block in self._splitter.feed(chunk):
             self._count(block)
-        if self._splitter.pending > forwarded or not blocks:
-            return chunk
-        return self._end(blocks[0].raw[forwarded:])
+            if not ended:
+                end += len(block.raw)
+                ended = not block.partial
+        return self._end(chunk[: max(end, 0)]) if ended else chunk
 
     def _end(self, rest: bytes) -> bytes:
         ending, self._ending = self._ending or b"", None

@@ -28,6 +28,8 @@ class Block(NamedTuple):
     """The event's data; `None`: it has none, or was passed over."""
     error: bool = False
     """The event is named `error`."""
+    partial: bool = False
+    """A part of one too long, and not its last: nothing else may be put behind it."""
 
 
 class Blocks:
@@ -73,7 +75,7 @@ class Blocks:
         if len(tail) > (3 if self._passing else self._longest):
             self.passed_over += not self._passing
             self._passing = True
-            blocks.append(Block(bytes(tail[:-3]), None))
+            blocks.append(Block(bytes(tail[:-3]), None, partial=True))
             del tail[:-3]
         return blocks
 
