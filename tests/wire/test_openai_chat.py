@@ -27,7 +27,7 @@ from asgi_llm_guard.wire.peek import BodyError, read_body
 
 CHAT = OpenAIChat()
 STREAM = Head(200, [(b"Content-Type", b"text/event-stream; charset=utf-8")])
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures" / "openai"
 MODEL = "gpt-nova-2026-05-02"
 USAGE = Usage(
     input_tokens=930,

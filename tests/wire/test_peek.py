@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 from asgi_llm_guard.wire.peek import MAX_KEYS, BodyError, body_too_large, check_encoding, read_body
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures" / "openai"
 GOOD = b'{"model":"m","max_tokens":5}'
 
 HOSTILE: dict[str, tuple[bytes, str | None]] = {
