@@ -50,6 +50,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """So many characters are to be spoken, where speech is billed by them."""
     audio_ms: int = 0
     """At most so much audio is sent along, in milliseconds, where it is billed by its length."""
+    alternatives: tuple[str, ...] = ()
+    """Other models that the request names, which may answer instead of `model` or beside it."""
 
 
 class Head(msgspec.Struct, frozen=True):
