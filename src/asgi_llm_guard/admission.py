@@ -84,6 +84,7 @@ class Admission:
         "_lock",
         "_pending",
         "cache",
+        "cache_control",
         "calls",
         "context",
         "degraded",
@@ -113,6 +114,8 @@ class Admission:
         self.receipts: tuple[Receipt, ...] = ()
         """Everything that was granted when it was opened."""
         self.cache: CacheDirective | None = None
+        self.cache_control = ""
+        """The header of this name that the request came with: a cache keeps and gives no more than it allows."""
         self.degraded = False
         """It, or a call inside it, was admitted by this process alone: the storage did not answer."""
         self.seen = False
@@ -256,6 +259,7 @@ class ActiveCall:
         "_began_ms",
         "_dispatched",
         "_first_ms",
+        "_hit",
         "_idle",
         "_items",
         "_left",
@@ -302,6 +306,7 @@ class ActiveCall:
         self._state = _OPEN
         self._dispatched = False
         self._released = False
+        self._hit: Charge | None = None
         self._answer: Answer | None = None
         self._items: ItemMeter | None = None
         self._started_ms = admission.engine.clock.now_ms()
@@ -343,6 +348,42 @@ class ActiveCall:
         self._begin(answer.call)
         if requests:
             self._keep_side(answer.request)
+
+    async def claim_hit(self, usage: Usage | None, *, requests: bool = False) -> None:
+        """Take what an answer costs that is kept: rates, and nothing else. `usage`: what the kept one had used.
+
+        The nearest enclosing hold that is free is not needed, and given back. `requests`: as `claim`.
+
+        Raises:
+            LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
+        """
+        admission = self.admission
+        outer = self.parent.taken if self.parent is not None else frozenset()
+        if admission.hold is not None and not admission.ended:
+            outer |= {claim.meter.key for claim in admission.hold.claims}
+        donor = self._donor()
+        lent = None if donor is None else donor.hold
+        taken = outer if lent is None else outer | {claim.meter.key for claim in lent.claims}
+        try:
+            answer = await admission.engine.reserve(
+                *(self.policies, admission.context, self.call),
+                requests=requests, taken=taken, shared=admission.shared, rates=True,
+            )  # fmt: skip
+            if isinstance(answer, Denied):
+                raise LimitExceeded(answer)  # noqa: TRY301 - handled like being cancelled
+        except BaseException as error:
+            self._state = _ENDED
+            if donor is not None:
+                donor._take_back()  # noqa: SLF001 - another one of this class
+            admission.refused |= isinstance(error, LimitExceeded)
+            raise
+        self._hit = Charge(outcome="cached", usage=usage, tokens=0, cost_nanousd=0)
+        self.taken = outer
+        self._begin(answer.call)
+        if requests:
+            self._keep_side(answer.request)
+        if donor is not None and lent is not None:
+            admission.settle([donor._settlement(self._hit, recorded=False)])  # noqa: SLF001 - as above
 
     def _begin(self, hold: Hold | None) -> None:
         self.hold = hold
@@ -583,6 +624,8 @@ class ActiveCall:
         return self.hold is not None
 
     def _charge(self, error: BaseException | None, *, complete: bool = True) -> Charge:
+        if self._hit is not None:
+            return self._hit
         answer = self._answer
         if answer is None and self._items is not None:
             answer = self._items.answer()
@@ -639,13 +682,13 @@ class ActiveCall:
         model = call.model if call is not None else (usage.model or "")
         return engine.describer.prices.cost(provider, model, usage, engine.clock.now_ms(), call=call)
 
-    def _settlement(self, charge: Charge) -> Settlement:
+    def _settlement(self, charge: Charge, *, recorded: bool = True) -> Settlement:
         hold = self.hold
         assert hold is not None  # noqa: S101 - `_close` saw it
         now_ms = self.admission.engine.clock.now_ms()
         amounts = actuals(hold.claims, charge)
         debits: tuple[Claim, ...] = ()
-        if self.call is None and charge.usage is not None:
+        if self.call is None and charge.usage is not None and charge.outcome != "cached":
             debits = self._debits(charge.usage, charge.cost_nanousd)
         receipts = hold.receipts
         if hold.uncertain:
@@ -656,6 +699,8 @@ class ActiveCall:
             amounts, receipts = (), ()
         if charge.outcome == "not_dispatched":
             return Settlement(hold.call_id, amounts, None, receipts)
+        if not recorded:
+            return Settlement(hold.call_id, amounts, None, receipts, debits)
         record = self._record(hold, charge, now_ms)
         return Settlement(hold.call_id, amounts, record, receipts, debits)
 
@@ -689,6 +734,7 @@ class ActiveCall:
             billed_model=charge.billed_model or base.billed_model,
             usage=usage,
             cost_nanousd=cost_nanousd,
+            estimate_nanousd=0 if charge.outcome == "cached" else base.estimate_nanousd,
             tokens=tokens,
             outcome=charge.outcome,
             price_source=charge.price_source or base.price_source,

@@ -4,6 +4,7 @@
 |---|---|---|
 | `measured` | as measured | 1 |
 | `not_dispatched` | 0 | 0 |
+| `cached` | 0 | 0; rates of calls stay taken |
 | `provider_error` | 0 | 1 |
 | `unknown`, `unmetered`, `unseen` | the hold | 1 |
 | `estimated` (a cut stream) | counted, never above the hold | 1 |
@@ -20,6 +21,7 @@ import msgspec
 
 from asgi_llm_guard.claims import Claim, Unit
 from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.plan import is_rate
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 
 __all__ = ["Charge", "actuals", "draft"]
@@ -48,6 +50,8 @@ def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
     """The amount that each claim is settled with; `None` = what is held."""
     if charge.outcome == "not_dispatched":
         return (0,) * len(claims)
+    if charge.outcome == "cached":
+        return tuple([None if is_rate(claim) else 0 for claim in claims])
     cost_nanousd, tokens = charge.cost_nanousd, charge.tokens
     if charge.outcome == "provider_error":
         cost_nanousd = tokens = 0

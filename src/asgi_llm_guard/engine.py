@@ -60,7 +60,7 @@ from asgi_llm_guard.events import DataLost as DataLostEvent
 from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, lifted_bundle
-from asgi_llm_guard.plan import Asked, ask
+from asgi_llm_guard.plan import Asked, ask, only_rates
 from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Leased, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
@@ -256,12 +256,13 @@ class Engine:
         taken: AbstractSet[str] = _NONE,
         clamp: bool = False,
         shared: bool = False,
+        rates: bool = False,
     ) -> Reserved | Denied:
         """Ask the policies, and take what they claim in one step. A `Denied` has changed nothing.
 
         `requests`, `calls`: which policies are asked. `taken`: meters that an enclosing scope
         holds. `clamp`: where only the output bound does not fit, hold for what does. `shared`: the
-        session is one of those beyond its caller's bound, which count as one.
+        session is one of those beyond its caller's bound, which count as one. `rates`: take nothing else.
         """
         if not self._alive:
             self._alive = True
@@ -275,6 +276,8 @@ class Engine:
                 self._shadow_refused(asked, context, call)
             if asked.refusal is not None:
                 return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
+            if rates:
+                asked = only_rates(asked)
             bundles = self._bundles(asked, context, call, now_ms, calls=calls, shared=shared)
             answer, degraded = await self._ask_storage(bundles)
             if isinstance(answer, Granted):

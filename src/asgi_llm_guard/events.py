@@ -16,6 +16,8 @@ from asgi_llm_guard.usage import UsageRecord
 __all__ = [
     "Admission",
     "BacklogFull",
+    "CacheHit",
+    "CacheMiss",
     "DataLost",
     "Event",
     "Expired",
@@ -82,6 +84,26 @@ class SlotOverrun(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]
 
 
+class CacheHit(msgspec.Struct, frozen=True):
+    """A call was answered with an answer that was kept: no provider was asked, and nothing is charged."""
+
+    context: Context
+    call: Call | None
+    age_ms: int
+    """Since it was stored."""
+    waited: bool
+    """It was made by another call at the same time, which this one has waited for."""
+
+
+class CacheMiss(msgspec.Struct, frozen=True):
+    """A call was looked up, and no answer was found for it."""
+
+    context: Context
+    call: Call | None
+    reason: str = ""
+    """Why it was not looked for, or is not going to be kept, for people to read. Empty: it will be kept if it can be."""
+
+
 class StorageFailed(msgspec.Struct, frozen=True):
     """The storage stopped answering. Sent once per outage, not once per request."""
 
@@ -121,6 +143,8 @@ Event = (
     | StorageRecovered
     | DataLost
     | BacklogFull
+    | CacheHit
+    | CacheMiss
 )
 
 

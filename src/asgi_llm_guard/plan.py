@@ -8,12 +8,12 @@ from typing import Final
 
 import msgspec
 
-from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.policies.base import CacheDirective, Policy
 
-__all__ = ["Asked", "ask"]
+__all__ = ["Asked", "ask", "is_rate", "only_rates"]
 
 _NONE: AbstractSet[str] = frozenset()
 
@@ -67,7 +67,7 @@ def ask(
         if verdict.shadow_refusal is not None:
             shadow.append(verdict.shadow_refusal)
         if verdict.cache is not None:
-            cache = verdict.cache
+            cache = verdict.cache if cache is None else _both(cache, verdict.cache)
         parts.append((claims, verdict.claims))
         claims += verdict.claims
     keys = {claim.meter.key for claim in call_claims}
@@ -77,6 +77,31 @@ def ask(
         call_claims.clear()
         _add_each(parts, taken)
     return Asked(tuple(request_claims), tuple(call_claims), None, tuple(shadow), cache)
+
+
+def is_rate(claim: Claim) -> bool:
+    """Whether it counts requests or calls as they come, whatever they cost."""
+    return claim.meter.rule is Rule.RATE and claim.meter.unit is Unit.CALLS
+
+
+def only_rates(asked: Asked) -> Asked:
+    """What an answer that is kept takes: rates of requests and calls, and nothing of what a provider would be paid for."""
+    requests, calls = (tuple(filter(is_rate, claims)) for claims in (asked.requests, asked.calls))
+    return msgspec.structs.replace(asked, requests=requests, calls=calls)
+
+
+def _both(one: CacheDirective, other: CacheDirective) -> CacheDirective:
+    """What two scopes allow together: a partition inside both, for the shorter time."""
+    if not (one.allowed and other.allowed):
+        return other if one.allowed else one
+    times = [directive.ttl_s for directive in (one, other) if directive.ttl_s is not None]
+    return CacheDirective(
+        allowed=True,
+        # The length says where the first one ends, whatever the two contain.
+        partition=f"{len(one.partition)}:{one.partition}{other.partition}",
+        ttl_s=min(times, default=None),
+        names=(*one.names, *other.names),
+    )
 
 
 def _add_each(parts: Iterable[tuple[list[Claim], tuple[Claim, ...]]], taken: AbstractSet[str]) -> None:

@@ -46,7 +46,9 @@ def test_distinct_askers_never_share(
 def test_verified_askers_may_share_with_themselves() -> None:
     """C12: without a knowledge base an enabled cache keeps a verified asker's answers."""
     policy = CacheScope(ttl="10m")
-    assert directive(policy) == CacheDirective(True, "caller:key-1:user:alice", 600)
+    assert directive(policy) == CacheDirective(
+        True, "caller:key-1:user:alice", 600, names=("caller:key-1", "user:alice")
+    )
     assert policy.plan(ALICE, None, 0) is policy.plan(ALICE, None, 1)
 
 

@@ -34,6 +34,8 @@ class CacheDirective(msgspec.Struct, frozen=True):
     ttl_s: int | None = None
     reason: str = ""
     """Why it is not allowed, for people to read."""
+    names: tuple[str, ...] = ()
+    """What may be revoked: `caller:…`, `user:…`, `kb:…`. Answers of before its revocation are not found any more."""
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -28,9 +28,10 @@ class CacheScope(NamedPolicy):
     """Answers may be kept, each for the verified caller and user that asked, and nobody else.
 
     A request that uses a knowledge base is cached only where the settings of that knowledge base
-    say so (`{"cache": True, "acl": "<digest of its access list>"}`), in a partition of that digest:
-    a changed access list finds nothing of before. Settings that are missing, malformed or cannot be
-    read mean: not cached.
+    say so (`{"cache": True, "acl": "<digest of its access list>", "version": "<of its documents>"}`),
+    in a partition of that digest and version: a changed access list, or corpus, finds nothing of
+    before. Settings that are missing, malformed or cannot be read mean: not cached. The version may
+    be left out, where documents never change or are revoked.
 
     Args:
         enabled: `False` turns caching off whatever the rest says.
@@ -109,13 +110,24 @@ class CacheScope(NamedPolicy):
         if knowledge_base is None:
             if not parts:
                 return CacheDirective(allowed=False, reason="there is no verified caller or user")
-            return CacheDirective(allowed=True, partition=_join(parts), ttl_s=self._ttl_s)
-        acl = settings.get("acl") if isinstance(settings, Mapping) and settings.get("cache") is True else None
-        if not isinstance(acl, str) or not acl:
+            return self._allowed(context, parts)
+        settings = settings if isinstance(settings, Mapping) else {}
+        acl, version = settings.get("acl") if settings.get("cache") is True else None, settings.get("version", "")
+        if not isinstance(acl, str) or not acl or type(version) not in (str, int):
             return CacheDirective(allowed=False, reason="the settings of the knowledge base do not allow it")
         if not parts or parts == (_PUBLIC,):
             return CacheDirective(allowed=False, reason="there is no verified caller or user")
-        return CacheDirective(allowed=True, partition=_join((*parts, "kb", knowledge_base, acl)), ttl_s=self._ttl_s)
+        of_version = (str(version),) if "version" in settings else ()
+        return self._allowed(context, (*parts, "kb", knowledge_base, acl, *of_version), ("kb", knowledge_base))
+
+    def _allowed(self, context: Context, parts: tuple[str, ...], *names: tuple[str, str]) -> CacheDirective:
+        if context.user is not None:
+            names = (("user", context.user), *names)
+        if context.caller is not None:
+            names = (("caller", context.caller), *names)
+        return CacheDirective(
+            allowed=True, partition=_join(parts), ttl_s=self._ttl_s, names=tuple([_join(name) for name in names])
+        )
 
     def _partition(self, context: Context) -> tuple[str, ...]:
         if context.caller is None and context.user is None:
