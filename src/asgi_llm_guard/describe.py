@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from datetime import UTC, datetime
+from typing import Final
+
 from msgspec.structs import replace
 
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.context import Call
+from asgi_llm_guard.context import CacheWrites, Call
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.estimate import Counter, message_tokens, output_tokens
-from asgi_llm_guard.estimate import input_tokens as tokens_of_body
+from asgi_llm_guard.estimate import Counter, Needs, message_needs, needs, output_tokens
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.pricing import PriceBook
@@ -18,6 +21,11 @@ from asgi_llm_guard.wire.peek import BodyView
 
 __all__ = ["Describer", "check_description"]
 
+_log = logging.getLogger("asgi_llm_guard")
+
+OLD_DAYS: Final = 60
+"""List prices that are older are told of, once: in two months some provider has changed one."""
+
 
 def check_description(
     model: object,
@@ -26,6 +34,12 @@ def check_description(
     max_output_tokens: object = None,
     choices: object = 1,
     assumed_output_tokens: object = None,
+    images: object = 0,
+    audio_ms: object = 0,
+    characters: object = 0,
+    web_searches: object = 0,
+    search_units: object = 0,
+    cache_writes: object = None,
 ) -> None:
     """Check what a call is described with.
 
@@ -39,9 +53,16 @@ def check_description(
         ("max_output_tokens", max_output_tokens, 0),
         ("choices", choices, 1),
         ("assumed_output_tokens", assumed_output_tokens, 1),
+        ("images", images, 0),
+        ("audio_ms", audio_ms, 0),
+        ("characters", characters, 0),
+        ("web_searches", web_searches, 0),
+        ("search_units", search_units, 0),
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigurationError(f"{name}: expected a whole number from {least}, got {value!r}")
+    if cache_writes not in (None, "none", "5m", "1h"):
+        raise ConfigurationError(f"cache_writes: expected 'none', '5m' or '1h', got {cache_writes!r}")
 
 
 class Describer:
@@ -62,6 +83,7 @@ class Describer:
         self._clock = clock
         self._counter = counter
         self._assumed_output_tokens = assumed_output_tokens
+        self._seen: PriceBook | None = None
 
     def describe(
         self,
@@ -74,6 +96,12 @@ class Describer:
         choices: int = 1,
         stream: bool = False,
         assumed_output_tokens: int | None = None,
+        images: int = 0,
+        audio_ms: int = 0,
+        characters: int = 0,
+        web_searches: int = 0,
+        search_units: int = 0,
+        cache_writes: CacheWrites | None = None,
     ) -> Call:
         """A call with its upper bounds.
 
@@ -87,6 +115,13 @@ class Describer:
             choices: how many answers it asks for.
             stream: whether it is streamed.
             assumed_output_tokens: in place of a limit; `None`: the guard's, else the model's maximum.
+            images: how many are generated, where each has its price.
+            audio_ms: how much audio is sent along, where it is billed by its length.
+            characters: how many are spoken, where speech is billed by them.
+            web_searches: how many the provider may make.
+            search_units: what a ranking is billed by.
+            cache_writes: what of the input may be written to the provider's cache. `None`: as the input
+                tells, if it is the keyword arguments of a call; else all of it, at the dearest price.
 
         Raises:
             ConfigurationError: not a model's name, or a number that is not whole and positive.
@@ -97,20 +132,36 @@ class Describer:
             max_output_tokens=max_output_tokens,
             choices=choices,
             assumed_output_tokens=assumed_output_tokens,
+            images=images,
+            audio_ms=audio_ms,
+            characters=characters,
+            web_searches=web_searches,
+            search_units=search_units,
+            cache_writes=cache_writes,
         )
-        if input_tokens is None:
-            input_tokens = self.assumed_input_tokens
-            if input is not None:
-                input_tokens = message_tokens(input, model=model, counter=self._counter)
         found, bare = provider_of(model)
+        provider = provider or found
+        if input_tokens is not None:
+            needed = Needs(input_tokens=input_tokens)
+        elif input is not None:
+            needed = message_needs(input, provider=provider, model=bare, counter=self._counter)
+        else:
+            needed = Needs(input_tokens=self.assumed_input_tokens)
         call = Call(
-            provider=provider or found,
+            provider=provider,
             model=bare,
             requested=model,
-            input_tokens=min(input_tokens, MAX_AMOUNT),
+            input_tokens=min(needed.input_tokens, MAX_AMOUNT),
             max_output_tokens=max_output_tokens,
             choices=choices,
             stream=stream,
+            cache_writes=cache_writes or needed.cache_writes,
+            may_have_audio=needed.may_have_audio,
+            images=images,
+            audio_ms=max(audio_ms, needed.audio_ms),
+            characters=characters,
+            web_searches=max(web_searches, needed.web_searches),
+            search_units=max(search_units, needed.search_units),
         )
         return self._bounded(call, assumed_output_tokens)
 
@@ -122,19 +173,27 @@ class Describer:
         provider = found or provider
         card = self.prices.resolve(provider, bare)
         window = card.context_window if card is not None else None
+        needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
         call = Call(
             provider=provider,
             model=bare,
             requested=ask.model,
             dialect=dialect,
-            input_tokens=min(tokens_of_body(view, model=bare, window=window, counter=self._counter), MAX_AMOUNT),
+            input_tokens=min(needed.input_tokens, MAX_AMOUNT),
             output_tokens=self._output_tokens(ask.max_output_tokens, assumed_output_tokens, card, ask.choices),
             max_output_tokens=ask.max_output_tokens,
             choices=ask.choices,
             stream=ask.stream,
             service_tier=ask.service_tier,
+            cache_writes=needed.cache_writes,
+            may_have_audio=needed.may_have_audio,
+            images=ask.images,
+            audio_ms=max(ask.audio_ms, needed.audio_ms),
+            characters=ask.characters,
+            web_searches=needed.web_searches,
+            search_units=needed.search_units,
         )
-        return self.prices.quote(call, self._clock.now_ms(), service_tier=call.service_tier)
+        return self._quoted(call)
 
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
@@ -143,9 +202,27 @@ class Describer:
     def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
         card = self.prices.resolve(call.provider, call.model)
         bound = self._output_tokens(call.max_output_tokens, assumed_output_tokens, card, call.choices)
-        bounded = replace(call, output_tokens=bound)
-        return self.prices.quote(bounded, self._clock.now_ms(), service_tier=call.service_tier)
+        return self._quoted(replace(call, output_tokens=bound))
+
+    def _quoted(self, call: Call) -> Call:
+        prices, now_ms = self.prices, self._clock.now_ms()
+        if prices is not self._seen:
+            self._seen = prices
+            _tell_of_age(prices, now_ms)
+        return prices.quote(call, now_ms, service_tier=call.service_tier)
 
     def _output_tokens(self, limit: int | None, assumed: int | None, card: RateCard | None, choices: int) -> int:
         model_max = card.max_output_tokens if card is not None else None
         return output_tokens(limit, assumed or self._assumed_output_tokens, model_max, choices)
+
+
+def _tell_of_age(prices: PriceBook, now_ms: int) -> None:
+    compiled = datetime.fromisoformat(prices.date).replace(tzinfo=UTC)
+    days = (now_ms - int(compiled.timestamp()) * 1000) // 86_400_000
+    if days > OLD_DAYS:
+        _log.warning(
+            "the price list is %d days old (%s): take a newer release of asgi-llm-guard, or state the prices that "
+            "have changed as overrides",
+            days,
+            prices.date,
+        )

@@ -7,8 +7,7 @@ of JSON, quotes and keys around it are bytes too, and an escape is never shorter
 (`\u00e9` is 6 bytes for 2, `\ud83d\ude00` is 12 for 4, `\n` is 2 for 1).
 
 Images, audio and files are not text: what they cost has nothing to do with their size as base64, and a
-link to one is short. They count by the constants below, where the provider takes them for media: as
-parts of a message's content. The same bytes anywhere else are text to a model and count as text.
+link to one is short. They count by the constants of `media.py`.
 
 What a bound cannot cover, because it is not in the request: what hosted tools fetch (web search, file
 search, code interpreter, MCP), and what linked files contain beyond `FILE_TOKENS`.
@@ -17,12 +16,21 @@ search, code interpreter, MCP), and what linked files contain beyond `FILE_TOKEN
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import msgspec
 
+from asgi_llm_guard.context import CacheWrites
 from asgi_llm_guard.errors import NotInstalledError
+from asgi_llm_guard.media import (
+    FILE_TOKENS,
+    IMAGE_MINI_TOKENS,
+    IMAGE_ORIGINAL_TOKENS,
+    IMAGE_TOKENS,
+    PAGE_TOKENS,
+    REQUEST,
+    media_parts,
+)
 from asgi_llm_guard.money import MAX_AMOUNT
 
 if TYPE_CHECKING:
@@ -38,11 +46,15 @@ __all__ = [
     "IMAGE_TOKENS",
     "PAGE_TOKENS",
     "TOOLS_TOKENS",
+    "WEB_SEARCHES",
     "Body",
     "Counter",
+    "Needs",
     "TiktokenCounter",
     "input_tokens",
+    "message_needs",
     "message_tokens",
+    "needs",
     "output_tokens",
     "text_tokens",
 ]
@@ -57,39 +69,6 @@ TOOLS_TOKENS: Final = 2_048
 Source: https://platform.claude.com/docs/en/agents-and-tools/tool-use/overview (up to 804 tokens, and 735 for
 computer use, 700 for the text editor, 2026-11)."""
 
-IMAGE_TOKENS: Final = 4_784
-"""One image at the usual detail: the most over Claude (2576 px: 4,784), OpenAI's tiles (85 + 8 x 170 = 1,445) and
-patches (2,500 x 1.2 = 3,000; 1,536 x 2.46 = 3,779, which `detail: low` does not lower), Gemini (2,240).
-Source: https://platform.claude.com/docs/en/build-with-claude/vision,
-https://developers.openai.com/api/docs/guides/images-vision, https://ai.google.dev/gemini-api/docs/media-resolution
-(2026-11)."""
-
-IMAGE_ORIGINAL_TOKENS: Final = 12_000
-"""One image with `detail: original`: 10,000 patches x 1.2. Source: OpenAI, as above."""
-
-IMAGE_MINI_TOKENS: Final = 48_169
-"""One image for gpt-4o-mini, whose image tokens are many and cheap: 2,833 + 8 x 5,667. Source: OpenAI, as above."""
-
-AUDIO_BYTES_PER_TOKEN: Final = 12
-"""Compressed audio and video: Gemini counts 32 tokens for a second of audio and 300 for one of video, OpenAI
-10 for audio. Bounds audio from 3 kbit/s, video from 29 kbit/s.
-Source: https://ai.google.dev/gemini-api/docs/tokens (2026-11)."""
-
-WAV_BYTES_PER_TOKEN: Final = 96
-"""Uncompressed audio: 32 tokens for a second, from 25 kbit/s (4-bit ADPCM at 8 kHz has 32)."""
-
-FILE_TOKENS: Final = 200_000
-"""A file, recording or video that is linked and not sent along: an assumption, a whole context window of the
-usual size. What it contains is known to the provider only."""
-
-INLINE_FILE_TOKENS: Final = 1_000_000
-"""The most that a file sent along counts. Below it, each base64 character counts as a token: a dense page of PDF
-has about 5 KB compressed and costs up to 3,000 tokens as text and 4,784 as an image.
-Source: https://platform.claude.com/docs/en/build-with-claude/pdf-support (2026-11)."""
-
-PAGE_TOKENS: Final = 8_192
-"""The first page of a file, so that small ones are bounded too."""
-
 HELD_TOKENS: Final = 128_000
 """What the provider holds of the conversation (`previous_response_id`, `conversation`, `cachedContent`, a stored
 prompt), where the model's context window is not given: an assumption."""
@@ -97,14 +76,23 @@ prompt), where the model's context window is not given: an assumption."""
 DEFAULT_OUTPUT_TOKENS: Final = 16_384
 """The output of one choice where neither the request, the policy nor the price book knows a limit: an assumption."""
 
+WEB_SEARCHES: Final = 10
+"""How often a hosted search tool is taken to search for one answer, where the request does not limit it: an
+assumption. Source: Claude's web search, whose examples set `max_uses` to 5 and 10 (2026-11)."""
+
 #: Names that say what a request has besides text, as each API writes them. They are looked for before
 #: anything is decoded: one pass, and most bodies need no more.
 _MARKS: Final = re.compile(
     rb'"(image|audio|input_audio|video|file|inline|document'
     rb'|previous_|conversation"|cached|prompt"'
-    rb'|tools"|functions"|toolConfig"|web_search_options")'
+    rb'|cache_control"|cache_?[pP]oint"|prompt_cache_options"|prompt_cache_retention"'
+    rb'|tools"|functions"|tool_?[cC]onfig"|web_search_options"'
+    rb'|(?:openrouter:|enterprise_?)?[wW]eb_?[sS]earch|google_?[sS]earch|search_parameters"|plugins")'
 )
-_TOOL_MARKS: Final = frozenset({b'tools"', b'functions"', b'toolConfig"', b'web_search_options"'})
+_TOOLS: Final = frozenset({b'tools"', b'functions"', b'toolConfig"', b'tool_config"', b'web_search_options"'})
+_CACHES: Final = frozenset({b'cache_control"', b'cachePoint"', b'cache_point"', b'cachepoint"'})
+_KEEPS: Final = frozenset({b'prompt_cache_options"', b'prompt_cache_retention"'})
+_SOUNDS: Final = frozenset({b"audio", b"input_audio", b"video"})
 _HELD_KEYS: Final = (
     "previous_response_id",
     "previous_interaction_id",
@@ -114,13 +102,6 @@ _HELD_KEYS: Final = (
 )
 #: An escape of a letter that needs none, which could hide a name.
 _HIDING: Final = re.compile(rb"\\u00[2-7]")
-
-#: Where a request keeps its messages, and these their content and its parts. Not the arguments of tool
-#: calls: whatever they hold is text to the model.
-_REQUEST: Final = ("contents", "document", "input", "instances", "messages", "prompt", "system", "systemInstruction")
-_CONTENT: Final = ("content", "parts", "output", "toolResult", "functionResponse")
-_LINK: Final = 4_096
-"""Longer texts in a media part are the thing itself, not a link to it."""
 
 
 class Body(Protocol):
@@ -169,55 +150,110 @@ def text_tokens(text: str | bytes | int) -> int:
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def input_tokens(
-    request: Body | bytes, *, model: str | None = None, window: int | None = None, counter: Counter | None = None
-) -> int:
-    """The most input tokens that a request's JSON body can have.
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request may need besides output. Upper bounds."""
 
-    `model`: tells images apart, which cost more with some. `window`: the model's context window, for requests
-    that go on with what the provider holds. `counter`: counts the text in place of its bytes.
+    input_tokens: int
+    cache_writes: CacheWrites = "1h"
+    may_have_audio: bool = True
+    audio_ms: int = 0
+    """Of recordings that are sent along."""
+    web_searches: int = 0
+    search_units: int = 0
+    """Of a ranking: a query with 100 documents is one."""
+
+
+def needs(
+    request: Body | bytes,
+    *,
+    provider: str | None = None,
+    model: str | None = None,
+    window: int | None = None,
+    counter: Counter | None = None,
+) -> Needs:
+    """What a request's JSON body may need.
+
+    `provider`, `model`: tell who caches only what is marked for it, and images apart, which cost more with some.
+    `window`: the model's context window, for requests that go on with what the provider holds. `counter`: counts
+    the text in place of its bytes.
 
     A body that is not JSON counts by its bytes.
     """
     body = request if isinstance(request, bytes) else request.body
+    name = (model or "").lower()
     tokens = FRAMING_TOKENS
-    found = _MARKS.findall(body)
-    if not found and not _HIDING.search(body):
-        return tokens + (len(body) if counter is None else counter.count(body))
-    marks = set(found)
-    if not marks.isdisjoint(_TOOL_MARKS):
+    marks = set(_MARKS.findall(body))
+    hiding = _HIDING.search(body) is not None
+    writes = _cache_writes(body, marks, provider, name, hiding=hiding)
+    if not marks.isdisjoint(_TOOLS):
         tokens += TOOLS_TOKENS
-    if marks <= _TOOL_MARKS and not _HIDING.search(body):
-        return tokens + (len(body) if counter is None else counter.count(body))
+    ranks = b'"documents"' in body and b'"query"' in body
+    if not hiding and not ranks and marks <= _TOOLS | _CACHES | _KEEPS:
+        tokens += len(body) if counter is None else counter.count(body)
+        return Needs(input_tokens=tokens, cache_writes=writes, may_have_audio=False, web_searches=_asked(marks))
     root = _decode(body)
-    if _goes_on(root):
+    goes_on = _goes_on(root)
+    if goes_on:
         tokens += HELD_TOKENS if window is None else window
-    media = list(_media(root, (model or "").lower()))
-    tokens += sum(part.tokens for part in media)
+    parts = list(media_parts(root, name))
+    tokens += sum(part.tokens for part in parts)
+    inline = [text for part in parts for text in part.inline]
     if counter is None:
-        return tokens + len(body) - sum(part.inline_bytes for part in media)
-    for part in media:
-        for text in part.inline:
+        tokens += len(body) - sum(map(text_tokens, inline))
+    else:
+        for text in inline:
             body = body.replace(text.encode("utf-8", "surrogatepass"), b"", 1)
-    return tokens + counter.count(body)
+        tokens += counter.count(body)
+    sounds = not marks.isdisjoint(_SOUNDS) or any(part.kind in ("audio", "video") or not part.told for part in parts)
+    return Needs(
+        input_tokens=tokens,
+        cache_writes=writes,
+        may_have_audio=goes_on or hiding or root is None or sounds,
+        audio_ms=sum(part.audio_ms for part in parts),
+        web_searches=_web_searches(root),
+        search_units=_search_units(root) if ranks else 0,
+    )
+
+
+def input_tokens(
+    request: Body | bytes, *, model: str | None = None, window: int | None = None, counter: Counter | None = None
+) -> int:
+    """The most input tokens that a request's JSON body can have; the arguments as of `needs`."""
+    return needs(request, model=model, window=window, counter=counter).input_tokens
+
+
+def message_needs(
+    messages: object,
+    *,
+    provider: str | None = None,
+    model: str | None = None,
+    window: int | None = None,
+    counter: Counter | None = None,
+) -> Needs:
+    """What a call may need: of a text, of messages as Python values (lists, dicts, dataclasses, pydantic models), or
+    of the keyword arguments of a call.
+
+    Only the arguments of a call tell what is cached: of anything else it is not known.
+    """
+    if isinstance(messages, str):
+        text = messages.encode("utf-8", "surrogatepass")
+        tokens = FRAMING_TOKENS + (len(text) if counter is None else counter.count(text))
+        return Needs(input_tokens=tokens, may_have_audio=False)
+    is_request = isinstance(messages, dict) and not messages.keys().isdisjoint(REQUEST)
+    try:
+        body = msgspec.json.encode(messages if is_request else {"messages": messages}, enc_hook=_plain)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError, UnicodeEncodeError):
+        body = repr(messages).encode("utf-8", "surrogatepass")
+        is_request = False
+    found = needs(body, provider=provider, model=model, window=window, counter=counter)
+    return found if is_request else msgspec.structs.replace(found, cache_writes="1h")
 
 
 def message_tokens(
     messages: object, *, model: str | None = None, window: int | None = None, counter: Counter | None = None
 ) -> int:
-    """The most input tokens of a text, of messages as Python values (lists, dicts, dataclasses, pydantic models), or
-    of the keyword arguments of a call."""
-    if isinstance(messages, str):
-        text = messages.encode("utf-8", "surrogatepass")
-        return FRAMING_TOKENS + (len(text) if counter is None else counter.count(text))
-    request = (
-        messages if isinstance(messages, dict) and not messages.keys().isdisjoint(_REQUEST) else {"messages": messages}
-    )
-    try:
-        body = msgspec.json.encode(request, enc_hook=_plain)
-    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError, UnicodeEncodeError):
-        body = repr(messages).encode("utf-8", "surrogatepass")
-    return input_tokens(body, model=model, window=window, counter=counter)
+    """The most input tokens of what `message_needs` takes."""
+    return message_needs(messages, model=model, window=window, counter=counter).input_tokens
 
 
 def output_tokens(max_output_tokens: int | None, assumed: int | None, model_max: int | None, choices: int = 1) -> int:
@@ -233,19 +269,7 @@ def output_tokens(max_output_tokens: int | None, assumed: int | None, model_max:
     return min(max(each, 0) * max(choices, 1), MAX_AMOUNT)
 
 
-# ----------------------------------------------------------------------------------- media
-
-
-class _Part(msgspec.Struct, frozen=True):
-    """One image, recording or file in a request."""
-
-    tokens: int
-    inline: tuple[str, ...] = ()
-    """The texts that are it, and are no text to the model."""
-
-    @property
-    def inline_bytes(self) -> int:
-        return sum(map(text_tokens, self.inline))
+# ----------------------------------------------------------------------------------- reading
 
 
 def _decode(body: bytes) -> object:
@@ -268,136 +292,61 @@ def _goes_on(root: object) -> bool:
     return any(root.get(key) for key in _HELD_KEYS) or (isinstance(prompt, dict) and "id" in prompt)
 
 
-def _media(root: object, model: str) -> Iterator[_Part]:
-    """Every media part in the content of a request's messages."""
+def _cache_writes(body: bytes, marks: set[bytes], provider: str | None, model: str, *, hiding: bool) -> CacheWrites:
+    """What of a request may be written to a cache, where that costs more than to read it once.
+
+    Claude and Nova write what is marked, and nothing else. Others may write by themselves (OpenAI does).
+    Source: https://platform.claude.com/docs/en/build-with-claude/prompt-caching,
+    https://docs.aws.amazon.com/bedrock/latest/userguide/prompt-caching.html,
+    https://developers.openai.com/api/docs/guides/prompt-caching (2026-11).
+    """
+    if hiding or not marks.isdisjoint(_KEEPS):
+        return "1h"
+    if not marks.isdisjoint(_CACHES):
+        return "1h" if b'"1h"' in body else "5m"
+    return "none" if provider == "anthropic" or "claude" in model or "amazon.nova" in model else "5m"
+
+
+def _asked(marks: set[bytes]) -> int:
+    return WEB_SEARCHES if b'web_search_options"' in marks else 0
+
+
+def _web_searches(root: object) -> int:
+    """How many searches a request lets the provider make."""
     if not isinstance(root, dict):
-        return
-    yield from _pictures(root, model)
-    stack = [root.get(key) for key in _REQUEST]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, list):
-            stack.extend(value)
-        elif isinstance(value, dict):
-            yield from _pictures(value, model)
-            source = value.get("source")
-            if isinstance(source, dict) and source.get("type") == "content":
-                stack.append(source.get("content"))
-            else:
-                part = _part(value, model)
-                if part is not None:
-                    yield part
-            stack.extend(value[key] for key in _CONTENT if key in value)
+        return 0
+    total = 0
+    for name in ("web_search_options", "search_parameters", "webSearch"):
+        if root.get(name):
+            total += WEB_SEARCHES
+    tools = [tool for key in ("tools", "plugins") for tool in _items(root.get(key)) if isinstance(tool, dict)]
+    for tool in tools:
+        named = (tool.get("type"), tool.get("name"), tool.get("id"), *tool)
+        if any(isinstance(name, str) and _SEARCHES.search(name) for name in named):
+            uses = tool.get("max_uses")
+            total += uses if type(uses) is int and 0 <= uses <= _MOST_SEARCHES else WEB_SEARCHES
+    calls = root.get("max_tool_calls")
+    return min(total, calls) if type(calls) is int and calls >= 0 else total
 
 
-def _pictures(value: dict[str, object], model: str) -> Iterator[_Part]:
-    """Ollama's images, which stand beside the text."""
-    images = value.get("images")
-    for image in images if isinstance(images, list) else ():
-        yield _counted("image", image, value, model)
+_SEARCHES: Final = re.compile(
+    r"^(?:web$|web_?search|google_?search|enterprise_?web_?search|openrouter:web_search)", re.IGNORECASE
+)
+_MOST_SEARCHES: Final = 10_000
 
 
-#: By a part's key, what it holds. The key's value is the thing, a link to it, or an object with either.
-_BY_KEY: Final = {
-    "image_url": "image",
-    "image": "image",
-    "image_file": "image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "audio": "audio",
-    "video_url": "video",
-    "video": "video",
-    "file": "file",
-    "file_data": "file",
-    "fileData": "file",
-    "file_url": "file",
-    "file_id": "file",
-    "document": "file",
-    "document_url": "file",
-    "inline_data": "file",
-    "inlineData": "file",
-}
-#: By a part's type, what its `source` or its id is.
-_BY_TYPE: Final = {
-    "audio": "audio",
-    "audio_url": "audio",
-    "computer_screenshot": "image",
-    "container_upload": "file",
-    "document": "file",
-    "document_url": "file",
-    "file": "file",
-    "image": "image",
-    "image_file": "image",
-    "image_url": "image",
-    "input_audio": "audio",
-    "input_file": "file",
-    "input_image": "image",
-    "video": "video",
-    "video_url": "video",
-}
+def _items(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
-def _part(value: dict[str, object], model: str) -> _Part | None:
-    """A content part that is media; `None`: it is text, a message, or nothing that is known."""
-    stated = value.get("type")
-    kind = _BY_TYPE.get(stated) if isinstance(stated, str) else None
-    source = value.get("source")
-    if kind is not None and isinstance(source, dict):
-        return None if source.get("type") == "text" else _counted(kind, source, value, model)
-    for key in _BY_KEY:
-        held = value.get(key)
-        if held is None or (isinstance(held, dict) and _is_text(held.get("source"))):
-            continue
-        found = kind if kind is not None and _BY_KEY[key] == "file" else _BY_KEY[key]
-        part = _counted(found, held, value, model)
-        # Of a type that is not known, it is counted both ways: as media, and as text.
-        return part if kind is not None or stated is None else _Part(part.tokens)
-    return None
-
-
-def _is_text(source: object) -> bool:
-    return isinstance(source, dict) and bool({"text", "content"} & source.keys())
-
-
-def _counted(kind: str, held: object, part: dict[str, object], model: str) -> _Part:
-    inline = tuple(text for text in _texts(held) if len(text) > _LINK or text.startswith("data:"))
-    mime = _mime(held, inline)
-    if kind == "file" and mime.partition("/")[0] in ("image", "audio", "video"):
-        kind = mime.partition("/")[0]
-    if kind == "image":
-        details = {str(where.get("detail")) for where in (part, held) if isinstance(where, dict)}
-        if "gpt-4o-mini" in model:
-            return _Part(IMAGE_MINI_TOKENS, inline)
-        return _Part(IMAGE_ORIGINAL_TOKENS if "original" in details else IMAGE_TOKENS, inline)
-    if not inline:
-        return _Part(FILE_TOKENS)
-    size = sum(map(len, inline))
-    if kind == "file":
-        # What is text in it may be text to the model, so nothing bounds it but its size.
-        is_text = mime.startswith("text/") or not mime
-        return _Part(PAGE_TOKENS + (size if is_text else min(size, INLINE_FILE_TOKENS)), inline)
-    per_token = WAV_BYTES_PER_TOKEN if "wav" in mime or "pcm" in mime or "l16" in mime else AUDIO_BYTES_PER_TOKEN
-    return _Part(FRAMING_TOKENS + size * 3 // 4 // per_token, inline)
-
-
-#: Where a media part has its bytes or its link. What else it has (names, titles) is text to the model.
-_PAYLOAD: Final = ("bytes", "data", "file_data", "file_uri", "fileUri", "file_url", "source", "uri", "url")
-
-
-def _texts(held: object) -> Iterator[str]:
-    while isinstance(held, dict):  # at most a source in an object, in practice
-        held = next((held[key] for key in _PAYLOAD if key in held), None)
-    if isinstance(held, str):
-        yield held
-
-
-def _mime(held: object, inline: tuple[str, ...]) -> str:
-    """The media type that a part states, lower case; the format (`wav`, `pdf`) where there is no type."""
-    if isinstance(held, dict):
-        for key in ("mime_type", "mimeType", "media_type", "mime", "format"):
-            if isinstance(held.get(key), str):
-                return str(held[key]).lower()
-    for text in inline:
-        if text.startswith("data:"):
-            return text[5:100].partition(";")[0].lower()
-    return ""
+def _search_units(root: object) -> int:
+    """Cohere bills a query with up to 100 documents as one; a document of more than 500 tokens, the query's included,
+    counts as several. Source: https://cohere.com/pricing (2026-11)."""
+    if not isinstance(root, dict):
+        return 0
+    query = len(str(root.get("query")).encode("utf-8", "surrogatepass"))
+    room = max(100, 500 - query)
+    chunks = sum(
+        -(-len(str(text).encode("utf-8", "surrogatepass")) // room) or 1 for text in _items(root.get("documents"))
+    )
+    return -(-chunks // 100)
