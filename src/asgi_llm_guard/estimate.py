@@ -317,7 +317,7 @@ def _web_searches(root: object) -> int:
         return 0
     total = 0
     for name in ("web_search_options", "search_parameters", "webSearch"):
-        if root.get(name):
+        if root.get(name) is not None:
             total += WEB_SEARCHES
     tools = [tool for key in ("tools", "plugins") for tool in _items(root.get(key)) if isinstance(tool, dict)]
     for tool in tools:
