@@ -6,7 +6,6 @@ Source: https://platform.openai.com/docs/api-reference/chat, and the types of op
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Final
 
 import msgspec
@@ -14,6 +13,7 @@ import msgspec
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
 from asgi_llm_guard.wire.meters import Streamed, Whole
+from asgi_llm_guard.wire.overflow import says_overflow
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import (
     LONGEST_NAME,
@@ -487,19 +487,6 @@ _STATUSES: Final[dict[int | None, ErrorKind]] = {
     503: "overload",
     529: "overload",
 }
-_OVERFLOWS: Final = re.compile(
-    "maximum context length"  # OpenAI, vLLM, OpenRouter; Mistral: too large for model with N maximum context length
-    "|input tokens exceed the configured limit"
-    "|exceeds the context window"
-    "|prompt is too long"  # Anthropic
-    "|exceed context limit"
-    "|exceeds the maximum number of tokens allowed"  # Gemini
-    "|input is too long for requested model|too many input tokens|expected maxlength"  # Bedrock
-    "|too many tokens"  # Cohere
-    "|prompt is longer than the context length|input length exceeds the context length"  # Ollama
-    "|exceeds the available context size"  # llama.cpp
-    "|`inputs` tokens \\+ `max_new_tokens` must be"  # text-generation-inference
-)
 
 
 def _error_of(value: object) -> object:
@@ -519,10 +506,9 @@ def _classify(status: int | None, value: object) -> ErrorKind:
     text = message[:4096].lower() if isinstance(message, str) else ""
     if status is None and type(code) is int:  # OpenRouter and vLLM put the status there
         status = code
-    # A text that is too long for its field is a parameter error, though it reads much the same.
     if code == "string_above_max_length" or "string too long" in text:
-        return "invalid"
-    if status in (None, 400, 413, 422) and (code == "context_length_exceeded" or _OVERFLOWS.search(text)):
+        return "invalid"  # a text that is too long for its field; reads much like an overflow
+    if status in (None, 400, 413, 422) and (code == "context_length_exceeded" or says_overflow(message)):
         return "context_overflow"
     for word in (code, kind):
         if isinstance(word, str) and word in _KINDS:
