@@ -62,11 +62,18 @@ async def test_json_answer_reports_what_is_billed() -> None:
     assert provider.bill == [
         Bill(
             id="chatcmpl-1",
+            dialect="openai_chat",
+            path="/v1/chat/completions",
             model="m",
-            input_tokens=13,
-            output_tokens=6,
-            cache_read_tokens=0,
-            reasoning_tokens=0,
+            usage=Usage(
+                input_tokens=13,
+                output_tokens=6,
+                cache_read_tokens=0,
+                cache_write_tokens=0,
+                cache_write_1h_tokens=0,
+                reasoning_tokens=0,
+                model="m",
+            ),
             cost_nanousd=2 * 13 + 10 * 6,
             reported=True,
         )

@@ -5,16 +5,20 @@ Nothing here sleeps or waits for the time of day. What has to wait, waits for a 
 """
 
 from asgi_llm_guard.testing.asgi import Disconnect, asgi_client, kill_self
-from asgi_llm_guard.testing.behaviour import Behaviour, ConnectionCut
-from asgi_llm_guard.testing.bill import DEFAULT_PRICE, Bill, Price
+from asgi_llm_guard.testing.behaviour import Behaviour, ConnectionCut, Trouble
+from asgi_llm_guard.testing.bill import DEFAULT_PRICE, Attempt, Bill, Price
 from asgi_llm_guard.testing.clock import FrozenClock
 from asgi_llm_guard.testing.gates import Gate
+from asgi_llm_guard.testing.hosts import Platform
 from asgi_llm_guard.testing.outage import OutageStorage
 from asgi_llm_guard.testing.provider import FakeProvider
 from asgi_llm_guard.testing.sale import FakeRequest
+from asgi_llm_guard.testing.serving import BaseURL
 
 __all__ = [
     "DEFAULT_PRICE",
+    "Attempt",
+    "BaseURL",
     "Behaviour",
     "Bill",
     "ConnectionCut",
@@ -24,7 +28,9 @@ __all__ = [
     "FrozenClock",
     "Gate",
     "OutageStorage",
+    "Platform",
     "Price",
+    "Trouble",
     "asgi_client",
     "kill_self",
 ]

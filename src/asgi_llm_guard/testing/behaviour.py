@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Self
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, Self
 
 from asgi_llm_guard.testing.gates import Gate
+from asgi_llm_guard.usage import Usage
 
-__all__ = ["GOOD", "Behaviour", "ConnectionCut"]
+__all__ = ["GOOD", "Behaviour", "ConnectionCut", "Trouble"]
+
+Trouble = Literal[
+    "rate_limit",  # waiting helps
+    "quota",  # the account has spent what it may
+    "overloaded",  # the provider has too much to do
+    "context",  # the input does not fit into the model
+    "unknown_model",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,17 +30,38 @@ class Behaviour:
     """Call this function with these arguments instead of answering; a token is a word of their JSON."""
     output_tokens: int | None = None
     """An answer of exactly so many tokens, reasoning not included, even if the request allows fewer."""
+    word_bytes: int = 0
+    """With `output_tokens`: each word has at least so many bytes. Long answers are made while they are sent."""
     input_tokens: int | None = None
-    """`None`: counted from the messages; see `FakeProvider`."""
+    """All input, cache reads and writes included. `None`: counted from the messages, and at least what the cache
+    has of it; see `FakeProvider`."""
     cache_read_tokens: int = 0
+    """Included in the input, as are those that are written."""
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    """Included in `cache_write_tokens`: those with the longer lifetime."""
     reasoning_tokens: int = 0
     """Come on top of the words of the answer, once per request."""
+    audio_ms: int = 6_000
+    """How long the audio is that a transcription is made of."""
+    model: str | None = None
+    """The model that answers, and is billed. `None`: the one that was asked for."""
     usage: bool = True
-    """Whether the answer says what it used. A stream does so only if it is asked to, whatever is said here."""
+    """Whether the answer says what it used. Chat streams of OpenAI do so only if they are asked to, whatever is
+    said here."""
+    reports: Usage | Mapping[str, Any] | None = None
+    """What the answer says instead of the truth: in the dialect's own words for a `Usage`, or, for a mapping, this
+    object as it is. The bill has the truth."""
+    encoding: Literal["gzip"] | None = None
+    """How the body is encoded, if the client takes that; a stream is flushed with each of its chunks."""
     status: int = 200
+    trouble: Trouble | None = None
+    """An error as the dialect tells this kind, with its own status, code and words; goes before `status`."""
     headers: tuple[tuple[str, str], ...] = ()
     code: str | None = None
-    """Of the error, if `status` is one."""
+    """Of the error, if `status` is one; where the dialect has a place for it."""
+    message: str | None = None
+    """Of the error; `None`: some words."""
     content: bool = True
     """`False`: an answer without a body, or a stream without an event."""
     valid: bool = True
@@ -56,7 +86,11 @@ class Behaviour:
         output_tokens: int | None = None,
         input_tokens: int | None = None,
         cache_read_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        cache_write_1h_tokens: int = 0,
         reasoning_tokens: int = 0,
+        model: str | None = None,
+        encoding: Literal["gzip"] | None = None,
     ) -> Self:
         """A good answer, with these counts."""
         return cls(
@@ -64,7 +98,11 @@ class Behaviour:
             output_tokens=output_tokens,
             input_tokens=input_tokens,
             cache_read_tokens=cache_read_tokens,
+            cache_write_tokens=cache_write_tokens,
+            cache_write_1h_tokens=cache_write_1h_tokens,
             reasoning_tokens=reasoning_tokens,
+            model=model,
+            encoding=encoding,
         )
 
     @classmethod
@@ -73,10 +111,26 @@ class Behaviour:
         return cls(tool=(name, arguments))
 
     @classmethod
-    def error(cls, status: int, *, code: str | None = None, retry_after: float | str | None = None) -> Self:
+    def big(cls, size: int, *, word_bytes: int = 1_000) -> Self:
+        """An answer of about so many bytes, in words of so many."""
+        return cls(output_tokens=max(1, size // (word_bytes + 1)), word_bytes=word_bytes)
+
+    @classmethod
+    def lie(cls, reports: Usage | Mapping[str, Any]) -> Self:
+        """A good answer that says it used something else."""
+        return cls(reports=reports)
+
+    @classmethod
+    def error(
+        cls, status: int, *, code: str | None = None, message: str | None = None, retry_after: float | str | None = None
+    ) -> Self:
         """An error, not billed. `retry_after`: the value of the header, in seconds or as a date."""
-        headers = () if retry_after is None else (("retry-after", str(retry_after)),)
-        return cls(status=status, code=code, headers=headers)
+        return cls(status=status, code=code, message=message, headers=_retry_after(retry_after))
+
+    @classmethod
+    def refuse(cls, trouble: Trouble, *, retry_after: float | str | None = None) -> Self:
+        """An error of this kind, with the status and the words that the dialect has for it; not billed."""
+        return cls(trouble=trouble, headers=_retry_after(retry_after))
 
     @classmethod
     def slow(cls, *, gate: Gate | None = None) -> Self:
@@ -116,6 +170,14 @@ class Behaviour:
     def malformed(cls) -> Self:
         """Status 200 and broken JSON; billed in full, unreported."""
         return cls(valid=False)
+
+    def zipped(self) -> Self:
+        """The same, encoded with gzip."""
+        return replace(self, encoding="gzip")
+
+
+def _retry_after(value: float | str | None) -> tuple[tuple[str, str], ...]:
+    return () if value is None else (("retry-after", str(value)),)
 
 
 GOOD: Final = Behaviour()

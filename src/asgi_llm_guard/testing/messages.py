@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gzip
+import zlib
+from collections.abc import Sequence
 
-import msgspec
 from starlette.types import Receive, Send
 
-__all__ = ["hung_up", "lifespan", "read_body", "send_body", "send_event", "send_json", "start"]
+__all__ = ["Headers", "Reply", "hung_up", "lifespan", "read_body"]
+
+Headers = Sequence[tuple[str, str]]
 
 
 async def lifespan(receive: Receive, send: Send) -> None:
@@ -36,21 +39,44 @@ async def hung_up(receive: Receive) -> None:
         pass
 
 
-async def start(send: Send, status: int, headers: Sequence[tuple[str, str]]) -> None:
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+class Reply:
+    """One answer on its way, encoded if that is asked for."""
 
+    def __init__(self, send: Send, *, zipped: bool = False) -> None:
+        self._send = send
+        self._zipped = zipped
+        self._encoder = zlib.compressobj(wbits=31) if zipped else None
 
-async def send_body(send: Send, status: int, body: bytes, headers: Sequence[tuple[str, str]]) -> None:
-    length = ("content-length", str(len(body)))
-    await start(send, status, (*headers, length, ("content-type", "application/json")))
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    async def whole(self, status: int, body: bytes, *, kind: str, headers: Headers = ()) -> None:
+        """All of it, with its length."""
+        await self._start(status, (*headers, ("content-type", kind)), length=len(body := self._encoded(body)))
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
+    async def half(self, status: int, body: bytes, *, kind: str, headers: Headers = ()) -> None:
+        """The first half, and the promise of all."""
+        await self._start(status, (*headers, ("content-type", kind)), length=len(body := self._encoded(body)))
+        await self._send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
 
-async def send_json(send: Send, status: int, body: object, *, headers: Sequence[tuple[str, str]] = ()) -> None:
-    await send_body(send, status, msgspec.json.encode(body), headers)
+    async def begin(self, *, kind: str, headers: Headers) -> None:
+        """The head of a stream."""
+        await self._start(200, (*headers, ("content-type", kind)), length=None)
 
+    async def write(self, chunk: bytes) -> None:
+        if self._encoder is not None:
+            chunk = self._encoder.compress(chunk) + self._encoder.flush(zlib.Z_SYNC_FLUSH)
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
-async def send_event(send: Send, data: bytes | Mapping[str, object]) -> None:
-    encoded = data if isinstance(data, bytes) else msgspec.json.encode(data)
-    await send({"type": "http.response.body", "body": b"data: " + encoded + b"\n\n", "more_body": True})
+    async def end(self) -> None:
+        rest = b"" if self._encoder is None else self._encoder.flush()
+        await self._send({"type": "http.response.body", "body": rest, "more_body": False})
+
+    def _encoded(self, body: bytes) -> bytes:
+        return gzip.compress(body, mtime=0) if self._zipped else body
+
+    async def _start(self, status: int, headers: Headers, *, length: int | None) -> None:
+        if self._zipped:
+            headers = (*headers, ("content-encoding", "gzip"))
+        if length is not None:
+            headers = (*headers, ("content-length", str(length)))
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import socket
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
+from typing import Final
+from urllib.parse import parse_qsl
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
-from asgi_llm_guard.errors import NotInstalledError
 from asgi_llm_guard.testing.behaviour import GOOD, Behaviour, ConnectionCut
-from asgi_llm_guard.testing.bill import DEFAULT_PRICE, Bill, Price
+from asgi_llm_guard.testing.bill import DEFAULT_PRICE, Attempt, Bill, Price
 from asgi_llm_guard.testing.gates import Changes, Gate
-from asgi_llm_guard.testing.messages import hung_up, lifespan, read_body, send_body, send_event, send_json, start
+from asgi_llm_guard.testing.hosts import Platform, platform_of
+from asgi_llm_guard.testing.messages import Reply, hung_up, lifespan, read_body
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
-from asgi_llm_guard.testing.speech.openai_chat import (
-    chunk,
-    completion,
-    error_body,
-    error_type,
-    parse,
-    sell,
-    tool_call,
-    usage_body,
-)
+from asgi_llm_guard.testing.serving import Serving
+from asgi_llm_guard.testing.speech import SPEECHES, Call, Fault, Speech, UnreadableError
+from asgi_llm_guard.testing.speech.base import dump
+from asgi_llm_guard.testing.speech.openai_chat import OpenAIChat
 from asgi_llm_guard.usage import Usage
 
 __all__ = ["FakeProvider"]
 
+_OPENAI: Final = OpenAIChat()
+_JSON: Final = "application/json"
+
 
 class FakeProvider:
-    """An LLM provider that speaks OpenAI chat completions and keeps a bill. An ASGI app, or a server with `serve`.
+    """An LLM provider that speaks every dialect and keeps a bill. An ASGI app, or a server with `serve`.
 
-    Answers are deterministic: an echo of the last message, one word per token and per chunk,
-    as many as the request allows. Input is billed at a token for every four bytes of text,
-    three for each message and three for the answer's opening.
+    The path of a request says which API it is for. Answers are deterministic: an echo of the last message, one
+    word per token and per chunk, as many as the request allows. Input is billed at a token for every four bytes
+    of text, three for each message and three for the answer's opening.
 
     What a request meets is the first of: the next behaviour of the script, the first `when`
     that matches, the default. Any key is accepted.
@@ -50,18 +45,25 @@ class FakeProvider:
         *,
         prices: Mapping[str, Price] | Callable[[str, Usage], int] | None = None,
         default: Behaviour = GOOD,
+        platform: Platform = "openai",
     ) -> None:
         """`prices`: by model, and other models do not exist; or what a model's usage costs, in nano-USD;
-        `None`: every model exists at `DEFAULT_PRICE`."""
+        `None`: every model exists at `DEFAULT_PRICE`. `platform`: who is meant by paths that several share, if
+        the host of a request does not say."""
         self.bill: list[Bill] = []
         """One line for each billed call, in the order in which they ended."""
+        self.attempts: list[Attempt] = []
+        """One line for each of `requests`, billed or not, in the order in which they ended."""
         self.requests: list[FakeRequest] = []
-        """Every well-formed request for a chat completion, whatever it met."""
+        """Every well-formed request for something that a model makes, whatever it met."""
+        self.others: list[str] = []
+        """Method and path of what was none: lists of models, counts of tokens, what nobody could read."""
         self.disconnects = 0
         """How many clients left before their answer was complete."""
         self.gate = Gate()
         self._prices = prices
         self._default = default
+        self._platform = platform
         self._script: deque[Behaviour] = deque()
         self._rules: list[tuple[Callable[[FakeRequest], bool], Behaviour]] = []
         self._changes = Changes()
@@ -70,7 +72,7 @@ class FakeProvider:
 
     @property
     def calls(self) -> int:
-        """How many requests for a chat completion came in, retries and errors included."""
+        """How many requests for something that a model makes came in, retries and errors included."""
         return len(self.requests)
 
     @property
@@ -113,57 +115,24 @@ class FakeProvider:
         """Wait until no request is being answered, and everything is on the bill."""
         await self.until(lambda: not self._open, timeout_s=timeout_s)
 
-    @asynccontextmanager
-    async def serve(self) -> AsyncGenerator[str]:
-        """Serve on a free loopback port, in a thread of its own; gives the `base_url` for SDKs (`…/v1`).
+    def serve(self) -> Serving:
+        """Serve on a free loopback port, in a thread of its own: `with` or `async with`. Gives the `base_url` for
+        SDKs of OpenAI (`…/v1`); its `root` is the one for others.
 
         On exit, answers that are not complete are cut.
 
         Raises:
             NotInstalledError: uvicorn is missing.
         """
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise NotInstalledError("FakeProvider.serve", "testing") from error
-        caller, ready, ended = asyncio.get_running_loop(), asyncio.Event(), Changes()
-        stopping = threading.Event()
-
-        async def run(listener: socket.socket) -> None:
-            config = uvicorn.Config(self, lifespan="off", ws="none", log_config=None, access_log=False)
-            server = uvicorn.Server(config)
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            # A few turns: the server offers a flag, and no event.
-            while not server.started and not serving.done():  # noqa: ASYNC110
-                await asyncio.sleep(0)
-            caller.call_soon_threadsafe(ready.set)
-            await ended.until(stopping.is_set)
-            server.should_exit = True
-            while not serving.done():
-                self._cut_open_answers()
-                await asyncio.wait({serving}, timeout=0.02)
-            await serving
-
-        log, quiet = logging.getLogger("uvicorn.error"), NoCuts()
-        log.addFilter(quiet)
-        try:
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                thread = asyncio.create_task(asyncio.to_thread(asyncio.run, run(listener)))
-                try:
-                    await ready.wait()
-                    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-                finally:
-                    stopping.set()
-                    ended.tell()
-                    await thread
-        finally:
-            log.removeFilter(quiet)
+        return Serving(self, stop=self._cut_open_answers)
 
     def _cut_open_answers(self) -> None:
         loop = asyncio.get_running_loop()
         for task in tuple(self._open):
             if task.get_loop() is loop:
                 task.cancel()
+
+    # --------------------------------------------------------------------------------- ASGI
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -173,48 +142,79 @@ class FakeProvider:
             await receive()
             await send({"type": "websocket.close"})
             return
-        route = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
+        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         body = await read_body(receive)
         if body is None:
             return
-        if route == ("GET", "/v1/models"):
-            await send_json(send, 200, self._models())
-        elif route == ("POST", "/v1/chat/completions"):
-            await self._complete(scope, body, receive, send)
-        else:
-            await send_json(send, 404, error_body(f"no such route: {route[0]} {route[1]}", "invalid_request_error"))
-
-    def _models(self) -> dict[str, object]:
-        names = () if self._prices is None or callable(self._prices) else self._prices
-        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "fake"} for name in names]}
-
-    async def _complete(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        try:
-            request = parse(scope, body)
-        except msgspec.DecodeError as error:
-            await send_json(send, 400, error_body(str(error), "invalid_request_error"))
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        platform = platform_of(headers.get("host", ""), self._platform)
+        heard = self._find(method, path, platform)
+        if heard is None:
+            self.others.append(f"{method} {path}")
+            await self._say_something_else(method, path, Reply(send))
             return
+        speech, named = heard
+        query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")))
+        call = Call(platform=platform, path=path, query=query, headers=headers, raw=body, named=named)
+        try:
+            request = speech.read(call)
+        except UnreadableError as error:
+            self.others.append(f"{method} {path}")
+            await self._refuse(speech, Fault(status=400, message=str(error)), Reply(send))
+            return
+        if speech.free:
+            self.others.append(f"{method} {path}")
+            free = _sale(speech, 0, request, GOOD)
+            await Reply(send).whole(200, speech.whole(free)[0], kind=_JSON)
+            return
+        await self._meet(speech, request, receive, send)
+
+    @staticmethod
+    def _find(method: str, path: str, platform: str) -> tuple[Speech, Mapping[str, str]] | None:
+        """Who speaks on this path, and what it says of the request."""
+        for speech in SPEECHES if method == "POST" else ():
+            matched = speech.path.fullmatch(path)
+            if matched and (not speech.platforms or platform in speech.platforms):
+                return speech, {name: text for name, text in matched.groupdict().items() if text is not None}
+        return None
+
+    async def _say_something_else(self, method: str, path: str, reply: Reply) -> None:
+        if (method, path) == ("GET", "/v1/models"):
+            names = () if self._prices is None or callable(self._prices) else self._prices
+            listed = [{"id": name, "object": "model", "owned_by": "fake"} for name in names]
+            await reply.whole(200, dump({"object": "list", "data": listed}), kind=_JSON)
+            return
+        await self._refuse(_OPENAI, Fault(status=404, message=f"no such route: {method} {path}"), reply)
+
+    @staticmethod
+    async def _refuse(speech: Speech, fault: Fault, reply: Reply) -> None:
+        body, headers = speech.error(fault)
+        await reply.whole(fault.status, dump(body), kind=_JSON, headers=headers)
+
+    # ------------------------------------------------------------------------------- a call
+
+    async def _meet(self, speech: Speech, request: FakeRequest, receive: Receive, send: Send) -> None:
         with self._lock:
             self.requests.append(request)
             number = len(self.requests)
             behaviour = self._next(request)
-        sale = sell(f"chatcmpl-{number}", request, behaviour)
-        answer = asyncio.create_task(self._answer(sale, send))
-        left = asyncio.create_task(hung_up(receive))
+        sale = _sale(speech, number, request, behaviour)
+        answer = asyncio.create_task(self._answer(speech, sale, send))
+        leaving = asyncio.create_task(hung_up(receive))
         self._open.add(answer)
         self._changes.tell()
         try:
-            await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sale.complete:  # the last message is on its way: that, too, ends in http.disconnect
                 await asyncio.wait({answer})
         finally:
             unfinished = not answer.done()
-            left.cancel()
+            leaving.cancel()
             answer.cancel()
-            outcome, _ = await asyncio.gather(answer, left, return_exceptions=True)
+            outcome, _ = await asyncio.gather(answer, leaving, return_exceptions=True)
             with self._lock:
                 self.disconnects += unfinished
-                self._charge(sale, whole=unfinished and not sale.stream)
+                self._write_down(speech, sale, left=unfinished)
                 self._open.discard(answer)
             self._changes.tell()
         if isinstance(outcome, asyncio.CancelledError) and not unfinished:
@@ -224,107 +224,158 @@ class FakeProvider:
 
     def _next(self, request: FakeRequest) -> Behaviour:
         if not callable(self._prices) and self._prices is not None and request.model not in self._prices:
-            return Behaviour.error(404, code="model_not_found")
+            return Behaviour.refuse("unknown_model")
         if self._script:
             return self._script.popleft()
         return next((behaviour for condition, behaviour in self._rules if condition(request)), self._default)
 
-    def _charge(self, sale: Sale, *, whole: bool) -> None:
-        if sale.status != 200:
-            return
-        if whole and sale.behaviour.content:
-            sale.produce_all()
-        usage = sale.usage()
+    def _write_down(self, speech: Speech, sale: Sale, *, left: bool) -> None:
+        request = sale.request
+        if sale.status == 200 and left and not request.stream and sale.behaviour.content:
+            sale.produce_all()  # nobody waits any more, and it is generated all the same
+        line = None
+        if sale.status == 200:
+            line = self._line(sale, speech.consumed(sale))
+            self.bill.append(line)
+        self.attempts.append(
+            Attempt(
+                number=sale.number,
+                id=sale.id,
+                dialect=request.dialect,
+                path=request.path,
+                model=request.model,
+                stream=request.stream,
+                status=sale.status,
+                retry=_retry(request.headers),
+                left=left,
+                words=sale.words[: sale.produced],
+                bill=line,
+            )
+        )
+
+    def _line(self, sale: Sale, usage: Usage) -> Bill:
         if callable(self._prices):
             cost = self._prices(sale.model, usage)
         else:
             cost = (self._prices or {}).get(sale.model, DEFAULT_PRICE).cost_nanousd(usage)
-        self.bill.append(
-            Bill(
-                id=sale.id,
-                model=sale.model,
-                input_tokens=usage.input_tokens or 0,
-                output_tokens=usage.output_tokens or 0,
-                cache_read_tokens=usage.cache_read_tokens or 0,
-                reasoning_tokens=usage.reasoning_tokens or 0,
-                cost_nanousd=cost,
-                reported=sale.reported,
-            )
+        return Bill(
+            id=sale.id,
+            dialect=sale.request.dialect,
+            path=sale.request.path,
+            model=sale.model,
+            usage=usage,
+            cost_nanousd=cost,
+            reported=sale.reported,
         )
 
-    async def _answer(self, sale: Sale, send: Send) -> None:
+    # ------------------------------------------------------------------------------ answers
+
+    async def _answer(self, speech: Speech, sale: Sale, send: Send) -> None:
         behaviour = sale.behaviour
+        accepted = sale.request.headers.get("accept-encoding", "")
+        reply = Reply(send, zipped=behaviour.encoding == "gzip" and "gzip" in accepted and behaviour.content)
         if behaviour.waits:
             await (behaviour.gate or self.gate).step()
         if sale.status != 200:
             sale.complete = True
-            error = error_body(f"the fake provider answers {sale.status}", error_type(sale.status), behaviour.code)
-            await send_json(send, sale.status, error, headers=behaviour.headers)
-        elif sale.stream:
-            await self._answer_stream(sale, send)
+            body, headers = speech.error(speech.fault(behaviour, status=sale.status))
+            await reply.whole(sale.status, dump(body), kind=_JSON, headers=(*_headers(speech, sale), *headers))
+        elif sale.request.stream:
+            await self._stream(speech, sale, reply)
         else:
-            await self._answer_json(sale, send)
+            await self._whole(speech, sale, reply)
 
-    async def _answer_json(self, sale: Sale, send: Send) -> None:
-        behaviour = sale.behaviour
+    async def _whole(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+        behaviour, headers = sale.behaviour, _headers(speech, sale)
         if behaviour.paced:
             await (behaviour.gate or self.gate).step()
         if not behaviour.content:
             sale.complete = True
-            await send_body(send, 200, b"", sale.headers)
+            await reply.whole(200, b"", kind=_JSON, headers=headers)
             return
         sale.produce_all()
-        body = msgspec.json.encode(completion(sale))
+        body, kind = speech.whole(sale)
+        headers = (*headers, *speech.counts(sale))
         if behaviour.cut_after is not None:
-            await start(send, 200, (*sale.headers, ("content-length", str(len(body)))))
-            await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+            await reply.half(200, body, kind=kind, headers=headers)
             raise ConnectionCut("the provider cuts a JSON body in the middle")
         sale.complete = True
         if not behaviour.valid:
             body = body[: len(body) // 2]
-        await send_body(send, 200, body, sale.headers)
-        sale.reported = behaviour.usage and behaviour.valid
+        await reply.whole(200, body, kind=kind, headers=headers)
+        sale.reported = speech.tells(sale)
 
-    async def _answer_stream(self, sale: Sale, send: Send) -> None:
-        await start(send, 200, (*sale.headers, ("content-type", "text/event-stream; charset=utf-8")))
+    async def _stream(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+        await reply.begin(kind=speech.begins(sale), headers=_headers(speech, sale))
         if sale.behaviour.content:
-            await self._send_chunks(sale, send)
+            await self._send_chunks(speech, sale, reply)
         sale.complete = True
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await reply.end()
 
-    async def _send_chunks(self, sale: Sale, send: Send) -> None:
+    async def _send_chunks(self, speech: Speech, sale: Sale, reply: Reply) -> None:
         behaviour = sale.behaviour
         gate = (behaviour.gate or self.gate) if behaviour.paced else None
         for choice, position, word in sale.chunks():
             if sale.produced == behaviour.cut_after:
                 raise ConnectionCut(f"the provider cuts a stream after {sale.produced} chunks")
             if sale.produced == behaviour.fail_after:
-                await send_event(send, error_body("the fake provider fails inside the stream", "server_error"))
+                await reply.write(speech.failing(sale))
                 return
             if gate is not None:
                 await gate.step()
-            sale.started = True
+            await self._open_stream(speech, sale, reply)
             sale.produced += 1
             if not behaviour.valid and sale.produced == 1:
-                await send_event(send, b'{"id":')
+                await reply.write(speech.breaking(sale))
                 continue
-            delta: dict[str, object] = {} if position else {"role": "assistant"}
-            delta |= {"content": word} if behaviour.tool is None else {"tool_calls": [tool_call(sale, word, position)]}
-            await send_event(send, chunk(sale, choice, delta))
+            await reply.write(speech.piece(sale, choice, position, word))
         if behaviour.cut_after is not None:
             raise ConnectionCut("the provider cuts a stream before its end")
+        if behaviour.fail_after is not None:
+            await reply.write(speech.failing(sale))
+            return
         if gate is not None:
             await gate.step()
-        for choice in range(sale.choices):
-            await send_event(send, chunk(sale, choice, {}, finish=sale.finish))
-        if sale.usage_wanted and behaviour.usage and behaviour.valid:
-            await send_event(send, {**chunk(sale, 0, {}), "choices": [], "usage": usage_body(sale)})
-            sale.reported = True
-        await send_event(send, b"[DONE]")
+        await self._open_stream(speech, sale, reply)
+        for event in speech.closing(sale):
+            await reply.write(event)
+        sale.reported = speech.tells(sale)
+
+    @staticmethod
+    async def _open_stream(speech: Speech, sale: Sale, reply: Reply) -> None:
+        """What comes before the first word, once."""
+        if not sale.started:
+            sale.started = True
+            for event in speech.opening(sale):
+                await reply.write(event)
 
 
-class NoCuts(logging.Filter):
-    """Keeps the cuts that a test asked for out of the server's error log."""
+def _sale(speech: Speech, number: int, request: FakeRequest, behaviour: Behaviour) -> Sale:
+    words, finish = speech.words(request, behaviour)
+    failing = behaviour.fail_after is not None and not request.stream
+    return Sale(
+        id=f"{speech.id_prefix}{number}",
+        number=number,
+        request=request,
+        behaviour=behaviour,
+        words=words,
+        finish=finish,
+        status=500 if failing else speech.status(behaviour),
+    )
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], ConnectionCut))
+
+def _headers(speech: Speech, sale: Sale) -> tuple[tuple[str, str], ...]:
+    named = ((speech.id_header, sale.id),) if speech.id_header else ()
+    return (*sale.behaviour.headers, *named)
+
+
+def _retry(headers: Mapping[str, str]) -> int | None:
+    """How many attempts went before: as SDKs made by Stainless count them, or those of AWS."""
+    count = headers.get("x-stainless-retry-count", "")
+    if count.isdecimal():
+        return int(count)
+    for part in headers.get("amz-sdk-request", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == "attempt" and value.isdecimal():
+            return int(value) - 1
+    return None
