@@ -23,7 +23,7 @@ LAYERS = {
     "rules": "charge denials describe estimate marks media plan pricing routes storage.cells storage.counting policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "cache identity ledger storage telemetry",
-    "engine": "admission background engine guard loss moment outage",
+    "engine": "admission background engine exchange guard loss moment outage",
     "skins": "admin decorator gateway httpx integrations middleware",
     "roots": "__init__ cli settings testing",
 }
@@ -40,6 +40,7 @@ MAY_IMPORT = {
 
 # The arrows that point outward, each with its reason. They are taken when a function is called, not on import.
 ENTRANCES = {
+    ("guard", "httpx"): "`Guard.httpx_client` makes the client that the hook is in",
     ("guard", "settings"): "`Guard.from_file` reads what the settings describe",
     ("guard", "storage"): "opens the storage that a URL names",
     ("guard", "storage.memory"): "makes what a process counts in while its storage does not answer",
@@ -50,12 +51,16 @@ APART = {"adapters", "skins"}
 
 # Which files may import a library that is not `msgspec`; one that is not here, none.
 LIBRARIES = {
+    "backports": "wire.encodings",
+    "brotli": "wire.encodings",
+    "brotlicffi": "wire.encodings",
     "click": "cli",
+    "compression": "wire.encodings",
     "fastapi": "integrations.fastapi",
     "genai_prices": "pricing.genai",
     "hiredis": "storage.redis storage.redis_wire",
-    "httpx": "httpx",
-    "httpx2": "httpx gateway testing",
+    "httpx": "httpx guard",
+    "httpx2": "httpx guard gateway testing",
     "jinja2": "admin",
     "joserfc": "identity.jwt",
     "langchain_core": "integrations.langchain",
@@ -71,6 +76,7 @@ LIBRARIES = {
     "uvicorn": "testing",
     "watchfiles": "settings",
     "yaml": "settings",
+    "zstandard": "wire.encodings",
 }
 
 

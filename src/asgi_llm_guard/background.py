@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from asgi_llm_guard.errors import ContextError
 from asgi_llm_guard.storage.base import LAPSE_MS
 
-__all__ = ["keep_alive", "let_go", "run"]
+__all__ = ["keep_alive", "later", "let_go", "run"]
 
 _log = logging.getLogger("asgi_llm_guard")
 _BEAT_S: Final = LAPSE_MS / 3000
@@ -73,9 +73,9 @@ class _Background:
     def let_go(self, heart: Beating) -> None:
         self._hearts.discard(heart)
 
-    def run(self, work: Coroutine[Any, Any, T], undo: Callable[[], object] | None) -> T:
+    def run(self, work: Coroutine[Any, Any, T], undo: Callable[[], object] | None, *, anywhere: bool) -> T:
         loop = self.loop()
-        if threading.current_thread() is self._thread or _in_event_loop():
+        if threading.current_thread() is self._thread or (not anywhere and _in_event_loop()):
             work.close()
             raise ContextError(
                 "the synchronous API was called on an event loop's thread, which it would block; "
@@ -118,12 +118,21 @@ def let_go(heart: Beating) -> None:
     _background.let_go(heart)
 
 
-def run(work: Coroutine[Any, Any, T], *, undo: Callable[[], object] | None = None) -> T:
+def run(work: Coroutine[Any, Any, T], *, undo: Callable[[], object] | None = None, anywhere: bool = False) -> T:
     """Run `work` on the background loop and wait for it. For synchronous code.
 
     `undo`: called in the loop if the wait is interrupted (`KeyboardInterrupt`), for work that was done by then.
+    `anywhere`: on the thread of another event loop too, which stands still meanwhile: for callers who block it anyway.
 
     Raises:
         ContextError: called on the thread of an event loop.
     """
-    return _background.run(work, undo)
+    return _background.run(work, undo, anywhere=anywhere)
+
+
+def later(work: Callable[[], object]) -> None:
+    """Have `work` called on the background loop, soon.
+
+    For finalizers: they run wherever the garbage collector happens to be, inside a lock that they would need too.
+    """
+    _background.loop().call_soon_threadsafe(work)

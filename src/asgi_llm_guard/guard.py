@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
@@ -48,6 +48,10 @@ from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.windows import duration_ms
+
+if TYPE_CHECKING:
+    import httpx
+    import httpx2
 
 __all__ = ["DRAINING", "Guard"]
 
@@ -261,6 +265,41 @@ class Guard:
         """
         policies = (*self.policies, *extra) if extra else self.policies
         return Admission(self._engine, context, policies, opaque=not self.hooked if opaque is None else opaque)
+
+    # -------------------------------------------------------------------------------- hooks
+
+    @overload
+    def httpx_client(self, *, library: Literal["auto", "httpx2"] = "auto", **options: Any) -> httpx2.AsyncClient: ...
+
+    @overload
+    def httpx_client(self, *, library: Literal["httpx"], **options: Any) -> httpx.AsyncClient: ...
+
+    def httpx_client(self, *, library: Literal["auto", "httpx", "httpx2"] = "auto", **options: Any) -> Any:
+        """`AsyncOpenAI(http_client=guard.httpx_client())`: a client whose requests to providers are guarded.
+
+        Args:
+            library: `httpx` for SDKs that are built on it; `auto`: httpx2, or httpx where that is all there is.
+            options: those of `AsyncGuardTransport`, and of the library's `AsyncClient`. Unless they say
+                otherwise, redirects are followed and an answer may take 600 seconds, as with the SDKs' own clients.
+
+        Raises:
+            NotInstalledError: the library is missing.
+        """
+        from asgi_llm_guard.httpx import async_client
+
+        return async_client(self, library=library, **options)
+
+    @overload
+    def httpx_client_sync(self, *, library: Literal["auto", "httpx2"] = "auto", **options: Any) -> httpx2.Client: ...
+
+    @overload
+    def httpx_client_sync(self, *, library: Literal["httpx"], **options: Any) -> httpx.Client: ...
+
+    def httpx_client_sync(self, *, library: Literal["auto", "httpx", "httpx2"] = "auto", **options: Any) -> Any:
+        """`OpenAI(http_client=guard.httpx_client_sync())`: as `httpx_client`, for synchronous code."""
+        from asgi_llm_guard.httpx import sync_client
+
+        return sync_client(self, library=library, **options)
 
     # ------------------------------------------------------------------------------- filter
 

@@ -1,0 +1,366 @@
+"""One physical request to a provider, whatever carries it: admitted, sent, metered as its answer passes, settled.
+
+A client hook makes an `Exchange` for each request that is billed, and drives it:
+
+    hook.begin(...)      `None`: not billed, let it pass; a `Denied`; or an exchange
+    exchange.admit()     a `Denied` has taken nothing; else `exchange.body` is what is to be sent
+    exchange.answered()  the head of the answer
+    exchange.feed()      what to give to the client of each chunk
+    exchange.finish()    the answer has come to its end, or
+    exchange.fail()      it has not come, or broke off, or
+    exchange.close()     nobody reads it any more
+
+Rule 1: a refusal is an answer that the hook returns. An exception would be taken for a lost connection by
+the libraries on top, and be sent again.
+Rule 2: what is not known to have been left unsent is charged.
+Rule 3: what passes is not changed, but for what the hook was told to change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from typing import Final
+
+import msgspec
+
+from asgi_llm_guard import background
+from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
+from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.wire import dialect_for
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Headers, Meter
+from asgi_llm_guard.wire.encodings import Decoder, decoder_for
+from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.refusals import Rendered, render
+
+__all__ = ["Exchange", "Hook", "Outgoing"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+_CLAMPS: Final = 2
+_NOBODY: Final = Refusal(
+    policy="guard",
+    code="invalid_request",
+    message=(
+        "no admission of this guard is open where this client is used: add GuardMiddleware to the application, wrap "
+        "the job in `async with guard.open(Context(caller=...))`, or give the client a context: "
+        "guard.httpx_client(context=Context(caller=...))"
+    ),
+)
+
+
+class Outgoing(msgspec.Struct, frozen=True):
+    """A request as it is about to be sent, without its body."""
+
+    method: str
+    url: str
+    host: str
+    path: str
+    headers: Headers
+
+    def header(self, name: bytes) -> bytes:
+        """The first header of this name (given in lower case); empty if there is none."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
+
+class Hook:
+    """How the requests of one client are guarded.
+
+    Args:
+        guard: decides, and settles.
+        context: who asks where no admission of the guard is open: a `Context`, or what gives one for each
+            request. `None`: such requests are refused.
+        hosts: the only hosts that requests may go to, whatever is asked of them; `None`: all.
+        clamp: where only the output bound of a request does not fit, send it with one that does.
+        include_usage: ask streams to tell what they used; clients that did not ask for it do not see it.
+        assumed_output_tokens: the output of a request without a limit of its own; `None`: the guard's.
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        context: Context | Callable[[], Context] | None = None,
+        hosts: Collection[str] | None = None,
+        clamp: bool = False,
+        include_usage: bool = True,
+        assumed_output_tokens: int | None = None,
+    ) -> None:
+        if not isinstance(guard, Guard):
+            raise ConfigurationError(f"guard: expected a Guard, got {guard!r}")
+        if context is not None and not isinstance(context, Context) and not callable(context):
+            raise ConfigurationError(
+                f"context: expected a Context, a function that gives one, or None, got {context!r}"
+            )
+        if isinstance(hosts, str):
+            raise ConfigurationError(f"hosts: expected a list such as ['api.openai.com'], got {hosts!r}")
+        self.guard = guard
+        self.clamp = clamp
+        self.include_usage = include_usage
+        self.assumed_output_tokens = assumed_output_tokens
+        self._context = context
+        self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        guard.hooked = True
+
+    def begin(self, outgoing: Outgoing) -> Exchange | Denied | None:
+        """What becomes of a request: `None`, it is not billed and passes; a refusal; or an exchange to be driven."""
+        host = outgoing.host.lower()
+        if self._hosts is not None and host not in self._hosts:
+            message = f"the host {host[:128]!r} is not among those that this client may call"
+            return self._refused(Refusal(policy="hosts", code="route_not_listed", message=message))
+        if outgoing.method != "POST":
+            return None
+        dialect = dialect_for(outgoing.path, host)
+        if dialect is None:
+            return None
+        scope = current_scope()
+        admission = scope.admission if isinstance(scope, ActiveCall) else scope
+        if admission is not None and scope is not None and admission.engine is self.guard.engine:
+            return Exchange(self, outgoing, dialect, admission, scope)
+        if self._context is None:
+            return self._refused(_NOBODY)
+        if self.guard.draining:
+            return self._refused(DRAINING)
+        context = self._context if isinstance(self._context, Context) else self._context()
+        return Exchange(self, outgoing, dialect, self.guard.new_admission(context), None)
+
+    def rendered(self, denied: Denied, outgoing: Outgoing) -> Rendered:
+        """The answer that tells of a refusal, in the words of the API that was called."""
+        dialect = dialect_for(outgoing.path, outgoing.host.lower())
+        fields = rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
+        return render(
+            denied,
+            dialect=None if dialect is None else dialect.name,
+            accept=outgoing.header(b"accept") or None,
+            fields=fields,
+        )
+
+    def _refused(self, refusal: Refusal) -> Denied:
+        return self.guard.engine.refused(Context(), None, refusal)
+
+
+class Exchange:
+    """One request that is billed, and its answer."""
+
+    __slots__ = (
+        "_admission",
+        "_decoder",
+        "_dialect",
+        "_fed",
+        "_hook",
+        "_key",
+        "_meter",
+        "_outgoing",
+        "_own",
+        "_scope",
+        "_status",
+        "_strip",
+        "ask",
+        "body",
+        "call",
+        "ended",
+        "rewritten",
+    )
+
+    def __init__(
+        self, hook: Hook, outgoing: Outgoing, dialect: Dialect, admission: Admission, scope: Scope | None
+    ) -> None:
+        self._hook = hook
+        self._outgoing = outgoing
+        self._dialect = dialect
+        self._admission = admission
+        self._scope = scope
+        self._own = scope is None
+        """The admission is this request's alone, and ends with it."""
+        self.ask: Ask | None = None
+        self.call: ActiveCall | None = None
+        self.body = b""
+        """What is to be sent."""
+        self.rewritten = False
+        """`body` is another one than was given."""
+        self.ended = False
+        """Everything is settled."""
+        self._strip = False
+        self._meter: Meter | None = None
+        self._decoder: Decoder | None = None
+        self._status = 0
+        self._fed = False
+        self._key = b""
+
+    # -------------------------------------------------------------------------------- admit
+
+    @property
+    def max_body_bytes(self) -> int:
+        """A longer body is refused: see `too_large`."""
+        return self._hook.guard.max_body_bytes
+
+    def too_large(self) -> Denied:
+        """The refusal of a body that has more bytes than are read."""
+        return self._body_refused(body_too_large(self.max_body_bytes))
+
+    async def admit(self, body: bytes) -> Denied | None:
+        """Read what is asked for, and claim it. A `Denied` has taken nothing."""
+        hook, admission = self._hook, self._admission
+        self.body = body
+        if len(body) > self.max_body_bytes:
+            return self.too_large()
+        try:
+            check_encoding(self._outgoing.headers)
+            view = read_body(body)
+            ask = self._dialect.read_request(view, self._outgoing.path)
+            call = hook.guard.engine.describer.describe_body(
+                ask,
+                view,
+                provider=self._dialect.provider,
+                dialect=self._dialect.name,
+                assumed_output_tokens=hook.assumed_output_tokens,
+            )
+        except BodyError as error:
+            return self._body_refused(error)
+        self.ask = ask
+        if self._own:
+            hook.guard.track(admission)
+        try:
+            denied = await self._claim(call)
+            if denied is None:
+                self._rewrite(view, call)
+        except BaseException:
+            self.close()
+            raise
+        if denied is not None:
+            self._leave()
+        return denied
+
+    def admit_sync(self, body: bytes) -> Denied | None:
+        """As `admit`, for synchronous code, on whatever thread it runs."""
+        return background.run(self.admit(body), undo=self.close, anywhere=True)
+
+    async def _claim(self, described: Call) -> Denied | None:
+        admission = self._admission
+        if self._own:
+            denied = await admission.open(None, calls=False)
+            if denied is not None:
+                return denied
+        scope = admission if self._scope is None else self._scope
+        parent = scope if isinstance(scope, ActiveCall) else None
+        policies = admission.policies if parent is None else parent.policies
+        clamps = _CLAMPS if self._hook.clamp else 0
+        while True:
+            call = ActiveCall(admission, parent, policies, described)
+            try:
+                await call.claim()
+            except LimitExceeded as error:
+                fits = error.denied.fits_max_tokens
+                if not clamps or not fits:
+                    return error.denied
+                clamps -= 1
+                described = self._hook.guard.engine.describer.clamped(described, fits)
+                continue
+            self.call = call
+            call.dispatched()
+            return None
+
+    def _rewrite(self, view: BodyView, described: Call) -> None:
+        """Put into the body what the hook was told to: usage on streams, and the output limit that was held for."""
+        hook, ask = self._hook, self.ask
+        assert ask is not None  # noqa: S101 - `admit` read it
+        assert self.call is not None  # noqa: S101 - and claimed it
+        held, limit = self.call.call, None
+        if hook.clamp and held is not None and held.max_output_tokens != described.max_output_tokens:
+            limit = held.max_output_tokens
+        include = hook.include_usage and ask.stream
+        if not include and limit is None:
+            return
+        if self._outgoing.header(b"authorization").startswith(b"AWS4-"):
+            return  # the signature is of the body as it is
+        body = self._dialect.rewrite(view, include_usage=include, max_output_tokens=limit)
+        if body is not self.body:
+            self._strip = include and not ask.wants_usage
+            self.body = body
+            self.rewritten = True
+
+    @property
+    def plain(self) -> bool:
+        """The answer should come without a content-encoding: something has to be taken out of it."""
+        return self._strip
+
+    # ------------------------------------------------------------------------------- answer
+
+    def answered(self, status: int, headers: Headers) -> None:
+        """The head of the answer has come."""
+        self._status = status
+        head = Head(status, headers, self._outgoing.path, self.ask)
+        encoding = head.header(b"content-encoding")
+        strip = self._strip
+        if encoding and encoding.strip().lower() != b"identity":
+            self._decoder = decoder_for(encoding)
+            strip = False
+            if self._decoder is None:
+                _log.warning("an answer in %r cannot be metered, and is charged what was held", encoding)
+                return
+        self._meter = self._dialect.meter(head, strip_usage=strip)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What to give to the client of a chunk of the answer."""
+        if self._meter is None:
+            return chunk
+        self._fed = True
+        if self._decoder is None:
+            return self._meter.feed(chunk)
+        try:
+            for piece in self._decoder.feed(chunk):
+                self._meter.feed(piece)
+        except ValueError as error:
+            _log.warning("an answer is not encoded as it says, and cannot be metered any further: %s", error)
+            self._meter = None
+        return chunk
+
+    def finish(self) -> bytes:
+        """The answer has come to its end: what is still to be given to the client. Everything is settled."""
+        rest = self._meter.finish() if self._meter is not None and self._decoder is None else b""
+        self._end(None, complete=True)
+        return rest
+
+    def fail(self, error: BaseException) -> None:
+        """The request or its answer broke off with `error`."""
+        self._end(error, complete=False)
+
+    def close(self) -> None:
+        """Nobody reads the answer any more. After its end, nothing happens."""
+        self._end(None, complete=False)
+
+    def _end(self, error: BaseException | None, *, complete: bool) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        call = self.call
+        if call is not None:
+            answer = self._answer()
+            if 300 <= self._status < 400:
+                call.release()  # sent on to another place, where it is asked again
+            elif answer is not None:
+                call._answer = answer
+                complete |= answer.finished
+            call.end(error, complete=complete)
+        self._leave()
+
+    def _answer(self) -> Answer | None:
+        if self._meter is not None and self._fed:
+            return self._meter.answer()
+        return Answer(kind="error") if self._status >= 400 else None
+
+    def _leave(self) -> None:
+        if self._own:
+            self._admission.end()
+            self._hook.guard.untrack(self._admission)
+
+    def _body_refused(self, error: BodyError) -> Denied:
+        refusal = Refusal(policy="request", code=error.code, message=str(error), status=error.status)
+        return self._hook.guard.engine.refused(self._admission.context, None, refusal)

@@ -1,0 +1,447 @@
+"""The client hook of httpx and httpx2: transports that guard what the SDKs on top of them send.
+
+    client = AsyncOpenAI(http_client=guard.httpx_client())
+    client = httpx.AsyncClient(transport=AsyncGuardTransport(guard))
+
+Both libraries have the same interface and different classes, and an SDK takes the one it was built on. A
+transport answers each request with a response of the library that the request is of. `import httpx` does not
+tell which that is: `httpx2.alias_httpx()` may have made it the other one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import weakref
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from functools import cache
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from asgi_llm_guard import background
+from asgi_llm_guard.context import Context
+from asgi_llm_guard.decision import Denied
+from asgi_llm_guard.errors import ConfigurationError, NotInstalledError
+from asgi_llm_guard.exchange import Exchange, Hook, Outgoing
+from asgi_llm_guard.guard import Guard
+
+if TYPE_CHECKING:
+    import httpx
+    import httpx2
+
+    class _AsyncTransport(httpx.AsyncBaseTransport, httpx2.AsyncBaseTransport):
+        """A transport of either library, for type checkers."""
+
+        async def handle_async_request(self, request: Any) -> Any: ...
+
+        async def __aenter__(self) -> Self: ...
+
+        async def __aexit__(
+            self,
+            kind: type[BaseException] | None = ...,
+            error: BaseException | None = ...,
+            trace: TracebackType | None = ...,
+        ) -> None: ...
+
+    class _Transport(httpx.BaseTransport, httpx2.BaseTransport):
+        """As above, synchronous."""
+
+        def handle_request(self, request: Any) -> Any: ...
+
+        def __enter__(self) -> Self: ...
+
+        def __exit__(
+            self,
+            kind: type[BaseException] | None = ...,
+            error: BaseException | None = ...,
+            trace: TracebackType | None = ...,
+        ) -> None: ...
+else:
+    _AsyncTransport = _Transport = object
+
+__all__ = ["EXTENSION", "AsyncGuardTransport", "GuardTransport", "Library", "async_client", "sync_client"]
+
+Library = Literal["auto", "httpx", "httpx2"]
+
+EXTENSION: Final = "asgi_llm_guard"
+"""Where the `Denied` stands in the extensions of a response that is a refusal."""
+
+_LIBRARIES: Final = ("httpx2", "httpx")
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+_CODING: Final = frozenset({b"content-length", b"content-encoding"})
+_CONNECT_S: Final = 5.0
+_ANSWER_S: Final = 600.0
+
+
+class AsyncGuardTransport(_AsyncTransport):
+    """Guards the requests of an asynchronous client of httpx or httpx2.
+
+    Args:
+        guard: decides, and settles.
+        transport: what sends the requests; `None`: a new transport of `library`.
+        library: `auto`: httpx2 if it is installed, else httpx. A `transport` is of its own library.
+        context, hosts, clamp, include_usage, assumed_output_tokens: see `Hook`.
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+        NotInstalledError: the library is missing.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        transport: Any = None,
+        *,
+        library: Library = "auto",
+        context: Context | Callable[[], Context] | None = None,
+        hosts: Collection[str] | None = None,
+        clamp: bool = False,
+        include_usage: bool = True,
+        assumed_output_tokens: int | None = None,
+    ) -> None:
+        if transport is None:
+            transport = _library(library).AsyncHTTPTransport()
+        elif not callable(getattr(transport, "handle_async_request", None)):
+            raise ConfigurationError(
+                f"transport: expected an asynchronous transport such as httpx2.AsyncHTTPTransport(), got {transport!r}"
+            )
+        self._transport = transport
+        self._hook = Hook(
+            guard,
+            context=context,
+            hosts=hosts,
+            clamp=clamp,
+            include_usage=include_usage,
+            assumed_output_tokens=assumed_output_tokens,
+        )
+
+    async def handle_async_request(self, request: Any) -> Any:
+        outgoing = _outgoing(request)
+        exchange = self._hook.begin(outgoing)
+        if exchange is None:
+            return await self._transport.handle_async_request(request)
+        if isinstance(exchange, Denied):
+            return self._refusal(exchange, outgoing, request)
+        body = await _read_async(request, exchange.max_body_bytes)
+        denied = exchange.too_large() if body is None else await exchange.admit(body)
+        if denied is not None:
+            return self._refusal(denied, outgoing, request)
+        try:
+            response = await self._transport.handle_async_request(_to_send(request, exchange))
+            return _answered(request, response, exchange, "AsyncByteStream", _AsyncBody)
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+
+    def _refusal(self, denied: Denied, outgoing: Outgoing, request: Any) -> Any:
+        return _refusal(self._hook, denied, outgoing, request)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        await self._transport.__aexit__(kind, error, trace)
+
+
+class GuardTransport(_Transport):
+    """Guards the requests of a synchronous client of httpx or httpx2; see `AsyncGuardTransport`.
+
+    What is claimed is claimed on a thread of the package's own, so that a client works wherever it worked
+    before, on the thread of an event loop too.
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+        NotInstalledError: the library is missing.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        transport: Any = None,
+        *,
+        library: Library = "auto",
+        context: Context | Callable[[], Context] | None = None,
+        hosts: Collection[str] | None = None,
+        clamp: bool = False,
+        include_usage: bool = True,
+        assumed_output_tokens: int | None = None,
+    ) -> None:
+        if transport is None:
+            transport = _library(library).HTTPTransport()
+        elif not callable(getattr(transport, "handle_request", None)):
+            raise ConfigurationError(
+                f"transport: expected a synchronous transport such as httpx2.HTTPTransport(), got {transport!r}"
+            )
+        self._transport = transport
+        self._hook = Hook(
+            guard,
+            context=context,
+            hosts=hosts,
+            clamp=clamp,
+            include_usage=include_usage,
+            assumed_output_tokens=assumed_output_tokens,
+        )
+
+    def handle_request(self, request: Any) -> Any:
+        outgoing = _outgoing(request)
+        exchange = self._hook.begin(outgoing)
+        if exchange is None:
+            return self._transport.handle_request(request)
+        if isinstance(exchange, Denied):
+            return _refusal(self._hook, exchange, outgoing, request)
+        body = _read(request, exchange.max_body_bytes)
+        denied = exchange.too_large() if body is None else exchange.admit_sync(body)
+        if denied is not None:
+            return _refusal(self._hook, denied, outgoing, request)
+        try:
+            response = self._transport.handle_request(_to_send(request, exchange))
+            return _answered(request, response, exchange, "SyncByteStream", _Body)
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        self._transport.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._transport.__exit__(kind, error, trace)
+
+
+# ----------------------------------------------------------------------------------- clients
+
+
+def async_client(guard: Guard, *, library: Library = "auto", **options: Any) -> Any:
+    """An `AsyncClient` whose requests are guarded; see `Guard.httpx_client`."""
+    made = _library(library)
+    hooked, plain = _split(made, options)
+    return _wrap(made.AsyncClient(**plain), lambda transport: AsyncGuardTransport(guard, transport, **hooked))
+
+
+def sync_client(guard: Guard, *, library: Library = "auto", **options: Any) -> Any:
+    """A `Client` whose requests are guarded; see `Guard.httpx_client`."""
+    made = _library(library)
+    hooked, plain = _split(made, options)
+    return _wrap(made.Client(**plain), lambda transport: GuardTransport(guard, transport, **hooked))
+
+
+_HOOKED: Final = frozenset({"context", "hosts", "clamp", "include_usage", "assumed_output_tokens"})
+
+
+def _split(library: ModuleType, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the hook and those of the client, with the defaults that the SDKs give to theirs."""
+    hooked = {name: value for name, value in options.items() if name in _HOOKED}
+    plain = {name: value for name, value in options.items() if name not in _HOOKED}
+    plain.setdefault("follow_redirects", True)
+    plain.setdefault("timeout", library.Timeout(_ANSWER_S, connect=_CONNECT_S))
+    plain.setdefault("limits", library.Limits(max_connections=1000, max_keepalive_connections=100))
+    return hooked, plain
+
+
+def _wrap(client: Any, wrapped: Callable[[Any], Any]) -> Any:
+    """`client` with every transport of its own wrapped, those of proxies too."""
+    # No public name leads to them, and a client with a transport of its own takes no notice of proxies, limits
+    # and certificates.
+    client._transport = wrapped(client._transport)  # noqa: SLF001
+    client._mounts = {  # noqa: SLF001
+        pattern: None if transport is None else wrapped(transport)
+        for pattern, transport in client._mounts.items()  # noqa: SLF001
+    }
+    return client
+
+
+def _library(name: Library) -> ModuleType:
+    if name not in ("auto", *_LIBRARIES):
+        raise ConfigurationError(f"library: expected 'auto', 'httpx' or 'httpx2', got {name!r}")
+    for candidate in _LIBRARIES if name == "auto" else (name,):
+        try:
+            return importlib.import_module(candidate)
+        except ImportError:
+            continue
+    raise NotInstalledError("a guarded client", "httpx")
+
+
+# ---------------------------------------------------------------------------------- requests
+
+
+def _library_of(request: Any) -> ModuleType:
+    """The library that a request is of: by its class, or the one that its class comes from."""
+    for kind in type(request).__mro__:
+        root = kind.__module__.partition(".")[0]
+        if root in _LIBRARIES:
+            return sys.modules[root]
+    raise TypeError(f"a guarded transport got a request of {type(request)!r}, which is of neither httpx nor httpx2")
+
+
+def _outgoing(request: Any) -> Outgoing:
+    url = request.url
+    return Outgoing(request.method, str(url), url.host, url.path, request.headers.raw)
+
+
+def _content(request: Any) -> bytes | None:
+    """The body, if it is there as a whole."""
+    try:
+        content: bytes = request.content
+    except _library_of(request).RequestNotRead:
+        return None
+    return content
+
+
+async def _read_async(request: Any, most: int) -> bytes | None:
+    """The body; `None`: it is longer than `most` bytes."""
+    content = _content(request)
+    if content is not None:
+        return content
+    parts, length = [], 0
+    async for part in request.stream:
+        length += len(part)
+        if length > most:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read(request: Any, most: int) -> bytes | None:
+    content = _content(request)
+    if content is not None:
+        return content
+    parts, length = [], 0
+    for part in request.stream:
+        length += len(part)
+        if length > most:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _to_send(request: Any, exchange: Exchange) -> Any:
+    """`request` itself where nothing is changed and it can still be sent, else one like it."""
+    if not exchange.rewritten and _content(request) is not None:
+        return request
+    headers = [(name, value) for name, value in request.headers.raw if name.lower() not in _FRAMING]
+    if exchange.plain:
+        headers = [(name, value) for name, value in headers if name.lower() != b"accept-encoding"]
+        headers.append((b"Accept-Encoding", b"identity"))
+    return _library_of(request).Request(
+        request.method, request.url, headers=headers, content=exchange.body, extensions=request.extensions
+    )
+
+
+# --------------------------------------------------------------------------------- responses
+
+
+def _refusal(hook: Hook, denied: Denied, outgoing: Outgoing, request: Any) -> Any:
+    rendered = hook.rendered(denied, outgoing)
+    return _library_of(request).Response(
+        rendered.status, headers=rendered.headers, content=rendered.body, extensions={EXTENSION: denied}
+    )
+
+
+def _answered(request: Any, response: Any, exchange: Exchange, kind: str, body: type) -> Any:
+    """`response` with a body that is metered as it is read."""
+    stream, headers = response.stream, response.headers.raw
+    if response.is_stream_consumed or response.is_closed:
+        # A transport below has read it: what is left is the content, decoded.
+        headers = [(name, value) for name, value in headers if name.lower() not in _CODING]
+        stream = _library_of(request).ByteStream(response.content)
+    exchange.answered(response.status_code, headers)
+    if exchange.plain:
+        headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    library = _library_of(request)
+    return library.Response(
+        response.status_code,
+        headers=headers,
+        stream=_stream_class(library, kind, body)(stream, exchange),
+        extensions=response.extensions,
+    )
+
+
+@cache
+def _stream_class(library: ModuleType, kind: str, body: type) -> Callable[[Any, Exchange], Any]:
+    """The class of response bodies: clients ask whether a body is one of their library's."""
+    made: Callable[[Any, Exchange], Any] = type("GuardedStream", (body, getattr(library, kind)), {})
+    return made
+
+
+class _AsyncBody:
+    """The body of an answer, metered as it passes."""
+
+    def __init__(self, stream: Any, exchange: Exchange) -> None:
+        self._stream = stream
+        self._exchange = exchange
+        self._abandoned = weakref.finalize(self, background.later, exchange.close)
+        self._abandoned.atexit = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        exchange = self._exchange
+        try:
+            async for chunk in self._stream:
+                forward = exchange.feed(chunk)
+                if forward:
+                    yield forward
+        except GeneratorExit:
+            exchange.close()  # left before its end, and not closed
+            raise
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+        # Before the client can see the end: its next request finds this one settled.
+        rest = exchange.finish()
+        self._abandoned.detach()
+        if rest:
+            yield rest
+
+    async def aclose(self) -> None:
+        self._abandoned.detach()
+        self._exchange.close()
+        await self._stream.aclose()
+
+
+class _Body:
+    """As `_AsyncBody`, for synchronous clients."""
+
+    def __init__(self, stream: Any, exchange: Exchange) -> None:
+        self._stream = stream
+        self._exchange = exchange
+        self._abandoned = weakref.finalize(self, background.later, exchange.close)
+        self._abandoned.atexit = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        exchange = self._exchange
+        try:
+            for chunk in self._stream:
+                forward = exchange.feed(chunk)
+                if forward:
+                    yield forward
+        except GeneratorExit:
+            exchange.close()
+            raise
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+        rest = exchange.finish()
+        self._abandoned.detach()
+        if rest:
+            yield rest
+
+    def close(self) -> None:
+        self._abandoned.detach()
+        self._exchange.close()
+        self._stream.close()

@@ -1,0 +1,154 @@
+"""Content encodings undone on a copy: what passes stays as it is, and what is metered is plain.
+
+Source: RFC 9110 §8.4.1 for gzip and deflate, RFC 7932 for br, RFC 8878 for zstd.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+__all__ = ["Decoder", "decoder_for"]
+
+_PIECE: Final = 64 * 1024
+"""The most that is decoded at a time: a small body may decode to a very large one."""
+_MOST_ENCODINGS: Final = 4
+
+
+class Decoder(Protocol):
+    """Decodes one body as it passes."""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """The pieces that `chunk` completes, each of bounded size.
+
+        Raises:
+            ValueError: the body is not encoded as it says.
+        """
+        ...
+
+
+def decoder_for(encoding: bytes) -> Decoder | None:
+    """A decoder for a `content-encoding` header; `None`: one of the encodings is not known, or not installed."""
+    names = [name for part in encoding.split(b",") if (name := part.strip().lower()) not in (b"", b"identity")]
+    if len(names) > _MOST_ENCODINGS:
+        return None
+    decoders = []
+    for name in reversed(names):
+        make = _MAKERS.get(name)
+        decoder = make() if make is not None else None
+        if decoder is None:
+            return None
+        decoders.append(decoder)
+    return _Chain(decoders)
+
+
+class _Chain:
+    __slots__ = ("_decoders",)
+
+    def __init__(self, decoders: list[Decoder]) -> None:
+        self._decoders = decoders
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        pieces: Iterator[bytes] = iter((chunk,))
+        for decoder in self._decoders:
+            pieces = _each(decoder, pieces)
+        return pieces
+
+
+def _each(decoder: Decoder, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from decoder.feed(piece)
+
+
+class _Zlib:
+    """gzip, which may have several members; and deflate, which some servers send without its frame."""
+
+    __slots__ = ("_bare", "_begun", "_inflate")
+
+    def __init__(self, *, deflate: bool = False) -> None:
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS if deflate else zlib.MAX_WBITS | 16)
+        self._bare = deflate
+        self._begun = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        rest = chunk
+        while rest:
+            if self._inflate.eof:
+                if self._bare or not rest.strip(b"\0"):
+                    return  # what follows is padding
+                self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            try:
+                piece = self._inflate.decompress(rest, _PIECE)
+            except zlib.error as error:
+                if self._begun or not self._bare:
+                    raise ValueError(str(error)) from None
+                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+                self._begun = True
+                continue
+            self._begun = True
+            if piece:
+                yield piece
+            while len(piece) == _PIECE and not self._inflate.eof:  # there may be more of what was taken in
+                piece = self._inflate.decompress(self._inflate.unconsumed_tail, _PIECE)
+                if piece:
+                    yield piece
+            rest = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
+
+
+class _Foreign:
+    """A decoder of a library, whose errors are its own."""
+
+    __slots__ = ("_decode",)
+
+    def __init__(self, decode: Callable[[bytes], bytes]) -> None:
+        self._decode = decode
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        for start in range(0, len(chunk), _PIECE):
+            try:
+                piece = self._decode(chunk[start : start + _PIECE])
+            except Exception as error:  # noqa: BLE001 - each library has its own class, and derives it from Exception
+                raise ValueError(f"{type(error).__name__}: {error}") from None
+            if piece:
+                yield piece
+
+
+def _brotli() -> Decoder | None:
+    try:
+        import brotli
+    except ImportError:
+        try:
+            import brotlicffi as brotli
+        except ImportError:
+            return None
+    decompressor: Any = brotli.Decompressor()
+    return _Foreign(getattr(decompressor, "process", None) or decompressor.decompress)
+
+
+def _zstd() -> Decoder | None:
+    try:
+        from compression.zstd import ZstdDecompressor
+    except ImportError:
+        try:
+            from backports.zstd import ZstdDecompressor
+        except ImportError:
+            return _zstandard()
+    return _Foreign(ZstdDecompressor().decompress)
+
+
+def _zstandard() -> Decoder | None:
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    return _Foreign(zstandard.ZstdDecompressor().decompressobj().decompress)
+
+
+_MAKERS: Final[dict[bytes, Callable[[], Decoder | None]]] = {
+    b"gzip": _Zlib,
+    b"x-gzip": _Zlib,
+    b"deflate": lambda: _Zlib(deflate=True),
+    b"br": _brotli,
+    b"zstd": _zstd,
+}
