@@ -65,7 +65,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=False):
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One LLM call, as it is known before it is made. Token and cost figures are upper bounds."""
+    """One LLM call, as it is known before it is made. Token and cost figures are upper bounds, unless `learned`."""
 
     provider: str | None = None
     """Who is called: `openai`, `anthropic`, … `None`: not known."""
@@ -78,7 +78,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
     """At most this many input tokens."""
     output_tokens: int = 0
-    """At most this many output tokens, over all choices."""
+    """At most this many output tokens, over all choices; fewer, if `learned`."""
+    learned: bool = False
+    """`output_tokens` is what most answers were not longer than, and no bound."""
     max_output_tokens: int | None = None
     """The request's own limit for one choice; `None`: it has none."""
     choices: int = 1
@@ -99,7 +101,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     search_units: int = 0
     """At most so many units of a ranking, where it is billed by them."""
     cost_nanousd: int | None = None
-    """At most this cost; `None`: no price is known for the model."""
+    """At most this cost (but for `learned`); `None`: no price is known for the model."""
     input_nanousd: int = 0
     """The part of `cost_nanousd` that the input alone makes up."""
     output_picousd: int = 0

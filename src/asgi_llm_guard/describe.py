@@ -12,10 +12,12 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import CacheWrites, Call
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.estimate import Counter, Needs, message_needs, needs, output_tokens
+from asgi_llm_guard.learning import LearnedOutput
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.pricing.cards import RateCard
+from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Ask
 from asgi_llm_guard.wire.peek import BodyView
 
@@ -76,6 +78,7 @@ class Describer:
         counter: Counter | None,
         assumed_input_tokens: int,
         assumed_output_tokens: int | None,
+        learned: LearnedOutput | None = None,
     ) -> None:
         self.prices = prices
         """May be replaced at any time; calls that are open keep their bound."""
@@ -83,6 +86,7 @@ class Describer:
         self._clock = clock
         self._counter = counter
         self._assumed_output_tokens = assumed_output_tokens
+        self._learned = learned
         self._seen: PriceBook | None = None
 
     def describe(
@@ -199,10 +203,25 @@ class Describer:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
+    def held(self, route: str | None, call: Call) -> Call:
+        """`call` as it is held for: with the output that most answers on `route` were not longer than, where that
+        is known and less than its bound."""
+        if self._learned is None or call.learned:
+            return call
+        tokens = self._learned.output_tokens(route, call, self._clock.now_ms())
+        if tokens is None or tokens >= call.output_tokens:
+            return call
+        return self._quoted(replace(call, output_tokens=tokens, learned=True))
+
+    def learn(self, route: str | None, call: Call, usage: Usage) -> None:
+        """Take what an answer to `call` was measured to use."""
+        if self._learned is not None:
+            self._learned.observe(route, call, usage, self._clock.now_ms())
+
     def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
         card = self.prices.resolve(call.provider, call.model)
         bound = self._output_tokens(call.max_output_tokens, assumed_output_tokens, card, call.choices)
-        return self._quoted(replace(call, output_tokens=bound))
+        return self._quoted(replace(call, output_tokens=bound, learned=False))
 
     def _quoted(self, call: Call) -> Call:
         prices, now_ms = self.prices, self._clock.now_ms()

@@ -42,6 +42,7 @@ from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
+from asgi_llm_guard.learning import LearnedOutput
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
@@ -94,6 +95,9 @@ class Guard:
             the longest session window.
         assumed_input_tokens: the input of a call that is described without its text.
         assumed_output_tokens: the output of a call without a limit of its own; `None`: the model's maximum.
+        learn_output: hold for the output that this share of the answers so far was not longer than (`"p99"`), by
+            route and model, where that is less than the bound; what longer ones cost is charged beyond the hold.
+            `None`: always hold for the bound. See `docs/prices.md`.
         counter: an exact token counter in place of the bound by bytes.
         max_body_bytes: the longest request body that is read where a dialect is known or a session
             extractor needs it, in bytes; longer ones get a 413.
@@ -124,6 +128,7 @@ class Guard:
         session_ttl: str = "1d",
         assumed_input_tokens: int = _ASSUMED_INPUT_TOKENS,
         assumed_output_tokens: int | None = None,
+        learn_output: str | None = None,
         counter: Counter | None = None,
         max_body_bytes: int = 8 * 1024 * 1024,
     ) -> None:
@@ -180,6 +185,7 @@ class Guard:
                 counter=counter,
                 assumed_input_tokens=assumed_input_tokens,
                 assumed_output_tokens=assumed_output_tokens,
+                learned=None if learn_output is None else LearnedOutput(learn_output),
             ),
         )
         self.policies = self._engine.bind(policies)

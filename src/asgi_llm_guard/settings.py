@@ -427,6 +427,7 @@ class PriceSettings(_Table):
     """Prices by model."""
     unknown: Any = "deny"
     on_conflict: Literal["genai", "max"] = "genai"
+    trust_reported: Literal["missing", "always", "never"] = "missing"
 
     @model_validator(mode="after")
     def _check(self) -> PriceSettings:
@@ -440,6 +441,7 @@ class PriceSettings(_Table):
             overrides=self.overrides if self.file is None else directory / self.file,
             unknown=self.unknown,
             on_conflict=self.on_conflict,
+            trust_reported=self.trust_reported,
         )
 
 
@@ -486,6 +488,7 @@ class GuardSettings(BaseSettings):
     session_ttl: str | None = None
     assumed_input_tokens: _Number | None = Field(default=None, ge=0)
     assumed_output_tokens: _Number | None = Field(default=None, ge=0)
+    learn_output: str | None = None
     max_body_bytes: _Number | None = Field(default=None, ge=0)
     secrets_dir: Path | None = None
     """A folder of secret files: `llm_guard_identity__secret`, `llm_guard_storage`, …; relative to the file."""
@@ -614,6 +617,7 @@ _SAME_NAME: Final = (
     "on_data_loss",
     "assumed_input_tokens",
     "assumed_output_tokens",
+    "learn_output",
     "max_body_bytes",
 )
 
