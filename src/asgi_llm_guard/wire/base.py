@@ -37,6 +37,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """The model as the request names it."""
     max_output_tokens: int | None = None
     """The most output tokens that one choice may have; `None`: the request sets no limit."""
+    limits_output: bool = True
+    """The request has a place for `max_output_tokens`, and a lower one may be put there."""
     choices: int = 1
     """How many answers are generated, each up to `max_output_tokens`."""
     stream: bool = False
