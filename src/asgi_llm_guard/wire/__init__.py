@@ -7,12 +7,16 @@ from collections.abc import Iterable
 from typing import Final
 
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.wire.anthropic import Anthropic
 from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 
 __all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_meter", "meter_object"]
 
-DIALECTS: Final[tuple[Dialect, ...]] = (OpenAIChat(),)
+DIALECTS: Final[tuple[Dialect, ...]] = (
+    OpenAIChat(),
+    Anthropic(),
+)
 """Every dialect there is, in the order in which objects are tried."""
 
 
