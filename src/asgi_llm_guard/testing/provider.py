@@ -173,9 +173,9 @@ class FakeProvider:
     def _find(method: str, path: str, platform: str) -> tuple[Speech, Mapping[str, str]] | None:
         """Who speaks on this path, and what it says of the request."""
         for speech in SPEECHES if method == "POST" else ():
-            matched = speech.path.fullmatch(path)
-            if matched and (not speech.platforms or platform in speech.platforms):
-                return speech, {name: text for name, text in matched.groupdict().items() if text is not None}
+            named = speech.hears(path, platform)
+            if named is not None:
+                return speech, named
         return None
 
     async def _say_something_else(self, method: str, path: str, reply: Reply) -> None:

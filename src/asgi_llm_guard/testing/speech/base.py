@@ -23,6 +23,7 @@ from asgi_llm_guard.usage import Usage
 __all__ = [
     "CREATED",
     "EVENT_STREAM",
+    "NOWHERE",
     "Call",
     "Fault",
     "Speech",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 CREATED: Final = int(NEW_YEAR.timestamp())
+NOWHERE: Final = re.compile(r"(?!)")
+"""The path of those that have none of their own."""
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
 
@@ -89,8 +92,9 @@ class Speech:
     dialect: ClassVar[str]
     path: ClassVar[re.Pattern[str]]
     """Of the whole path; its groups are `Call.named`."""
-    platforms: ClassVar[frozenset[str]] = frozenset()
-    """Where a path is several dialects': on these it is this one's. Empty: everywhere."""
+    shared_path: ClassVar[re.Pattern[str] | None] = None
+    """A path that is other dialects' as well, and this one's on its platform."""
+    platform: ClassVar[str] = ""
     free: ClassVar[bool] = False
     """Whether it generates nothing, and is not a call."""
     stream_type: ClassVar[str] = EVENT_STREAM
@@ -101,6 +105,13 @@ class Speech:
     """An event that breaks off."""
     troubles: ClassVar[Troubles] = {}
     """Status, code and message of what goes wrong in this provider's words."""
+
+    def hears(self, path: str, platform: str) -> Mapping[str, str] | None:
+        """What the path says, if it is spoken on; `None` if it is not."""
+        matched = self.path.fullmatch(path)
+        if matched is None and self.shared_path is not None and platform == self.platform:
+            matched = self.shared_path.fullmatch(path)
+        return matched and {name: text for name, text in matched.groupdict().items() if text is not None}
 
     def read(self, call: Call) -> FakeRequest:
         """Raises `UnreadableError`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asgi_llm_guard.testing.sale import Sale
-from asgi_llm_guard.testing.speech.base import CREATED, Fault, event
+from asgi_llm_guard.testing.speech.base import CREATED, NOWHERE, Fault, event
 from asgi_llm_guard.testing.speech.openai_chat import OpenAIChat
 from asgi_llm_guard.usage import Usage
 
@@ -42,11 +42,12 @@ class GroqChat(OpenAIChat):
     """Says what it used in an object of its own as well, asked or not."""
 
     dialect = "groq_chat"
-    path = re.compile(r"/openai/v1/chat/completions|(/v1)?/chat/completions")
-    platforms = frozenset({"groq"})
+    path = NOWHERE
+    shared_path = re.compile(r"/openai/v1/chat/completions|(/v1)?/chat/completions")
+    platform = "groq"
 
     def body(self, sale: Sale) -> Mapping[str, Any]:
-        return {**super().body(sale), "x_groq": {"id": f"req-{sale.id}"}}
+        return {**super().body(sale), "service_tier": "on_demand", "x_groq": {"id": f"req-{sale.id}"}}
 
     def tells(self, sale: Sale) -> bool:
         return sale.tells
@@ -66,8 +67,9 @@ class OpenRouterChat(OpenAIChat):
     """Says what it used in the last chunk that has choices, asked or not. Sends comments while it waits."""
 
     dialect = "openrouter_chat"
-    path = re.compile(r"/api/v1/chat/completions|(/v1)?/chat/completions")
-    platforms = frozenset({"openrouter"})
+    path = re.compile(r"/api/v1/chat/completions")
+    shared_path = OpenAIChat.path
+    platform = "openrouter"
     id_prefix = "gen-"
 
     def tells(self, sale: Sale) -> bool:
@@ -96,7 +98,9 @@ class VllmChat(OpenAIChat):
     """Writes the status into errors as a number. Says in every chunk what it used so far, if asked to."""
 
     dialect = "vllm_chat"
-    platforms = frozenset({"vllm"})
+    path = NOWHERE
+    shared_path = OpenAIChat.path
+    platform = "vllm"
 
     def chunk(
         self, sale: Sale, choice: int, delta: Mapping[str, object], *, finish: str | None = None

@@ -196,6 +196,8 @@ class GeminiEmbed(GeminiContent):
     def read(self, call: Call) -> FakeRequest:
         body = call.json()
         asked = body.get("requests", [body])
+        if not isinstance(asked, list):
+            raise UnreadableError("requests: expected a list")
         contents = [one["content"] for one in asked if isinstance(one, dict) and isinstance(one.get("content"), dict)]
         if not contents:
             raise UnreadableError("expected a content, or requests with one each")

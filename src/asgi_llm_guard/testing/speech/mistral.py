@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from asgi_llm_guard.testing.sale import Sale
-from asgi_llm_guard.testing.speech.base import CREATED, Fault, Troubles, event
+from asgi_llm_guard.testing.speech.base import CREATED, NOWHERE, Fault, Troubles, event
 from asgi_llm_guard.testing.speech.openai_chat import OpenAIChat
 from asgi_llm_guard.usage import Usage
 
@@ -15,7 +15,9 @@ __all__ = ["MistralChat"]
 
 class MistralChat(OpenAIChat):
     dialect = "mistral_chat"
-    platforms = frozenset({"mistral"})
+    path = NOWHERE
+    shared_path = OpenAIChat.path
+    platform = "mistral"
     id_prefix = "cmpl-"
     id_header = "mistral-correlation-id"
     troubles: ClassVar[Troubles] = {
