@@ -18,12 +18,12 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 from asgi_llm_guard.background import keep_alive, let_go
-from asgi_llm_guard.charge import draft
+from asgi_llm_guard.charge import FIRST, Attempt, draft
 from asgi_llm_guard.claims import (
     Bundle,
     Claim,
@@ -66,6 +66,9 @@ from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.windows import Distinct
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.cache import ResponseCache
 
 __all__ = ["OVERFLOW_SESSION", "Asking", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
 
@@ -157,6 +160,8 @@ class Engine:
         jitter: Callable[[int], int] | None = None,
     ) -> None:
         self.storage = storage
+        self.cache: ResponseCache | None = None
+        """What the guard keeps answers in."""
         self._with_leases = with_leases
         self._leasing: Leasing | None = None
         self._interruptible = storage if isinstance(storage, Interruptible) else None
@@ -257,12 +262,14 @@ class Engine:
         clamp: bool = False,
         shared: bool = False,
         rates: bool = False,
+        attempt: Attempt = FIRST,
     ) -> Reserved | Denied:
         """Ask the policies, and take what they claim in one step. A `Denied` has changed nothing.
 
         `requests`, `calls`: which policies are asked. `taken`: meters that an enclosing scope
         holds. `clamp`: where only the output bound does not fit, hold for what does. `shared`: the
         session is one of those beyond its caller's bound, which count as one. `rates`: take nothing else.
+        `attempt`: which one of its call this is.
         """
         if not self._alive:
             self._alive = True
@@ -278,7 +285,7 @@ class Engine:
                 return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
             if rates:
                 asked = only_rates(asked)
-            bundles = self._bundles(asked, context, call, now_ms, calls=calls, shared=shared)
+            bundles = self._bundles(asked, context, call, now_ms, attempt, calls=calls, shared=shared)
             answer, degraded = await self._ask_storage(bundles)
             if isinstance(answer, Granted):
                 return self._granted(asked, bundles, answer, context, call, shared=shared, degraded=degraded)
@@ -304,10 +311,13 @@ class Engine:
         taken: AbstractSet[str] = _NONE,
         shared: bool = False,
         asking: Asking | None = None,
+        attempt: Attempt = FIRST,
+        growing: bool = False,
     ) -> Hold | Denied | None:
         """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired).
 
-        `asking` says, should this be cancelled, whether the hold may have been changed.
+        `asking` says, should this be cancelled, whether the hold may have been changed. `growing`: the call is on
+        its way and only needs more: nobody is waited for, and it is not told as another admission.
         """
         now_ms = self.clock.now_ms()
         asked = ask(policies, _counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
@@ -319,13 +329,13 @@ class Engine:
         claims = ids + asked.calls
         if claims == hold.claims:
             return hold
-        bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms))
+        bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms, attempt))
         asking = asking or Asking()
         degraded = False
         answer: Answer | Refusal
         try:
             answer = await self._amend(bundle, asking)
-            if isinstance(answer, Refused) and self.hold_wait_s:
+            if isinstance(answer, Refused) and self.hold_wait_s and not growing:
                 answer = await self._waiting(answer, lambda: self._amend(bundle, asking))
         except DataLost as error:
             asking.unknown = False
@@ -336,7 +346,7 @@ class Engine:
             answer = _UNAVAILABLE
             if self._here.may_decide(claims):
                 call_id = self.new_id()  # rule 3 of `outage.py`
-                bundle = Bundle(call_id, claims, draft(call_id, context, call, now_ms))
+                bundle = Bundle(call_id, claims, draft(call_id, context, call, now_ms, attempt))
                 answer, degraded = await self._here.amend(self.owner, hold.call_id, bundle), True
         else:
             if self.failed:
@@ -356,7 +366,8 @@ class Engine:
             asking.unknown = False
             self._give_back(hold)
         self._keep(amended)
-        self._observe(context, call, answer, degraded=degraded)
+        if self.observers and not growing:
+            self._observe(context, call, answer, degraded=degraded)
         return amended
 
     async def _amend(self, bundle: Bundle, asking: Asking) -> Granted | Refused | Ended:
@@ -373,7 +384,15 @@ class Engine:
         self.settle([Settlement(hold.call_id, (), None, hold.receipts)])
 
     def _bundles(
-        self, asked: Asked, context: Context, call: Call | None, now_ms: int, *, calls: bool, shared: bool
+        self,
+        asked: Asked,
+        context: Context,
+        call: Call | None,
+        now_ms: int,
+        attempt: Attempt,
+        *,
+        calls: bool,
+        shared: bool,
     ) -> tuple[Bundle, ...]:
         request_claims, call_claims = asked.requests, asked.calls
         if context.session is not None and not shared:
@@ -385,7 +404,7 @@ class Engine:
         bundles = []
         if calls:
             call_id = self.new_id()
-            bundles.append(Bundle(call_id, call_claims, draft(call_id, context, call, now_ms)))
+            bundles.append(Bundle(call_id, call_claims, draft(call_id, context, call, now_ms, attempt)))
         if request_claims:
             bundles.append(Bundle(self.new_id(), request_claims))
         return tuple(bundles)

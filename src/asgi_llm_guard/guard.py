@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
+from asgi_llm_guard.cache import Cache, ResponseCache
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
@@ -99,6 +100,7 @@ class Guard:
             route and model, where that is less than the bound; what longer ones cost is charged beyond the hold.
             `None`: always hold for the bound. See `docs/prices.md`.
         counter: an exact token counter in place of the bound by bytes.
+        cache: keeps answers and gives them again, as the `CacheScope` among the policies allows (`docs/cache.md`).
         max_body_bytes: the longest request body that is read where a dialect is known or a session
             extractor needs it, in bytes; longer ones get a 413.
 
@@ -130,6 +132,7 @@ class Guard:
         assumed_output_tokens: int | None = None,
         learn_output: str | None = None,
         counter: Counter | None = None,
+        cache: Cache | None = None,
         max_body_bytes: int = 8 * 1024 * 1024,
     ) -> None:
         if identity is not None and not callable(identity):
@@ -188,6 +191,9 @@ class Guard:
                 learned=None if learn_output is None else LearnedOutput(learn_output),
             ),
         )
+        # Before policies are bound: what they may lease is no matter of the cache's.
+        self.cache = self._engine.cache = None if cache is None else ResponseCache(cache, self._engine.storage)
+        """Answers that are kept; `None`: none are."""
         self.policies = self._engine.bind(policies)
 
     @classmethod

@@ -1,0 +1,11 @@
+"""The response cache: kept answers, each for those who may have it; see `docs/cache.md`."""
+
+from __future__ import annotations
+
+from asgi_llm_guard.cache.answers import ProviderAnswer
+from asgi_llm_guard.cache.keys import CacheRequest
+from asgi_llm_guard.cache.lookup import Lookup
+from asgi_llm_guard.cache.options import Cache
+from asgi_llm_guard.cache.responses import ResponseCache
+
+__all__ = ["Cache", "CacheRequest", "Lookup", "ProviderAnswer", "ResponseCache"]

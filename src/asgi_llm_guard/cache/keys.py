@@ -1,0 +1,209 @@
+"""What an answer depends on, as one digest: the cache finds an answer by exactly this, and by nothing that is alike.
+
+| part | why |
+|---|---|
+| kind, host, path with its query | who is asked for what; the API's version is in the query of some |
+| dialect, provider, model | as they were recognised; a route may stand for another model than the body says |
+| headers that change answers | `anthropic-*`, `openai-*`, `x-goog-*` and such; the provider's credentials, because two accounts may have two models of one name |
+| whether the answer is streamed | the bytes differ |
+| every field of the body | but those in `IRRELEVANT` |
+
+The fields of the body may come in any order. Inside a field the order counts: models follow the order of the properties
+of a schema. Numbers are told apart as they are written, up to what a double can tell: 1 and 1.0 are two keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from asgi_llm_guard.context import Call
+
+__all__ = [
+    "IRRELEVANT",
+    "STATEFUL",
+    "CacheRequest",
+    "Unfit",
+    "canonical",
+    "digest_of",
+    "name_digest",
+    "partition_digest",
+    "read_body",
+    "request_digest",
+    "value_digest",
+]
+
+IRRELEVANT: Final = {
+    "stream": "counts as whether the answer is streamed, wherever the dialect says so",
+    "prompt_cache_key": "OpenAI, Mistral: where the provider keeps the prefix; the answer is the same",
+    "prompt_cache_retention": "OpenAI: for how long it does",
+    "cache_salt": "vLLM: who may share the prefix",
+}
+"""Fields of a body that do not change its answer, and why. All others count, `user` and `metadata` among them: the
+answers of two end users of one caller stay apart."""
+
+STATEFUL: Final = {
+    "background": "the answer is fetched later",
+    "container": "what is in the container changes",
+    "conversation": "the answer is added to the conversation",
+    "previous_response_id": "the answer continues what the provider keeps",
+    "store": "the answer is to be stored at the provider",
+}
+"""Fields of a body with which a request does more than to be answered, so that a kept answer would not do."""
+
+_HEADERS: Final = ("anthropic-", "openai-", "x-goog-", "x-amzn-bedrock-", "api-", "x-api-", "http-referer", "helicone-")
+_MAX_NESTED: Final = "the body is nested too deeply"
+
+
+class CacheRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request to a provider, as it is going to be sent."""
+
+    host: str
+    path: str
+    """With its query."""
+    body: bytes
+    """JSON."""
+    headers: Sequence[tuple[str, str]] = ()
+    """All of them: the cache takes those that matter, and obeys `Cache-Control`."""
+    dialect: str | None = None
+    stream: bool | None = None
+    """Whether the answer is asked for as a stream; `None`: by the body's `stream`."""
+
+
+class Unfit(ValueError):  # noqa: N818 - what the request is
+    """The request cannot be looked up; the message says why, for people to read."""
+
+
+def partition_digest(partition: str) -> str:
+    """Names a partition without showing who is in it."""
+    return hashlib.sha256(b"partition\x00" + _bytes(partition)).hexdigest()
+
+
+def name_digest(name: str) -> str:
+    """The name of an epoch: of a fixed length, and of nobody that can be read from it."""
+    return hashlib.sha256(b"name\x00" + _bytes(name)).hexdigest()[:32]
+
+
+def digest_of(kind: str, *parts: str | bytes | None) -> bytes:
+    """A digest of all parts, none of which can be mistaken for a part of another."""
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        if part is None:
+            digest.update(b"\x00")
+        else:
+            data = part if isinstance(part, bytes) else _bytes(part)
+            digest.update(b"\x01%d:" % len(data))
+            digest.update(data)
+    return digest.digest()
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """The body of a request.
+
+    Raises:
+        Unfit: it is not a JSON object, or one that readers may understand in two ways.
+    """
+    try:
+        value = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise Unfit(_MAX_NESTED) from None
+    except Unfit:
+        raise
+    except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
+        raise Unfit("the body is not JSON") from error
+    if not isinstance(value, dict):
+        raise Unfit("the body is not a JSON object")
+    return value
+
+
+def request_digest(request: CacheRequest, call: Call | None, ignored: frozenset[str]) -> tuple[bytes, bool]:
+    """The digest of a request to a provider, and whether its answer is streamed.
+
+    Raises:
+        Unfit: it cannot be looked up.
+    """
+    body = read_body(request.body)
+    for field, why in STATEFUL.items():
+        if body.get(field):
+            raise Unfit(f"{field}: {why}")
+    stream = bool(body.get("stream")) if request.stream is None else request.stream
+    fields = {field: value for field, value in body.items() if field not in IRRELEVANT and field not in ignored}
+    digest = digest_of(
+        "request",
+        request.host.lower(),
+        request.path,
+        request.dialect,
+        None if call is None else call.provider,
+        None if call is None else call.model,
+        "stream" if stream else "whole",
+        canonical(fields),
+        *_relevant(request.headers),
+    )
+    return digest, stream
+
+
+def canonical(fields: Mapping[str, Any]) -> bytes:
+    """The fields in a fixed order, each as it is.
+
+    Raises:
+        Unfit: they are nested too deeply.
+    """
+    try:
+        ordered = {field: fields[field] for field in sorted(fields)}
+        return json.dumps(ordered, separators=(",", ":"), allow_nan=False).encode()
+    except RecursionError:
+        raise Unfit(_MAX_NESTED) from None
+    except ValueError as error:
+        raise Unfit("a number is too large") from error
+
+
+def value_digest(kind: str, value: object, *parts: str | None) -> bytes:
+    """The digest of a key that the application gives: texts, numbers, lists and mappings.
+
+    Raises:
+        Unfit: it is made of something else.
+    """
+    try:
+        data = msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unfit(f"the key is not made of texts, numbers, lists and mappings: {error}") from error
+    return digest_of(kind, data, *parts)
+
+
+def _relevant(headers: Iterable[tuple[str, str]]) -> list[str]:
+    relevant = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower == "authorization":
+            relevant += [lower, _credential(value)]
+        elif lower.startswith(_HEADERS):
+            relevant += [lower, value]
+    return relevant
+
+
+def _credential(authorization: str) -> str:
+    """What of a credential names the account. A signature is another one for every request."""
+    if not authorization.startswith("AWS4-"):
+        return authorization
+    _, _, credential = authorization.partition("Credential=")
+    return f"AWS4 {credential.partition('/')[0]}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise Unfit("the body has a field twice, and readers may take either")
+    return value
+
+
+def _no_constant(text: str) -> Any:
+    raise Unfit(f"the body is not JSON: {text}")
+
+
+def _bytes(text: str) -> bytes:
+    # Ids may come from JSON, which can spell halves of characters.
+    return text.encode("utf-8", "surrogatepass")
