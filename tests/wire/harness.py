@@ -51,6 +51,8 @@ class Container:
     """An error event, as a stream that is cut ends with it."""
     breaks_off: bool = True
     """Whether another event can follow one that broke off."""
+    closes: bool = False
+    """Whether nothing can follow the end of a stream."""
 
 
 _ERROR: Final = {"error": {"message": "cut here"}}
@@ -129,6 +131,7 @@ CONTAINERS: Final[Mapping[str, Container]] = {
         items=array_items,
         ending=b"," + json.dumps(_ERROR).encode() + b"]",
         breaks_off=False,
+        closes=True,
     ),
     ".bin": Container(
         content_type=b"application/vnd.amazon.eventstream",
@@ -291,7 +294,7 @@ def check_cut(case: Fixture) -> None:
                 given += meter.finish()
                 assert meter.ended
                 assert meter.answer() == answer, f"cut at {at}"
-                if given not in seen:
+                if given not in seen and not (container.closes and given.rstrip() == expected.rstrip()):
                     seen.add(given)
                     *before, last = container.items(given)
                     assert before == items[: len(before)], f"cut at {at}"

@@ -9,6 +9,12 @@ from typing import Final
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.wire.anthropic import Anthropic
 from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
+from asgi_llm_guard.wire.cohere import Cohere
+from asgi_llm_guard.wire.cohere_embed import CohereEmbed
+from asgi_llm_guard.wire.cohere_rerank import CohereRerank
+from asgi_llm_guard.wire.gemini import Gemini
+from asgi_llm_guard.wire.gemini_interactions import GeminiInteractions
+from asgi_llm_guard.wire.ollama import Ollama
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 
 __all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_meter", "meter_object"]
@@ -16,6 +22,12 @@ __all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_mete
 DIALECTS: Final[tuple[Dialect, ...]] = (
     OpenAIChat(),
     Anthropic(),
+    Gemini(),
+    GeminiInteractions(),
+    Cohere(),
+    CohereEmbed(),
+    CohereRerank(),
+    Ollama(),
 )
 """Every dialect there is, in the order in which objects are tried."""
 

@@ -86,8 +86,9 @@ def is_error(value: object) -> bool:
     error = pick(value, "error")
     return (
         pick(value, "type") != "error"  # Anthropic's envelope
+        and pick(value, "event_type") is None  # an event of Gemini's Interactions
         and pick(value, "object") in (None, "error")
         and isinstance(error, dict)
         and isinstance(error.get("message"), str)
-        and ("type" in error or "code" in error)
+        and ("type" in error or ("code" in error and "status" not in error))  # `status`: Google's
     )
