@@ -12,15 +12,21 @@ from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
 from asgi_llm_guard.wire.cohere import Cohere
 from asgi_llm_guard.wire.cohere_embed import CohereEmbed
 from asgi_llm_guard.wire.cohere_rerank import CohereRerank
+from asgi_llm_guard.wire.frameworks import FrameworkItems, read_framework_object
 from asgi_llm_guard.wire.gemini import Gemini
 from asgi_llm_guard.wire.gemini_interactions import GeminiInteractions
 from asgi_llm_guard.wire.ollama import Ollama
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
+from asgi_llm_guard.wire.openai_completions import OpenAICompletions
+from asgi_llm_guard.wire.openai_embeddings import OpenAIEmbeddings
+from asgi_llm_guard.wire.openai_responses import OpenAIResponses
 
 __all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_meter", "meter_object"]
 
 DIALECTS: Final[tuple[Dialect, ...]] = (
-    OpenAIChat(),
+    OpenAIResponses(),
+    OpenAICompletions(),
+    OpenAIEmbeddings(),
     Anthropic(),
     Gemini(),
     GeminiInteractions(),
@@ -28,6 +34,7 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
     CohereEmbed(),
     CohereRerank(),
     Ollama(),
+    OpenAIChat(),  # last: it reads the errors of many
 )
 """Every dialect there is, in the order in which objects are tried."""
 
@@ -59,8 +66,11 @@ def is_readable(content_type: bytes) -> bool:
 
 
 def meter_object(obj: object) -> Answer | None:
-    """What a library's response object, a dict or an HTTP response says; `None`: no dialect knows its shape."""
-    return next((answer for dialect in DIALECTS if (answer := dialect.read_object(obj)) is not None), None)
+    """What a library's or framework's object, a dict or an HTTP response says; `None`: nobody knows its shape."""
+    for dialect in DIALECTS:
+        if (answer := dialect.read_object(obj)) is not None:
+            return answer
+    return read_framework_object(obj)
 
 
 def item_meter() -> ItemMeter:
@@ -70,7 +80,7 @@ def item_meter() -> ItemMeter:
 
 class _AnyItems:
     def __init__(self, dialects: Iterable[Dialect]) -> None:
-        self._meters = [dialect.item_meter() for dialect in dialects]
+        self._meters: list[ItemMeter] = [*(dialect.item_meter() for dialect in dialects), FrameworkItems()]
 
     def add(self, item: object) -> None:
         for meter in self._meters:
