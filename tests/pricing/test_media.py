@@ -118,7 +118,7 @@ IMAGES: dict[str, Any] = {
     "ollama, generate": lambda text: {"prompt": text, "images": [BLOB]},
 }  # fmt: skip
 
-texts = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=300)
+texts = st.text(max_size=300)  # no surrogates, which have no bytes
 
 
 @pytest.mark.parametrize("api", sorted(IMAGES))
