@@ -79,6 +79,8 @@ class Lookup:
         """What was kept, on a hit."""
         self.age_ms = 0
         """Since it was stored, on a hit."""
+        self.waited = False
+        """Another call was asking the same just then."""
         self._cache = cache
         self._call = call
         self._target = target
@@ -193,10 +195,14 @@ class Lookup:
             return await self._cache.flights.join(
                 *(target.key, self._token),
                 claim_ms=CLAIM_MS, wait_s=wait_s, names=target.names, note=target.partition, fresh=fresh,
+                waiting=self._waits,
             )  # fmt: skip
         except BaseException:
             self._let_go()  # it may have the lead, and nobody will use it
             raise
+
+    def _waits(self) -> None:
+        self.waited = True
 
     def lead(self) -> None:
         """The storage has given the lead: keep it until there is an answer."""

@@ -158,7 +158,7 @@ class ResponseCache:
         target = self._target(directive, digest, stream=stream)
         lookup = Lookup(self, call, target)
         try:
-            found, waited = await self._join(lookup, target, control)
+            found = await self._join(lookup, target, control)
         except StorageError as error:
             self._warn_once("the storage does not answer", error)
             return self._pass(call, "the storage does not answer")
@@ -174,8 +174,8 @@ class ResponseCache:
         await call.claim_hit(entry.usage, requests=requests)
         call.end()
         self._counts["hits"] += 1
-        self._counts["waited"] += waited
-        emit(call.admission.engine.observers, CacheHit(call.admission.context, call.call, found.age_ms, waited))
+        self._counts["waited"] += lookup.waited
+        emit(call.admission.engine.observers, CacheHit(call.admission.context, call.call, found.age_ms, lookup.waited))
         lookup.give(entry, found.age_ms)
         return lookup
 
@@ -193,19 +193,15 @@ class ResponseCache:
             stream=stream,
         )
 
-    async def _join(
-        self, lookup: Lookup, target: Target, control: CacheControl
-    ) -> tuple[Kept | Leading | InFlight, bool]:
-        """What the storage says, and whether another call had to be waited for."""
+    async def _join(self, lookup: Lookup, target: Target, control: CacheControl) -> Kept | Leading | InFlight:
+        """What the storage says, after waiting for another call that asks the same."""
         limit_ms = target.ttl_ms if control.max_age_s is None else min(target.ttl_ms, control.max_age_s * 1000)
         # What another call has begun before this request is not fresh enough for one that wants no kept answer.
         wait_s = self.settings.wait_s if control.give else 0.0
-        time = asyncio.get_running_loop().time
-        began_s = time()
         found = await lookup.join(target, wait_s=wait_s, fresh=not control.give)
         if isinstance(found, Kept) and found.age_ms >= limit_ms:
             found = await lookup.join(target, wait_s=wait_s, fresh=True)
-        return found, isinstance(found, Kept) and found.age_ms < (time() - began_s) * 1000
+        return found
 
     def _agreeing(self, found: Kept, target: Target) -> Entry | None:
         """What was found, if it is what was looked for. The key says so already: this is the second look."""

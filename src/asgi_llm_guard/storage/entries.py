@@ -32,7 +32,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, runtime_checkable
 
 import msgspec
@@ -202,11 +202,13 @@ class Flights:
         names: Sequence[str] = (),
         note: str = "",
         fresh: bool = False,
+        waiting: Callable[[], object] | None = None,
     ) -> Kept | Leading | InFlight:
         """As `Entries.begin`; where somebody else leads, wait for the value up to `wait_s` seconds.
 
         Whoever waits takes over from a leader that gave up. `InFlight`: it was not made in time, or its leader's
-        note is another one than `note`, so that it is of no use here.
+        note is another one than `note`, so that it is of no use here. `waiting` is called each time when there is
+        a wait.
         """
         loop = asyncio.get_running_loop()
         deadline_s, pause_s = loop.time() + wait_s, _FIRST_PAUSE_S
@@ -218,6 +220,8 @@ class Flights:
                 if not isinstance(found, InFlight) or found.note != note or left_s <= 0:
                     return found
                 fresh = False  # what is stored from now on is
+                if waiting is not None:
+                    waiting()
                 await self._wait(sleeper, min(left_s, pause_s * random.uniform(0.75, 1)))  # noqa: S311 - not a secret
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
             finally:
