@@ -14,7 +14,7 @@ Slots are always given back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -22,14 +22,23 @@ import msgspec
 from asgi_llm_guard.claims import Claim, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.plan import is_rate
+from asgi_llm_guard.pricing import Cost
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
+from asgi_llm_guard.wire.base import Answer
 
-__all__ = ["Charge", "actuals", "draft"]
+__all__ = ["FIRST", "Attempt", "Charge", "actuals", "charge_of", "draft", "finished"]
 
 # Looking a member up in its enumeration costs as much as all the rest of one claim.
 _NANOUSD: Final = Unit.NANOUSD
 _TOKENS: Final = Unit.TOKENS
 _SLOTS: Final = Unit.SLOTS
+_CALLS: Final = Unit.CALLS
+
+
+Attempt = tuple[str | None, int]
+"""The call id of the first attempt, if it is another one, and which one it is, counted from 1."""
+
+FIRST: Final[Attempt] = (None, 1)
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +55,84 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
     billed_model: str | None = None
 
 
-def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
-    """The amount that each claim is settled with; `None` = what is held."""
+def charge_of(
+    call: Call | None,
+    answer: Answer | None,
+    price: Callable[[Usage], Cost],
+    *,
+    complete: bool,
+    released: bool,
+    failure: Outcome | None,
+) -> Charge:
+    """What became of a call, by what was seen of its answer.
+
+    `complete`: nothing more was to come. `released`: nothing was sent. `failure`: it ended with an error, which says this.
+    """
+    usage = answer.usage if answer is not None else None
+    if (
+        answer is not None
+        and usage is not None
+        and answer.text_bytes
+        and usage.output_tokens == 0
+        and not _in_units(usage)
+    ):
+        usage = None  # text that cost no tokens: some servers fill in zeros where they do not count
+    if usage is not None and (usage.total_tokens is not None or _in_units(usage) or usage.reported_nanousd is not None):
+        return _measured(call, usage, price(usage))
+    if released and answer is None:
+        return Charge(outcome="not_dispatched")
+    if answer is not None:
+        if answer.kind == "error" and not answer.text_bytes:
+            return Charge(outcome="provider_error")
+        if answer.text_bytes and (not answer.finished or not complete or failure is not None):
+            return _counted(call, answer, price)
+        if answer.finished and complete:
+            return Charge(outcome="unmetered")
+    if failure is not None:
+        return Charge(outcome=failure)
+    return Charge(outcome="unmetered" if complete and answer is None else "unknown")
+
+
+def _in_units(usage: Usage) -> bool:
+    """Whether it counts what is billed by another unit than tokens."""
+    return bool(usage.images or usage.audio_ms or usage.characters or usage.search_units)
+
+
+def _measured(call: Call | None, usage: Usage, cost: Cost) -> Charge:
+    tokens = usage.total_tokens
+    if cost.nanousd is None and (call is None or call.cost_nanousd is not None):
+        # Its price is not known: tokens as measured, money as held.
+        return Charge(outcome="measured", usage=usage, tokens=tokens)
+    return Charge(
+        outcome="measured",
+        usage=usage,
+        tokens=tokens,
+        cost_nanousd=cost.nanousd or 0,
+        price_source=cost.source,
+        billed_model=cost.billed_model,
+    )
+
+
+def _counted(call: Call | None, answer: Answer, price: Callable[[Usage], Cost]) -> Charge:
+    """A cut stream: the text so far plus the input, by the same bound as the hold (a token is at
+    least one byte); never above it."""
+    if call is None:
+        return Charge(outcome="unknown")
+    output = min(answer.text_bytes, call.output_tokens)
+    usage = Usage(input_tokens=call.input_tokens, output_tokens=output, model=answer.model)
+    cost = price(usage).nanousd
+    if cost is not None and call.cost_nanousd is not None:
+        cost = min(cost, call.cost_nanousd)
+    return Charge(outcome="estimated", usage=usage, tokens=call.input_tokens + output, cost_nanousd=cost)
+
+
+def actuals(claims: Sequence[Claim], charge: Charge, *, keep_calls: bool = False) -> tuple[int | None, ...]:
+    """The amount that each claim is settled with; `None` = what is held.
+
+    `keep_calls`: what is counted in calls stays taken, though this attempt was not sent: another one was.
+    """
     if charge.outcome == "not_dispatched":
-        return (0,) * len(claims)
+        return tuple([None if keep_calls and claim.meter.unit is _CALLS else 0 for claim in claims])
     if charge.outcome == "cached":
         return tuple([None if is_rate(claim) else 0 for claim in claims])
     cost_nanousd, tokens = charge.cost_nanousd, charge.tokens
@@ -69,8 +152,9 @@ def actuals(claims: Sequence[Claim], charge: Charge) -> tuple[int | None, ...]:
     )
 
 
-def draft(call_id: str, context: Context, call: Call | None, at_ms: int) -> UsageRecord:
+def draft(call_id: str, context: Context, call: Call | None, at_ms: int, attempt: Attempt = FIRST) -> UsageRecord:
     """The usage record as far as it is known at admission: what is kept should the process die."""
+    attempt_of, number = attempt
     if call is None:
         return UsageRecord(
             call_id=call_id,
@@ -84,6 +168,8 @@ def draft(call_id: str, context: Context, call: Call | None, at_ms: int) -> Usag
             tags=context.tags,
             route=context.route,
             outcome="expired",
+            attempt_of=attempt_of,
+            attempt=number,
         )
     return UsageRecord(
         call_id=call_id,
@@ -104,4 +190,33 @@ def draft(call_id: str, context: Context, call: Call | None, at_ms: int) -> Usag
         tokens=call.total_tokens,
         price_source=call.price_source,
         outcome="expired",
+        attempt_of=attempt_of,
+        attempt=number,
+    )
+
+
+def finished(
+    record: UsageRecord, call: Call | None, charge: Charge, *, began_ms: int, first_ms: int | None, now_ms: int
+) -> UsageRecord:
+    """The usage record of a call that has ended at `now_ms`, from its draft."""
+    usage, cost_nanousd, tokens = charge.usage, charge.cost_nanousd, charge.tokens
+    if charge.outcome == "provider_error":
+        cost_nanousd = tokens = 0
+    elif call is not None:
+        cost_nanousd = call.cost_nanousd if cost_nanousd is None else cost_nanousd
+        tokens = call.total_tokens if tokens is None else tokens
+    return msgspec.structs.replace(
+        record,
+        ended_ms=now_ms,
+        model=record.model or (usage.model if usage is not None else None),
+        billed_model=charge.billed_model or record.billed_model,
+        usage=usage,
+        cost_nanousd=cost_nanousd,
+        estimate_nanousd=0 if charge.outcome == "cached" else record.estimate_nanousd,
+        tokens=tokens,
+        outcome=charge.outcome,
+        price_source=charge.price_source or record.price_source,
+        dispatched_ms=began_ms,
+        first_token_ms=None if first_ms is None else max(0, first_ms - began_ms),
+        latency_ms=max(0, now_ms - began_ms),
     )

@@ -1,0 +1,75 @@
+"""What answers and errors say about the call that they came from, by their shape."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from asgi_llm_guard.errors import LimitExceeded
+from asgi_llm_guard.usage import Outcome, Usage
+from asgi_llm_guard.wire.base import Answer
+
+__all__ = ["error_status", "outcome_of", "says_nothing", "together"]
+
+
+def together(before: Answer | None, answer: Answer) -> Answer:
+    """What two answers of one call say: an attempt that failed takes nothing away, two that were billed add up."""
+    if before is None or before.usage is None:
+        return answer
+    if answer.usage is None:
+        return before
+    one, other = before.usage, answer.usage
+    summed: dict[str, object] = {}
+    for name in _COUNTS:
+        first, second = getattr(one, name), getattr(other, name)
+        if first is None and second is None:
+            continue
+        # Where one of the two is not known, the sum is not; a part that only one of them has is the sum.
+        known = name not in _TOTALS or (first is not None and second is not None)
+        summed[name] = (first or 0) + (second or 0) if known else None
+    return msgspec.structs.replace(
+        answer, usage=msgspec.structs.replace(other, extra=(*one.extra, *other.extra), **summed)
+    )
+
+
+_TOTALS: Final = frozenset({"input_tokens", "output_tokens", "reported_nanousd"})
+_COUNTS: Final = tuple(name for name in Usage.__struct_fields__ if name not in {"service_tier", "model", "extra"})
+
+
+def says_nothing(answer: Answer) -> bool:
+    """An error that the application answers is its own word: a call may have been made and billed before it."""
+    return answer.kind == "error" and answer.usage is None and not answer.text_bytes
+
+
+_NEVER_SENT: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})
+
+
+def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Outcome:
+    """What an exception says about the call that raised it, by its shape; `unknown` unless it says so.
+
+    A status of 400 or above is the provider's answer. A connection that was never made means that
+    nothing was sent. `of_client`: only what a provider's client library raises counts; an error of
+    another service proves nothing. `refused`: what a refusal of a call inside says.
+    """
+    seen: BaseException | None = error
+    for _ in range(8):  # causes may form a ring
+        if seen is None:
+            break
+        if isinstance(seen, LimitExceeded):
+            return refused
+        if type(seen).__name__ in _NEVER_SENT and (not of_client or seen is not error):
+            return "not_dispatched"  # client libraries raise their own error from it
+        if error_status(seen) and hasattr(seen, "response") and hasattr(seen, "body"):
+            return "provider_error"
+        if not of_client and error_status(seen) and (hasattr(seen, "response") or hasattr(seen, "body")):
+            return "provider_error"
+        if not of_client and error_status(getattr(seen, "response", None)):  # of `raise_for_status`
+            return "provider_error"
+        seen = seen.__cause__
+    return "unknown"
+
+
+def error_status(value: object) -> bool:
+    status = getattr(value, "status_code", None)
+    return isinstance(status, int) and status >= 400
