@@ -218,19 +218,20 @@ class PriceBook:
         ):
             reported = None
         asked = call.model if call is not None else None
-        card = self._card_of(provider, _name(usage.model), model, asked)
+        named = usage.model if isinstance(usage.model, str) else None
+        card = self._card_of(provider, named, model, asked)
         if reported is not None and self._trust_reported == "always":
             return Cost(reported, REPORTED, card.model if card is not None else None)
         if card is None:
             if reported is not None:
-                return Cost(reported, REPORTED, _name(usage.model))
+                return Cost(reported, REPORTED, named)
             if self._charge_as is None:
                 return _ALLOWED if self._unknown == "allow" else _UNKNOWN
             card = self._charge_as
         pico = picousd(card, usage, at_ms)
-        for other in usage.extra:
-            beside = self._beside(provider, other, card, at_ms)
-            pico = None if pico is None or beside is None else pico + beside
+        if usage.extra:
+            beside = [self._beside(provider, other, card, at_ms) for other in usage.extra]
+            pico = None if pico is None or None in beside else pico + sum(part for part in beside if part is not None)
         if pico is None or pico > MAX_AMOUNT * 1000:
             return Cost(None, card.source, card.model) if reported is None else Cost(reported, REPORTED, card.model)
         return Cost(-(-pico // 1000), card.source, card.model)
@@ -239,9 +240,8 @@ class PriceBook:
 
     def _beside(self, provider: str | None, usage: Usage, card: RateCard, at_ms: int) -> int | None:
         """What another model did for an answer, in pico-USD. One that is not named is the answer's own."""
-        named = _name(usage.model)
-        if named is not None:
-            found = self._card_of(provider, named, None, None) or self._charge_as
+        if isinstance(usage.model, str):
+            found = self._card_of(provider, usage.model, None, None) or self._charge_as
             if found is None:
                 return 0 if self._unknown == "allow" else None
             card = found
@@ -355,10 +355,6 @@ class PriceBook:
         if card is None:
             raise ConfigurationError(f"unknown: no price is known for the model to charge as, {unknown['charge_as']!r}")
         return card
-
-
-def _name(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _without_price(call: Call, *, allowed: bool) -> Call:

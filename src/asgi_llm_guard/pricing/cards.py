@@ -220,6 +220,8 @@ class RateCard:
 
     def fees_of(self, call: Call) -> int | None:
         """Pico-USD for all that a call can be billed besides tokens; `None`: it is billed by what the call bounds not."""
+        if not (call.web_searches or call.images or call.audio_ms or call.characters or call.search_units):
+            return None if self.by_unit else 0
         fees = self.fees
         total = call.web_searches * (WEB_SEARCH if fees.web_search is None else fees.web_search)
         bounded = not self.by_unit
