@@ -112,25 +112,32 @@ def test_garbage_at_length(name: str) -> None:
             raise AssertionError(f"{case} with seed {seed}, input {number}: {body!r}") from error
 
 
+# Mistral's answers are chat completions; what it adds to them is read there too.
+SAME_SHAPE = {("mistral", "openai")}
+
+
 @every_answer
 def test_no_dialect_claims_anothers(case: Fixture) -> None:
-    """An object or a streamed item of one dialect says nothing to any other."""
-    if case.kind != "stream":
-        if Path(case.name).suffix != ".json":
-            return
-        objects: list[object] = [json.loads(case.data)]
-    else:
-        objects = case.items if case.is_whole else []
+    """An object or a streamed item of one dialect says nothing to any other, so their order decides nothing."""
+    objects = objects_of(case)
     for dialect in DIALECTS:
-        if dialect is case.spoken:
+        if dialect is case.spoken or (case.dialect, dialect.name) in SAME_SHAPE:
             continue
         meter = dialect.item_meter()
         for obj in objects:
+            if dialect.name == "openai" and isinstance(obj, dict) and "error" in obj:
+                continue  # many APIs write errors alike, and what kind they are is said alike
             meter.add(obj)
             if case.kind == "response":
                 assert dialect.read_object(obj) is None, dialect.name
-        if case.kind == "stream":
-            assert meter.answer() is None, dialect.name
+        assert meter.answer() is None or case.kind == "error", dialect.name
+
+
+def objects_of(case: Fixture) -> list[object]:
+    """What a library makes of a fixture, as dicts."""
+    if case.kind == "stream":
+        return case.items if case.is_whole else []
+    return [json.loads(case.data)] if Path(case.name).suffix == ".json" else []
 
 
 @every_stream

@@ -12,7 +12,7 @@ import msgspec
 
 from asgi_llm_guard.wire.base import Answer, Ask
 from asgi_llm_guard.wire.openai_errors import classify, error_of, is_error
-from asgi_llm_guard.wire.openai_family import Family, FamilyTally, deployment, text_in
+from asgi_llm_guard.wire.openai_family import Family, FamilyTally, asking_for_usage, deployment, text_in, wants_usage
 from asgi_llm_guard.wire.openai_usage import completion_usage, usage_of
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import (
@@ -67,36 +67,26 @@ class OpenAIChat(Family):
         limits = [limit for name in _LIMITS if (limit := view.whole(name, least=0, most=MOST_TOKENS)) is not None]
         limit = max(limits) if limits and min(limits) > 0 else None
         predicted = _predicted(view)
-        stream = view.flag("stream")
-        options = view.inside("stream_options")
-        wants_usage = options is not None and options.flag("include_usage")
         return Ask(
             model=model,
             alternatives=tuple(other for other in alternatives if other != model),
             max_output_tokens=limit + predicted if limit is not None and predicted else limit,
             limits_output=not predicted,
             choices=view.whole("n", least=1, most=MOST_CHOICES) or 1,
-            stream=stream,
-            wants_usage=stream and wants_usage,
+            stream=view.flag("stream"),
+            wants_usage=wants_usage(view),
             service_tier=text_in(view, "service_tier"),
         )
 
     def rewrite(self, view: BodyView, *, include_usage: bool, max_output_tokens: int | None) -> bytes:
         """The body to send.
 
-        Usage is asked for in streams only, since `stream_options` is an error elsewhere. Where the request
-        has no limit, `max_completion_tokens` is set: some models refuse the older `max_tokens`.
+        Where the request has no limit, `max_completion_tokens` is set: some models refuse the older `max_tokens`.
 
         Raises:
             BodyError: as `read_request`.
         """
-        changes: dict[str, object] = {}
-        if include_usage and view.flag("stream"):
-            options = view.inside("stream_options")
-            if options is None:
-                changes["stream_options"] = {"include_usage": True}
-            elif not options.flag("include_usage"):
-                changes["stream_options"] = msgspec.Raw(options.replace({"include_usage": True}))
+        changes = asking_for_usage(view) if include_usage else {}
         if max_output_tokens is not None:
             changes |= self._lowered(view, max_output_tokens)
         return view.replace(changes) if changes else view.body
@@ -114,7 +104,7 @@ class OpenAIChat(Family):
         """Whether it is a completion, a chunk or an error. Choices with a `text` are those of legacy completions."""
         choices = pick(value, "choices")
         if isinstance(choices, (list, tuple)):
-            return not choices or pick(choices[0], "text") is None
+            return pick(choices[0], "text") is None if choices else pick(value, "object") != "text_completion"
         return is_error(value)
 
     def read_plain(self, body: bytes) -> Answer | None:

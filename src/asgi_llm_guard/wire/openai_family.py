@@ -16,7 +16,16 @@ from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import LONGEST_NAME, decode, name_of, path_parts, pick
 from asgi_llm_guard.wire.sse import Block, Blocks
 
-__all__ = ["Family", "FamilyTally", "deployment", "model_of", "operation", "text_in"]
+__all__ = [
+    "Family",
+    "FamilyTally",
+    "asking_for_usage",
+    "deployment",
+    "model_of",
+    "operation",
+    "text_in",
+    "wants_usage",
+]
 
 _BASE: Final = re.compile(r"v\d+\w*|openai|beta|codex")
 """A segment that an API's operations stand under: a version, or a word that compatible servers put there."""
@@ -68,6 +77,34 @@ def text_in(view: BodyView, member: str) -> str | None:
     """
     value = view.get(member) if member in view else None
     return value if isinstance(value, str) else None
+
+
+def wants_usage(view: BodyView) -> bool:
+    """Whether the client asked for the usage of its stream.
+
+    Raises:
+        BodyError: what it asks with is malformed.
+    """
+    options = view.inside("stream_options")
+    asked = options is not None and options.flag("include_usage")
+    return asked and view.flag("stream")
+
+
+def asking_for_usage(view: BodyView) -> dict[str, object]:
+    """What to change in a request so that its stream reports usage: nothing where it is asked for, or no stream,
+    since `stream_options` is an error elsewhere.
+
+    Raises:
+        BodyError: as `wants_usage`.
+    """
+    if not view.flag("stream"):
+        return {}
+    options = view.inside("stream_options")
+    if options is None:
+        return {"stream_options": {"include_usage": True}}
+    if options.flag("include_usage"):
+        return {}
+    return {"stream_options": msgspec.Raw(options.replace({"include_usage": True}))}
 
 
 class FamilyTally(ABC):
