@@ -14,6 +14,7 @@ __all__ = ["Decoder", "decoder_for"]
 _PIECE: Final = 64 * 1024
 """The most that is decoded at a time: a small body may decode to a very large one."""
 _MOST_ENCODINGS: Final = 4
+_OF_GZIP: Final = zlib.MAX_WBITS | 16
 
 
 class Decoder(Protocol):
@@ -61,39 +62,58 @@ def _each(decoder: Decoder, pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield from decoder.feed(piece)
 
 
-class _Zlib:
-    """gzip, which may have several members; and deflate, which some servers send without its frame."""
+class _Gzip:
+    """May have several members, one after the other."""
 
-    __slots__ = ("_bare", "_begun", "_inflate")
+    __slots__ = ("_inflate",)
 
-    def __init__(self, *, deflate: bool = False) -> None:
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS if deflate else zlib.MAX_WBITS | 16)
-        self._bare = deflate
-        self._begun = False
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(_OF_GZIP)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         rest = chunk
         while rest:
             if self._inflate.eof:
-                if self._bare or not rest.strip(b"\0"):
-                    return  # what follows is padding
-                self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            try:
-                piece = self._inflate.decompress(rest, _PIECE)
-            except zlib.error as error:
-                if self._begun or not self._bare:
-                    raise ValueError(str(error)) from None
-                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-                self._begun = True
-                continue
-            self._begun = True
-            if piece:
-                yield piece
-            while len(piece) == _PIECE and not self._inflate.eof:  # there may be more of what was taken in
-                piece = self._inflate.decompress(self._inflate.unconsumed_tail, _PIECE)
-                if piece:
-                    yield piece
-            rest = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
+                rest = rest.lstrip(b"\0")  # padding
+                if not rest:
+                    return
+                self._inflate = zlib.decompressobj(_OF_GZIP)
+            yield from _inflated(self._inflate, rest)
+            rest = self._inflate.unused_data
+
+
+class _Deflate:
+    """In the frame of zlib, or without it as some servers send it: the first two bytes tell."""
+
+    __slots__ = ("_inflate", "_start")
+
+    def __init__(self) -> None:
+        self._start = b""
+        self._inflate: zlib._Decompress | None = None
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        if self._inflate is None:
+            self._start += chunk
+            if len(self._start) < 2:
+                return
+            chunk, self._start = self._start, b""
+            framed = chunk[0] & 0x0F == 8 and int.from_bytes(chunk[:2], "big") % 31 == 0
+            self._inflate = zlib.decompressobj(zlib.MAX_WBITS if framed else -zlib.MAX_WBITS)
+        if not self._inflate.eof:
+            yield from _inflated(self._inflate, chunk)
+
+
+def _inflated(inflate: zlib._Decompress, data: bytes) -> Iterator[bytes]:
+    while True:
+        try:
+            piece = inflate.decompress(data, _PIECE)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        if piece:
+            yield piece
+        data = inflate.unconsumed_tail
+        if inflate.eof or (not data and len(piece) < _PIECE):  # else there is more of what was taken in
+            return
 
 
 class _Foreign:
@@ -146,9 +166,9 @@ def _zstandard() -> Decoder | None:
 
 
 _MAKERS: Final[dict[bytes, Callable[[], Decoder | None]]] = {
-    b"gzip": _Zlib,
-    b"x-gzip": _Zlib,
-    b"deflate": lambda: _Zlib(deflate=True),
+    b"gzip": _Gzip,
+    b"x-gzip": _Gzip,
+    b"deflate": _Deflate,
     b"br": _brotli,
     b"zstd": _zstd,
 }
