@@ -79,7 +79,7 @@ def unfit_value(value: object) -> str | None:
 
 def _is_provider_shape(value: Mapping[str, Any]) -> bool:
     shapes = ("choices", "candidates", "stop_reason", "stopReason", "finish_reason", "done_reason")
-    return any(key in value for key in shapes) or value.get("object") in {"response", "chat.completion"}
+    return any(key in value for key in shapes) or value.get("object") in ("response", "chat.completion")
 
 
 def _events(body: bytes) -> Iterator[bytes]:
@@ -124,7 +124,7 @@ class _Seen:
 
     def _add_part(self, item: dict[str, Any]) -> None:
         kind = item.get("type") if isinstance(item.get("type"), str) else ""
-        if item.get("object") in {"chat.completion.chunk", "text_completion"}:
+        if item.get("object") in ("chat.completion.chunk", "text_completion"):  # not a set: it may be a list
             self._awaited.add("[DONE]")
         for name, ending in ("choices", "finish_reason"), ("candidates", "finishReason"):
             choices = item.get(name)
