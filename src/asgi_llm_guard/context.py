@@ -73,6 +73,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """The resolved model, without the provider's prefix."""
     requested: str | None = None
     """The model as the request names it."""
+    alternatives: tuple[str, ...] = ()
+    """Other models that may answer instead of it or beside it, as the request names them. The bounds cover each of
+    them, and a list of allowed models must have them all."""
     dialect: str | None = None
     """The wire format of the request: `openai`, …"""
     input_tokens: int = 0
@@ -81,6 +84,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """At most this many output tokens, over all choices; fewer, if `learned`."""
     learned: bool = False
     """`output_tokens` is what most answers were not longer than, and no bound."""
+    assumed: bool = False
+    """Its input, or the length of its answer, was not told: the figures are assumptions in part, and no bounds."""
     max_output_tokens: int | None = None
     """The request's own limit for one choice; `None`: it has none."""
     choices: int = 1

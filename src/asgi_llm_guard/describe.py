@@ -14,7 +14,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.estimate import Counter, Needs, message_needs, needs, output_tokens
 from asgi_llm_guard.learning import LearnedOutput
 from asgi_llm_guard.money import MAX_AMOUNT
-from asgi_llm_guard.policies.providers import provider_of
+from asgi_llm_guard.policies.providers import models_of, provider_of
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.pricing.cards import RateCard
 from asgi_llm_guard.usage import Usage
@@ -23,7 +23,12 @@ from asgi_llm_guard.wire.peek import BodyView
 
 __all__ = ["Describer", "check_description"]
 
+_LARGEST_WINDOW: Final = 2_000_000
+"""No model of today takes more, in tokens: for those whose window is not known."""
+
 _log = logging.getLogger("asgi_llm_guard")
+
+_LIFETIMES: Final[tuple[CacheWrites, ...]] = ("none", "5m", "1h")
 
 OLD_DAYS: Final = 60
 """List prices that are older are told of, once: in two months some provider has changed one."""
@@ -166,6 +171,8 @@ class Describer:
             characters=characters,
             web_searches=max(web_searches, needed.web_searches),
             search_units=max(search_units, needed.search_units),
+            assumed=(input_tokens is None and input is None)
+            or (max_output_tokens is None and bool(assumed_output_tokens or self._assumed_output_tokens)),
         )
         return self._bounded(call, assumed_output_tokens)
 
@@ -177,11 +184,15 @@ class Describer:
         provider = found or provider
         card = self.prices.resolve(provider, bare)
         window = card.context_window if card is not None else None
-        needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
+        if ask.input_tokens is None:
+            needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
+        else:
+            needed = Needs(input_tokens=ask.input_tokens)
         call = Call(
             provider=provider,
             model=bare,
             requested=ask.model,
+            alternatives=ask.alternatives,
             dialect=dialect,
             input_tokens=min(needed.input_tokens, MAX_AMOUNT),
             output_tokens=self._output_tokens(ask.max_output_tokens, assumed_output_tokens, card, ask.choices),
@@ -196,12 +207,52 @@ class Describer:
             characters=ask.characters,
             web_searches=needed.web_searches,
             search_units=needed.search_units,
+            assumed=ask.max_output_tokens is None and bool(assumed_output_tokens or self._assumed_output_tokens),
         )
-        return self._quoted(call)
+        if not ask.alternatives:
+            return self._quoted(call)
+        return self._bounded(self._needing(call, view), assumed_output_tokens)
+
+    def _needing(self, call: Call, view: BodyView) -> Call:
+        """The call with what the neediest of the models that may answer takes of the same body."""
+        for provider, bare in models_of(call):
+            card = self.prices.resolve(provider, bare)
+            window = card.context_window if card is not None else None
+            needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
+            call = replace(
+                call,
+                input_tokens=min(max(call.input_tokens, needed.input_tokens), MAX_AMOUNT),
+                cache_writes=max(call.cache_writes, needed.cache_writes, key=_LIFETIMES.index),
+            )
+        return call
 
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
+
+    def most(self, call: Call, times: int) -> Call:
+        """`call` with the most that is believed of a report of its usage: so many `times` what was expected; where
+        that was an assumption, at least what its model can take and give."""
+        if call.learned:
+            call = self._bounded(call, None)
+        most = replace(
+            call,
+            input_tokens=min(times * call.input_tokens, MAX_AMOUNT),
+            output_tokens=min(times * call.output_tokens, MAX_AMOUNT),
+            cost_nanousd=None if call.cost_nanousd is None else min(times * call.cost_nanousd, MAX_AMOUNT),
+        )
+        if not call.assumed:
+            return most
+        card = self.prices.resolve(call.provider, call.model)
+        window = (card.context_window if card is not None else None) or _LARGEST_WINDOW
+        longest = (card.max_output_tokens if card is not None else None) or _LARGEST_WINDOW
+        able = self._quoted(replace(call, input_tokens=window, output_tokens=longest * call.choices))
+        return replace(
+            most,
+            input_tokens=max(most.input_tokens, able.input_tokens),
+            output_tokens=max(most.output_tokens, able.output_tokens),
+            cost_nanousd=None if most.cost_nanousd is None else max(most.cost_nanousd, able.cost_nanousd or 0),
+        )
 
     def held(self, route: str | None, call: Call) -> Call:
         """`call` as it is held for: with the output that most answers on `route` were not longer than, where that
@@ -219,8 +270,15 @@ class Describer:
             self._learned.observe(route, call, usage, self._clock.now_ms())
 
     def _bounded(self, call: Call, assumed_output_tokens: int | None) -> Call:
-        card = self.prices.resolve(call.provider, call.model)
-        bound = self._output_tokens(call.max_output_tokens, assumed_output_tokens, card, call.choices)
+        bound = max(
+            self._output_tokens(
+                each.max_output_tokens,
+                assumed_output_tokens,
+                self.prices.resolve(each.provider, each.model),
+                each.choices,
+            )
+            for each in _each_model(call)
+        )
         return self._quoted(replace(call, output_tokens=bound, learned=False))
 
     def _quoted(self, call: Call) -> Call:
@@ -228,11 +286,26 @@ class Describer:
         if prices is not self._seen:
             self._seen = prices
             _tell_of_age(prices, now_ms)
-        return prices.quote(call, now_ms, service_tier=call.service_tier)
+        if not call.alternatives:
+            return prices.quote(call, now_ms, service_tier=call.service_tier)
+        quotes = [prices.quote(each, now_ms, service_tier=each.service_tier) for each in _each_model(call)]
+        unknown = next((quote for quote in quotes if quote.cost_nanousd is None), None)
+        dearest = unknown or max(quotes, key=_cost)
+        dearest_token = max(quote.output_picousd for quote in quotes)
+        return replace(dearest, provider=call.provider, model=call.model, output_picousd=dearest_token)
 
     def _output_tokens(self, limit: int | None, assumed: int | None, card: RateCard | None, choices: int) -> int:
         model_max = card.max_output_tokens if card is not None else None
         return output_tokens(limit, assumed or self._assumed_output_tokens, model_max, choices)
+
+
+def _each_model(call: Call) -> list[Call]:
+    """The call as each of the models that may answer would take it."""
+    return [replace(call, provider=provider, model=model) for provider, model in models_of(call)]
+
+
+def _cost(call: Call) -> int:
+    return call.cost_nanousd or 0
 
 
 def _tell_of_age(prices: PriceBook, now_ms: int) -> None:

@@ -77,3 +77,28 @@ def test_wrong_descriptions_are_refused(arguments: dict[str, object], message: s
     """A description that cannot be is refused before anything is claimed."""
     with pytest.raises(ConfigurationError, match=message):
         Guard(prices=PRICES).describe(**arguments)  # type: ignore[arg-type]
+
+
+def test_fallbacks_are_bounded_by_the_dearest() -> None:
+    """Of the models that may answer, the dearest decides what is held, the longest what its output may be."""
+    prices = PriceBook.snapshot(
+        overrides={
+            "openai/cheap": {"input": 1, "output": 2, "max_output_tokens": 100},
+            "openai/dear": {"input": 50, "output": 90, "max_output_tokens": 700},
+            "openai/also": {"input": 3, "output": 4, "max_output_tokens": 10},
+        }
+    )
+    alone = described(b'{"model":"openai/dear","messages":[]}', prices=prices)
+    listed = described(b'{"model":"openai/cheap","models":["openai/also","openai/dear"],"messages":[]}', prices=prices)
+    assert (listed.model, listed.alternatives) == ("cheap", ("openai/also", "openai/dear"))  # type: ignore[attr-defined]
+    assert listed.output_tokens == alone.output_tokens == 700  # type: ignore[attr-defined]
+    assert listed.output_picousd == alone.output_picousd  # type: ignore[attr-defined]
+    assert listed.cost_nanousd >= alone.cost_nanousd  # type: ignore[attr-defined]
+
+
+def test_fallback_without_a_price_has_none() -> None:
+    """One model of a list that no price is known for leaves the whole call without one."""
+    body = b'{"model":"openai/test-model","models":["openai/never-heard-of"],"messages":[],"max_tokens":5}'
+    assert described(body).cost_nanousd is None  # type: ignore[attr-defined]
+    with_price = described(body.replace(b"openai/never-heard-of", b"openai/test-model"))
+    assert with_price.cost_nanousd is not None  # type: ignore[attr-defined]

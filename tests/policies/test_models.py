@@ -153,3 +153,21 @@ def test_shadow_is_an_event() -> None:
     assert verdict.refusal is None
     assert verdict.shadow_refusal is not None
     assert verdict.shadow_refusal.policy == "models.shadow"
+
+
+def test_models_that_may_answer_instead_must_be_allowed_too() -> None:
+    """T12: a list of fallbacks reaches no model that is not on the list, and the refusal names it."""
+    policy = ModelAllow(["openai/gpt-5*", "claude-haiku*"])
+    asked = Call(provider="openai", model="gpt-5", alternatives=("gpt-5-mini", "anthropic/claude-haiku-4"))
+    assert allows(policy, asked)
+    other = Call(provider="openai", model="gpt-5", alternatives=("gpt-5-mini", "anthropic/claude-opus-4"))
+    refusal = policy.plan(ALICE, other, 0).refusal
+    assert refusal is not None
+    assert "anthropic/claude-opus-4" in refusal.message
+
+
+def test_fallbacks_of_a_reseller_are_its_own() -> None:
+    """Where one provider serves the models of others, it serves the fallbacks as well."""
+    asked = Call(provider="openrouter", model="openai/gpt-5", alternatives=("anthropic/claude-opus-4",))
+    assert allows(ModelAllow(["openrouter/*"]), asked)
+    assert not allows(ModelAllow(["openrouter/openai/*", "anthropic/*"]), asked)

@@ -5,6 +5,7 @@ import threading
 from decimal import Decimal
 
 import pytest
+from msgspec.structs import replace
 from tests.policies.values import ALICE, NOBODY, Bench, call, claims
 
 from asgi_llm_guard.claims import Refused, Rule, Unit
@@ -78,6 +79,14 @@ def test_models_are_checked() -> None:
     )
     assert "'research'" in refusal.message
     assert Quota(QuotaBook({"research": {"models": []}})).plan(ALICE, call(), 0).refusal is not None
+
+
+def test_models_that_may_answer_instead_are_checked() -> None:
+    """C5: a fallback outside a department's list is refused by its name."""
+    asked = replace(call(), alternatives=("openai/gpt-5-mini", "anthropic/claude-opus-4"))
+    refusal = Quota(QuotaBook({"research": FULL})).plan(ALICE, asked, 0).refusal
+    assert refusal is not None
+    assert "'anthropic/claude-opus-4'" in refusal.message
     assert Quota(QuotaBook({"research": {}})).plan(ALICE, call(), 0).refusal is None
 
 

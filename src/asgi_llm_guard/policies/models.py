@@ -10,7 +10,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Per, ScopedPolicy, Subject, quoted
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.providers import canonical_model, qualified
+from asgi_llm_guard.policies.providers import canonical_model, models_of, qualified
 
 __all__ = ["ModelAllow", "ModelList"]
 
@@ -47,10 +47,17 @@ class ModelList:
         self._bare_beginnings = tuple(entry.lower() for entry in beginnings if "/" not in entry)
 
     def allows(self, call: Call) -> bool:
-        """Whether the call's resolved model is in the list."""
+        """Whether the call's resolved model is in the list, and so are all that may answer in its place."""
+        return self.forbidden(call) is None
+
+    def forbidden(self, call: Call) -> str | None:
+        """The first of the call's models that is not in the list, in canonical spelling; `None`: all are."""
         if self._everything:
-            return True
-        full = qualified(call.provider, call.model)
+            return None
+        names = (qualified(provider, model) for provider, model in models_of(call))
+        return next((name for name in names if not self._has(name)), None)
+
+    def _has(self, full: str) -> bool:
         if full in self._full or full.startswith(self._full_beginnings):
             return True
         _, slash, bare = full.partition("/")
@@ -64,7 +71,8 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
     `models` is one list for everybody, or, with `per`, a mapping from the subject's name to its
     list, `"*"` being everybody else's. Somebody in neither, or a context without that scope and no
     `"*"`, may call nothing. With several departments or tags all of them must allow the model.
-    A request that has described no call is not judged.
+    A request that has described no call is not judged. Where other models may answer in its place (OpenRouter's
+    `models`, fallbacks), all of them must be allowed.
 
     Raises:
         ConfigurationError: a list is malformed; a mapping without `per`, or `per` without a mapping.
@@ -110,8 +118,9 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
             found = tuple((subject, self._list(subject)) for subject in subjects) or ((_NOBODY, self._default),)
             lists = self._keep(key, found, subjects)
         for subject, models in lists:
-            if models is None or not models.allows(call):
-                return self._forbidden(call, subject)
+            model = qualified(call.provider, call.model) if models is None else models.forbidden(call)
+            if model is not None:
+                return self._forbidden(model, subject)
         return NOTHING
 
     def samples(self) -> tuple[Meter, ...]:
@@ -122,11 +131,11 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         # Unverified callers have no name that an entry could mean.
         return self._default if subject.parts == _ANONYMOUS_PARTS else self._lists.get(subject.name, self._default)
 
-    def _forbidden(self, call: Call, subject: Subject) -> Verdict:
+    def _forbidden(self, model: str, subject: Subject) -> Verdict:
         whose = f" for {self.per} {quoted(subject.name)}" if subject.name else ""
         return self._refuse(
             "model_not_allowed",
-            f"{self.name}: the model {quoted(qualified(call.provider, call.model))} is not allowed{whose}. "
+            f"{self.name}: the model {quoted(model)} is not allowed{whose}. "
             "Ask for another one, or have it put on the list.",
             scope=self.per,
             subject=subject.name,

@@ -5,11 +5,13 @@ Nothing here raises: what cannot be told is `None`, which is never the same as "
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["KNOWN_PROVIDERS", "canonical_model", "canonical_provider", "provider_of", "qualified"]
+from asgi_llm_guard.context import Call
+
+__all__ = ["KNOWN_PROVIDERS", "canonical_model", "canonical_provider", "models_of", "provider_of", "qualified"]
 
 _MEMO_LENGTH: Final = 256  # longer names are worked out each time, so that they cannot fill the memory
 
@@ -165,6 +167,20 @@ def provider_of(model: object, *, host: object = None, known: Collection[str] = 
         if slash and rest and custom in known:
             return custom, rest
     return provider, bare
+
+
+def models_of(call: Call) -> Iterator[tuple[str | None, str]]:
+    """Provider and bare name of each model that may answer a call: its own first, then its alternatives.
+
+    Where one provider serves the models of others (OpenRouter), it does so for all of them.
+    """
+    yield call.provider, call.model
+    for other in call.alternatives:
+        provider, bare = provider_of(other)
+        if call.provider is not None and "/" in call.model:
+            yield call.provider, other
+        else:
+            yield provider or call.provider, bare
 
 
 def qualified(provider: str | None, model: str) -> str:

@@ -17,7 +17,6 @@ from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, ScopedPolicy,
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.grammar import cents, parse_lease, whole
 from asgi_llm_guard.policies.models import ModelList
-from asgi_llm_guard.policies.providers import qualified
 from asgi_llm_guard.windows import Calendar
 
 __all__ = ["DepartmentQuota", "Quota", "QuotaBook"]
@@ -208,15 +207,16 @@ class Quota(ScopedPolicy[_Departments]):
             subjects = self._subjects(context, call)
             asked = self._keep(key, self._build(subjects, quotas), subjects)
         for department in asked.refusing:
-            if not department.known or (department.models is not None and not department.models.allows(call)):
-                return self._forbidden(department, call)
+            model = None if department.models is None else department.models.forbidden(call)
+            if not department.known or model is not None:
+                return self._forbidden(department, model or "")
         _, money, tokens = asked
         if money and call.cost_nanousd is None:
             return self._unpriced(call, scope="department", subject=money[0].subject)
         claims = amounts(tokens, call.total_tokens) + amounts(money, call.cost_nanousd or 0)
         return Verdict(claims) if claims else NOTHING
 
-    def _forbidden(self, department: _Department, call: Call) -> Verdict:
+    def _forbidden(self, department: _Department, model: str) -> Verdict:
         if not department.known:
             return self._refuse(
                 "quota_exceeded",
@@ -227,7 +227,7 @@ class Quota(ScopedPolicy[_Departments]):
             )
         return self._refuse(
             "model_not_allowed",
-            f"{self.name}: the model {quoted(qualified(call.provider, call.model))} is not allowed for the department "
+            f"{self.name}: the model {quoted(model or '')} is not allowed for the department "
             f"{quoted(department.name)}. Ask for another one, or have it put on the department's list.",
             scope="department",
             subject=department.name,

@@ -46,6 +46,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """The client asked for the usage of the stream itself; it must not be stripped."""
     service_tier: str | None = None
     """The tier that the request asks for, where prices differ by it."""
+    input_tokens: int | None = None
+    """At most so many tokens are sent, where the body is a form with files; `None`: the body tells."""
     images: int = 0
     """At most so many images are generated, over all choices, where each has its price."""
     characters: int = 0
