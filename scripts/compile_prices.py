@@ -323,7 +323,7 @@ def litellm_price(raw: Json, tier: str = "") -> Json:
     for start in sorted(starts):
         raised = litellm_rates(raw, starts[start] + tier)
         if raised:
-            above.append([start, without(rates | raised, *stale(rates, raised))])
+            above.append([start, rates | raised | left_behind(rates, raised)])
     return rates | ({"above": above} if above else {})
 
 
@@ -357,13 +357,14 @@ def litellm_units(raw: Json) -> Json:
     return {unit: cost for unit, cost in units.items() if 0 < cost <= IMPLAUSIBLE_UNIT.get(unit, 10**14)}
 
 
-def stale(rates: Json, raised: Json) -> list[str]:
-    """Rates of parts that are not raised with the whole, and would come out cheaper than it: nobody said so."""
-    return [
-        part
-        for part, whole in {**FILLED, "image_cache_read": "cache_read", "audio_cache_read": "cache_read"}.items()
+def left_behind(rates: Json, raised: Json) -> Json:
+    """Rates of parts that are not raised with the whole and would come out cheaper than it, which nobody said: as it."""
+    parts = {**FILLED, "image_cache_read": "cache_read", "audio_cache_read": "cache_read"}
+    return {
+        part: raised[whole]
+        for part, whole in parts.items()
         if part in rates and part not in raised and rates[part] < raised.get(whole, 0)
-    ]
+    }
 
 
 def litellm_entry(raw: Json) -> Json | None:

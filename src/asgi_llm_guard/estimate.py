@@ -1,7 +1,9 @@
 r"""Upper bounds of a call's tokens, before it is made.
 
 Text: no tokenizer in use emits more tokens than the text has UTF-8 bytes. Byte-level BPE starts from
-bytes and only merges them; SentencePiece with byte fallback spends at most one token on each byte. So
+bytes and only merges them; SentencePiece with byte fallback spends at most one token on each byte. Some
+normalize the text first (NFKC, as an older one of Claude's does), which makes more of a few letters: one of
+three bytes becomes 33. Those count by what they become. So
 the length of the request's JSON bounds all the text in it: every byte of text takes at least one byte
 of JSON, quotes and keys around it are bytes too, and an escape is never shorter than what it stands for
 (`\u00e9` is 6 bytes for 2, `\ud83d\ude00` is 12 for 4, `\n` is 2 for 1).
@@ -16,6 +18,8 @@ search, code interpreter, MCP), and what linked files contain beyond `FILE_TOKEN
 from __future__ import annotations
 
 import re
+import unicodedata
+from functools import cache
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import msgspec
@@ -104,6 +108,26 @@ _HELD_KEYS: Final = (
 _HIDING: Final = re.compile(rb"\\u00[2-7]")
 
 
+#: What is longer in NFKC than it was, with a few beside it that are not.
+_GROWING: Final = re.compile(
+    "["
+    "\u00a8\u00af\u00b4-\u00be\u013f-\u0140\u0149\u01c4-\u01c6\u02d8-\u02dd\u0344\u037a\u0384-\u0385\u0587"
+    "\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a36\u0a59-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd"
+    "\u0f43\u0f4d\u0f52\u0f57\u0f5c\u0f69\u0f73-\u0f79\u0f81\u0f93\u0f9d\u0fa2\u0fa7\u0fac\u0fb9\u1fc1"
+    "\u1fcd-\u1fcf\u1fdd-\u1fdf\u1fed-\u1fee\u2033-\u2037\u2057\u2150-\u215f\u2167\u2177\u2189\u222c-\u2230"
+    "\u247d-\u2487\u2a0c\u2adc\u309b-\u309f\u30ff\u3200-\u3243\u327c-\u327d\u32c0-\u32cb\u32ff-\u3370"
+    "\u337b-\u337f\u3389\u33a7-\u33a8\u33ae-\u33af\u33c2-\u33c6\u33d8\u33de-\u33fe\ufa6c\ufacf-\ufad7"
+    "\ufb13-\ufb17\ufb1d-\ufb1f\ufb2a-\ufb4f\ufbdd\ufbea-\ufbfb\ufc00-\ufd3d\ufd50-\ufdc7\ufdf0-\ufdfc\ufe71"
+    "\ufe77-\ufe7f\ufef5-\ufefc\U0001d15e-\U0001d164\U0001d1bb-\U0001d1c0\U0001f12a\U0001f200-\U0001f201"
+    "\U0001f240-\U0001f248"
+    "]"
+)
+#: The same where each is an escape in ASCII: those that become more than its six bytes.
+_GROWING_ESCAPES: Final = re.compile(
+    rb"\\u(0[fF]7[79]|203[47]|2057|22(?:2[dD]|30)|2[aA]0[cC]|321[dDeE]|33[0-9a-fA-F]{2}|[fF][dD][fF][0-9a-fA-F])"
+)
+
+
 class Body(Protocol):
     """A request's body, such as `wire.peek.BodyView`."""
 
@@ -188,6 +212,8 @@ def needs(
     if not marks.isdisjoint(_TOOLS):
         tokens += TOOLS_TOKENS
     ranks = b'"documents"' in body and b'"query"' in body
+    if counter is None:
+        tokens += _growth(body)
     if not hiding and not ranks and marks <= _TOOLS | _CACHES | _KEEPS:
         tokens += len(body) if counter is None else counter.count(body)
         return Needs(input_tokens=tokens, cache_writes=writes, may_have_audio=False, web_searches=_asked(marks))
@@ -237,7 +263,7 @@ def message_needs(
     """
     if isinstance(messages, str):
         text = messages.encode("utf-8", "surrogatepass")
-        tokens = FRAMING_TOKENS + (len(text) if counter is None else counter.count(text))
+        tokens = FRAMING_TOKENS + (len(text) + _growth(text) if counter is None else counter.count(text))
         return Needs(input_tokens=tokens, may_have_audio=False)
     is_request = isinstance(messages, dict) and not messages.keys().isdisjoint(REQUEST)
     try:
@@ -270,6 +296,22 @@ def output_tokens(max_output_tokens: int | None, assumed: int | None, model_max:
 
 
 # ----------------------------------------------------------------------------------- reading
+
+
+def _growth(text: bytes) -> int:
+    """How many bytes more a text may have for a tokenizer that normalizes it."""
+    grown = 0
+    if not text.isascii():
+        found = _GROWING.findall(text.decode("utf-8", "replace"))
+        grown = sum(_grown(letter, len(letter.encode())) for letter in found)
+    if b"\\u" in text:
+        grown += sum(_grown(chr(int(code, 16)), 6) for code in _GROWING_ESCAPES.findall(text))
+    return grown
+
+
+@cache
+def _grown(letter: str, length: int) -> int:
+    return max(0, len(unicodedata.normalize("NFKC", letter).encode()) - length)
 
 
 def _decode(body: bytes) -> object:

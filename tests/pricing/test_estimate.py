@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,25 @@ def test_no_text_has_more_bytes_than_the_bound(contents: list[str], ascii_only: 
     needed = sum(len(text.encode("utf-8", "surrogatepass")) + PER_MESSAGE for text in contents) + 3
     assert input_tokens(body) >= needed
     assert message_tokens(messages) >= needed
+
+
+def test_letters_that_normalizing_makes_longer() -> None:
+    """T4: every letter that NFKC makes longer counts by what it becomes, written out, as an escape, or as a plain text."""
+    for code in range(0x80, 0x110000):
+        letter = chr(code)
+        if 0xD800 <= code < 0xE000 or len(unicodedata.normalize("NFKC", letter).encode()) <= len(letter.encode()):
+            continue
+        long = len(unicodedata.normalize("NFKC", letter).encode())
+        assert message_tokens(letter) == FRAMING_TOKENS + long, hex(code)
+        for ascii_only in (False, True):
+            body = json.dumps(letter, ensure_ascii=ascii_only).encode()
+            assert input_tokens(body) == FRAMING_TOKENS + 2 + max(long, len(body) - 2), hex(code)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xed\xa0\x80", b"\\uZZZZ\\ufdf", b"\xed\xa0\x80"])
+def test_text_that_is_none_grows_by_nothing(text: bytes) -> None:
+    """Bytes that are no UTF-8, and what only looks like an escape, count as they are, and nothing raises."""
+    assert input_tokens(text) == FRAMING_TOKENS + len(text)
 
 
 def test_a_tokenizer_without_merges_reaches_the_bound() -> None:
