@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
-from asgi_llm_guard.cache import Cache, ResponseCache
+from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync, ResponseCache
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
@@ -85,6 +85,9 @@ class Guard:
         observers: are told every event.
         hold_wait_s: how long a call waits, in seconds, where only the holds of others stand in its way.
         max_waiting: how many calls may wait at the same time; more are refused at once.
+        max_overage: a reported usage of more than so many times what was held is not believed: that much is
+            charged, and a `UsageAnomaly` tells of it. Where the hold was an assumption, what the model can take and
+            give is believed in any case. `None`: every report is.
         disclose: `owned`: refusals show limits and counts of scopes that the caller owns; `all`: of all.
         on_data_loss: what to do when the storage was flushed or rolled back (`docs/outages.md`): `deny` every
             call until `accept_data_loss`, `accept` and begin at zero, or `rebuild` from what this process knows.
@@ -121,6 +124,7 @@ class Guard:
         observers: Sequence[Observer] = (),
         hold_wait_s: float = 0.25,
         max_waiting: int = 1000,
+        max_overage: int | None = 10,
         disclose: Literal["owned", "all"] = "owned",
         on_data_loss: OnDataLoss = "deny",
         statuses: Mapping[str, int] | None = None,
@@ -153,6 +157,8 @@ class Guard:
             _whole(name, value)
         if assumed_output_tokens is not None:
             _whole("assumed_output_tokens", assumed_output_tokens)
+        if max_overage is not None:
+            _whole("max_overage", max_overage)
         if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
             raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
         self.clock = clock or SystemClock()
@@ -171,6 +177,7 @@ class Guard:
             observers=observers,
             hold_wait_s=hold_wait_s,
             max_waiting=max_waiting,
+            max_overage=max_overage,
             disclose=disclose,
             statuses=check_statuses(statuses or {}),
             session_limit=session_limit,
@@ -246,22 +253,51 @@ class Guard:
         """`with guard.open_sync(...)`: as `open`, for synchronous code."""
         return OpenAdmissionSync(self, context or Context(), self._engine.bind(extra))
 
-    def call(self, *, extra: Sequence[Policy] = (), **described: Any) -> OpenCall:
+    @overload
+    def call(self, *, extra: Sequence[Policy] = (), cache_key: None = None, **described: Any) -> OpenCall: ...
+
+    @overload
+    def call(self, *, extra: Sequence[Policy] = (), cache_key: Key, **described: Any) -> OpenCachedCall: ...
+
+    def call(
+        self, *, extra: Sequence[Policy] = (), cache_key: Key | None = None, **described: Any
+    ) -> OpenCall | OpenCachedCall:
         """`async with guard.call(model="anthropic/claude-…", max_output_tokens=800) as call`.
 
         Takes the arguments of `describe`. Without a `model` it stands for the call that the
         request described. Leaving the block settles it: by what was recorded, else by the hold.
+        `cache_key`: what the answer depends on; it is looked up first (`docs/cache.md`).
 
         Raises:
-            ConfigurationError: wrong arguments; before anything is claimed.
+            ConfigurationError: wrong arguments, or a key without a cache; before anything is claimed.
             ContextError: on entering, outside any admission.
             LimitExceeded: on entering; nothing was taken.
         """
+        if cache_key is not None:
+            return OpenCachedCall(self._new_call(described, extra), self._cache(), cache_key)
         return OpenCall(self._engine, self._described(described), self._engine.bind(extra))
 
-    def call_sync(self, *, extra: Sequence[Policy] = (), **described: Any) -> OpenCallSync:
+    @overload
+    def call_sync(self, *, extra: Sequence[Policy] = (), cache_key: None = None, **described: Any) -> OpenCallSync: ...
+
+    @overload
+    def call_sync(self, *, extra: Sequence[Policy] = (), cache_key: Key, **described: Any) -> OpenCachedCallSync: ...
+
+    def call_sync(
+        self, *, extra: Sequence[Policy] = (), cache_key: Key | None = None, **described: Any
+    ) -> OpenCallSync | OpenCachedCallSync:
         """`with guard.call_sync(...)`: as `call`, for synchronous code."""
+        if cache_key is not None:
+            return OpenCachedCallSync(self._new_call(described, extra), self._cache(), cache_key)
         return OpenCallSync(self._engine, self._described(described), self._engine.bind(extra))
+
+    def _new_call(self, described: dict[str, Any], extra: Sequence[Policy]) -> Callable[[], ActiveCall]:
+        return partial(new_call, self._engine, self._described(described), self._engine.bind(extra))
+
+    def _cache(self) -> ResponseCache:
+        if self.cache is None:
+            raise ConfigurationError("guard.call: cache_key needs a cache: Guard([..., CacheScope()], cache=Cache())")
+        return self.cache
 
     def _described(self, arguments: dict[str, Any]) -> Call | None:
         if not arguments:

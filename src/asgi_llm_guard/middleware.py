@@ -446,6 +446,9 @@ class _Exchange:
             return self._refused(DRAINING)
         admission = guard.new_admission(context, extra=self.plan.extra, opaque=_opaque(guard, route))
         admission.release_on_4xx = route.release_on_4xx
+        if guard.cache is not None:
+            fields = [value for name, value in self.scope["headers"] if name == b"cache-control"]
+            admission.cache_control = b",".join(fields).decode("latin-1")
         denied = await admission.open(self.call, clamp=route.clamp)
         if denied is not None:
             return denied

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from asgi_llm_guard.cache.answers import ProviderAnswer
+from asgi_llm_guard.cache.calls import CachedCall, Key, OpenCachedCall, OpenCachedCallSync
 from asgi_llm_guard.cache.keys import CacheRequest
 from asgi_llm_guard.cache.lookup import Lookup
 from asgi_llm_guard.cache.options import Cache
 from asgi_llm_guard.cache.responses import ResponseCache
 
-__all__ = ["Cache", "CacheRequest", "Lookup", "ProviderAnswer", "ResponseCache"]
+__all__ = [
+    "Cache",
+    "CacheRequest",
+    "CachedCall",
+    "Key",
+    "Lookup",
+    "OpenCachedCall",
+    "OpenCachedCallSync",
+    "ProviderAnswer",
+    "ResponseCache",
+]
