@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from asgi_llm_guard.attempts import Siblings, Turns
-from asgi_llm_guard.charge import FIRST, Attempt, Charge, actuals, charge_of, draft, finished
+from asgi_llm_guard.charge import FIRST, Attempt, Charge, actuals, believed, charge_of, draft, finished
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Asking, Hold
 from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.events import UsageAnomaly, emit
 from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.outcomes import error_status, outcome_of, says_nothing, together
 from asgi_llm_guard.plan import ask
@@ -628,8 +629,27 @@ class ActiveCall:
             failure = outcome_of(error, of_client=self.function, refused="not_dispatched" if unsent else "unknown")
         charge = charge_of(self.call, answer, self._cost, complete=complete, released=self._released, failure=failure)
         if charge.outcome == "measured" and charge.usage is not None and self.call is not None:
-            self.admission.engine.describer.learn(self.admission.context.route, self.call, charge.usage)
+            charge = self._believed(charge, self.call)
+            if charge.doubted is None:
+                self.admission.engine.describer.learn(self.admission.context.route, self.call, charge.usage)
+        if charge.doubted is not None:
+            self._tell_doubt(charge, charge.doubted)
         return charge
+
+    def _believed(self, charge: Charge, call: Call) -> Charge:
+        engine = self.admission.engine
+        times = engine.max_overage
+        if times is None or (
+            (charge.tokens or 0) <= times * call.total_tokens
+            and (charge.cost_nanousd or 0) <= times * (call.cost_nanousd or 0)
+        ):
+            return charge
+        return believed(charge, engine.describer.most(call, times))
+
+    def _tell_doubt(self, charge: Charge, usage: Usage) -> None:
+        _log.warning("a usage was reported that cannot be, and is not charged as it is: %s", usage)
+        anomaly = UsageAnomaly(self.admission.context, self.call, usage, charge.tokens, charge.cost_nanousd)
+        emit(self.admission.engine.observers, anomaly)
 
     def _ended(self, charge: Charge) -> list[Settlement]:
         """What to hand over for a call that has just ended like this."""

@@ -26,7 +26,7 @@ from asgi_llm_guard.pricing import Cost
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 from asgi_llm_guard.wire.base import Answer
 
-__all__ = ["FIRST", "Attempt", "Charge", "actuals", "charge_of", "draft", "finished"]
+__all__ = ["FIRST", "Attempt", "Charge", "actuals", "believed", "charge_of", "draft", "finished"]
 
 # Looking a member up in its enumeration costs as much as all the rest of one claim.
 _NANOUSD: Final = Unit.NANOUSD
@@ -53,6 +53,8 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
     """`None`: what is held."""
     price_source: str | None = None
     billed_model: str | None = None
+    doubted: Usage | None = None
+    """What was reported, where it is not charged as reported: it cannot be."""
 
 
 def charge_of(
@@ -69,6 +71,8 @@ def charge_of(
     `complete`: nothing more was to come. `released`: nothing was sent. `failure`: it ended with an error, which says this.
     """
     usage = answer.usage if answer is not None else None
+    if usage is not None and not _can_be(usage):
+        return Charge(outcome="unmetered", doubted=usage)
     if (
         answer is not None
         and usage is not None
@@ -96,6 +100,37 @@ def charge_of(
 def _in_units(usage: Usage) -> bool:
     """Whether it counts what is billed by another unit than tokens."""
     return bool(usage.images or usage.audio_ms or usage.characters or usage.search_units)
+
+
+def _can_be(usage: Usage) -> bool:
+    """Whether none of its figures is below zero, or no whole number."""
+    for value in msgspec.structs.astuple(usage):
+        if value is None or type(value) is str:
+            continue
+        if type(value) is int:
+            if value < 0:
+                return False
+        elif type(value) is not tuple or not all(map(_can_be, value)):
+            return False
+    return True
+
+
+def believed(charge: Charge, most: Call) -> Charge:
+    """The charge of a measured call, without what is above the `most` that it can have used."""
+    tokens, cost_nanousd = charge.tokens, charge.cost_nanousd
+    if tokens is not None and most.total_tokens:
+        tokens = min(tokens, most.total_tokens)
+    if cost_nanousd is not None and most.cost_nanousd:
+        cost_nanousd = min(cost_nanousd, most.cost_nanousd)
+    if (tokens, cost_nanousd) == (charge.tokens, charge.cost_nanousd):
+        return charge
+    return msgspec.structs.replace(
+        charge,
+        tokens=tokens,
+        cost_nanousd=cost_nanousd,
+        price_source=f"{charge.price_source}; clamped" if charge.price_source else "clamped",
+        doubted=charge.usage,
+    )
 
 
 def _measured(call: Call | None, usage: Usage, cost: Cost) -> Charge:

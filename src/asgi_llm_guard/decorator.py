@@ -156,7 +156,8 @@ class _Work:
         if self.input is not None:
             return describer.describe(self.model, input=self.input(*args, **kwargs), **self.described)
         tokens = describer.assumed_input_tokens + sum(map(_text_tokens, (*args, *kwargs.values())))
-        return describer.describe(self.model, input_tokens=tokens, **self.described)
+        call = describer.describe(self.model, input_tokens=tokens, **self.described)
+        return msgspec.structs.replace(call, assumed=True)  # the function may add what it likes
 
 
 class _Run:

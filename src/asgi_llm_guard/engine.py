@@ -146,6 +146,7 @@ class Engine:
         observers: Sequence[Observer],
         hold_wait_s: float,
         max_waiting: int,
+        max_overage: int | None,
         disclose: Literal["owned", "all"],
         statuses: Mapping[Code | Rule, int],
         session_limit: int,
@@ -174,6 +175,7 @@ class Engine:
         self.observers = tuple(observers)
         self.hold_wait_s = hold_wait_s
         self.max_waiting = max_waiting
+        self.max_overage = max_overage
         self.disclose: Literal["owned", "all"] = disclose
         self.statuses = statuses
         self.session_overflow = session_overflow

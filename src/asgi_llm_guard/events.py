@@ -11,7 +11,7 @@ import msgspec
 from asgi_llm_guard.claims import Granted, Settled
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.usage import Usage, UsageRecord
 
 __all__ = [
     "Admission",
@@ -28,6 +28,7 @@ __all__ = [
     "SlotOverrun",
     "StorageFailed",
     "StorageRecovered",
+    "UsageAnomaly",
     "emit",
 ]
 
@@ -82,6 +83,19 @@ class SlotOverrun(msgspec.Struct, frozen=True):
 
     call_id: str
     policies: tuple[str, ...]
+
+
+class UsageAnomaly(msgspec.Struct, frozen=True):
+    """A report of usage that cannot be: below zero, or far above what the call can have used. It is not charged as told."""
+
+    context: Context
+    call: Call | None
+    usage: Usage
+    """As it was reported."""
+    tokens: int | None
+    """What is charged instead; `None`: what was held."""
+    cost_nanousd: int | None
+    """What is charged instead; `None`: what was held."""
 
 
 class CacheHit(msgspec.Struct, frozen=True):
@@ -145,6 +159,7 @@ Event = (
     | BacklogFull
     | CacheHit
     | CacheMiss
+    | UsageAnomaly
 )
 
 

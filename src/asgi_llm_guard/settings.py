@@ -481,6 +481,7 @@ class GuardSettings(BaseSettings):
     disclose: Literal["owned", "all"] | None = None
     hold_wait_s: _Seconds | None = Field(default=None, ge=0, le=60)
     max_waiting: _Number | None = Field(default=None, ge=0)
+    max_overage: _Number | None = Field(default=None, ge=1)
     session_limit: _Number | None = Field(default=None, ge=0)
     anonymous_session_limit: _Number | None = Field(default=None, ge=0)
     session_overflow: Literal["deny", "share"] | None = None
@@ -610,6 +611,7 @@ _SAME_NAME: Final = (
     "disclose",
     "hold_wait_s",
     "max_waiting",
+    "max_overage",
     "session_limit",
     "anonymous_session_limit",
     "session_overflow",

@@ -6,11 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from tests.engine.conftest import NewGuard
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage
 from asgi_llm_guard.admission import ActiveCall, enter, leave
+from asgi_llm_guard.events import Event, UsageAnomaly
+from asgi_llm_guard.guard import new_call
+from asgi_llm_guard.outcomes import together
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.wire.base import Answer
@@ -93,6 +97,99 @@ async def test_measured_above_the_hold_is_debited_in_full(new_guard: NewGuard) -
     async with guard.open(CONTEXT), call_of(guard) as call:
         call.record(Usage(input_tokens=1_000, output_tokens=500))
     assert await charged(guard) == (1, 2_000_000)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        Usage(input_tokens=-1, output_tokens=5),
+        Usage(input_tokens=10, output_tokens=5, cache_read_tokens=-3),
+        Usage(input_tokens=10, output_tokens=5, reported_nanousd=-(10**9)),
+        Usage(input_tokens=10, output_tokens=5, extra=(Usage(input_tokens=-1, output_tokens=1),)),
+        Usage(input_tokens=1.5, output_tokens=5),  # type: ignore[arg-type]  # what the test is about
+    ],
+    ids=["input", "part", "cost", "beside", "fraction"],
+)
+async def test_impossible_usage_is_not_believed(new_guard: NewGuard, usage: Usage) -> None:
+    """T23: a report below zero is flagged, and the call is charged what it holds: the budget is never refunded by it."""
+    seen: list[Event] = []
+    guard = guarded(new_guard, observers=[seen.append])
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(usage)
+    assert await charged(guard) == (1, HELD)
+    assert [event.usage for event in seen if isinstance(event, UsageAnomaly)] == [usage]
+    assert (await record_of(guard)).outcome == "unmetered"
+
+
+async def test_absurd_usage_is_clamped(new_guard: NewGuard) -> None:
+    """T23: a report of 10^12 tokens is charged as ten times the hold, flagged, and its record says so."""
+    seen: list[Event] = []
+    guard = guarded(new_guard, observers=[seen.append])
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=10**12, output_tokens=5))
+    assert await charged(guard) == (1, 10 * HELD)
+    (anomaly,) = [event for event in seen if isinstance(event, UsageAnomaly)]
+    assert (anomaly.usage.input_tokens, anomaly.tokens, anomaly.cost_nanousd) == (10**12, 1_500, 10 * HELD)
+    record = await record_of(guard)
+    assert (record.outcome, record.cost_nanousd, record.tokens) == ("measured", 10 * HELD, 1_500)
+    assert str(record.price_source).endswith("; clamped")
+
+
+@pytest.mark.parametrize("times", [2, None])
+async def test_believed_overage_is_configured(new_guard: NewGuard, times: int | None) -> None:
+    """T23: how much more than the hold is believed is a setting; without one, every report is."""
+    guard = guarded(new_guard, max_overage=times)
+    async with guard.open(CONTEXT), call_of(guard) as call:
+        call.record(Usage(input_tokens=1_000, output_tokens=0))
+    assert await charged(guard) == (1, 1_000_000 if times is None else times * HELD)
+
+
+async def test_assumptions_are_not_taken_for_bounds(new_guard: NewGuard) -> None:
+    """T23: where the input was assumed, a report of as much as a model can take is believed, and no more."""
+    guard = guarded(new_guard)
+    assumed = guard.call(model=MODEL, max_output_tokens=50)
+    async with guard.open(CONTEXT), assumed as call:
+        call.record(Usage(input_tokens=500_000, output_tokens=0))
+    assert await charged(guard) == (1, 500_000_000)
+    async with guard.open(CONTEXT), guard.call(model=MODEL, max_output_tokens=50) as call:
+        call.record(Usage(input_tokens=10**12, output_tokens=0))
+    _, spent = await charged(guard)
+    assert 2_000_000_000 <= spent - 500_000_000 <= 7_000_000_000
+
+
+async def test_usage_without_tokens_is_measured(new_guard: NewGuard) -> None:
+    """What is billed by images is charged by images; its tokens are as held where nobody counted them."""
+    prices = PriceBook.snapshot(overrides={"openai/test-image": {"input": 0, "output": 0, "per_image": 0.04}})
+    guard = guarded(new_guard, prices=prices)
+    priced = msgspec.structs.replace(
+        guard.describe("openai/test-image", input_tokens=10, max_output_tokens=0), images=2
+    )
+    async with guard.open(CONTEXT):
+        call = new_call(guard.engine, priced, ())
+        await call.claim()
+        call.record(Usage(images=1))
+        call.end()
+    record = await record_of(guard)
+    assert (record.outcome, record.cost_nanousd, record.tokens) == ("measured", 40_000_000, 10)
+
+
+async def test_reported_cost_is_measured_without_tokens(new_guard: NewGuard) -> None:
+    """A provider that tells what a call cost, and not its tokens, is believed where the price is not known."""
+    prices = PriceBook.snapshot(unknown="allow")
+    guard = guarded(new_guard, prices=prices)
+    async with guard.open(CONTEXT), guard.call(model="nobody/unheard-of", input_tokens=10, max_output_tokens=1) as call:
+        call.record(Usage(reported_nanousd=7_000))
+    record = await record_of(guard)
+    assert (record.outcome, record.cost_nanousd, record.tokens) == ("measured", 7_000, 11)
+
+
+async def test_two_reports_add_up_whatever_they_count(new_guard: NewGuard) -> None:
+    """Units besides tokens add up as well; a cost that only one of two attempts reports is not the cost of both."""
+    one = Usage(images=1, input_tokens=1, output_tokens=1, reported_nanousd=5)
+    other = Usage(images=2, input_tokens=2, output_tokens=2, audio_ms=7)
+    summed = together(Answer(kind="success", usage=one), Answer(kind="success", usage=other)).usage
+    assert summed is not None
+    assert (summed.images, summed.input_tokens, summed.audio_ms, summed.reported_nanousd) == (3, 3, 7, None)
 
 
 async def test_released_call_costs_nothing(new_guard: NewGuard) -> None:
