@@ -9,6 +9,8 @@ from typing import Final
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.wire.anthropic import Anthropic
 from asgi_llm_guard.wire.base import Answer, Dialect, ItemMeter
+from asgi_llm_guard.wire.bedrock import BedrockConverse
+from asgi_llm_guard.wire.bedrock_invoke import BedrockInvoke
 from asgi_llm_guard.wire.cohere import Cohere
 from asgi_llm_guard.wire.cohere_embed import CohereEmbed
 from asgi_llm_guard.wire.cohere_rerank import CohereRerank
@@ -28,6 +30,8 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
     OpenAICompletions(),
     OpenAIEmbeddings(),
     Anthropic(),
+    BedrockConverse(),
+    BedrockInvoke(),
     Gemini(),
     GeminiInteractions(),
     Cohere(),

@@ -12,6 +12,8 @@ import msgspec
 
 from asgi_llm_guard.wire.anthropic_usage import Report
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
+from asgi_llm_guard.wire.faults import kind_of_status
+from asgi_llm_guard.wire.items import Items
 from asgi_llm_guard.wire.meters import Streamed, Whole
 from asgi_llm_guard.wire.overflow import says_overflow
 from asgi_llm_guard.wire.peek import BodyError, BodyView, read_body
@@ -120,7 +122,7 @@ class Anthropic:
 
     def item_meter(self) -> ItemMeter:
         """A meter for event objects and dicts, and pieces of a raw stream."""
-        return _Items()
+        return Items(MessageTally, Blocks())
 
 
 # --------------------------------------------------------------------------------- requests
@@ -254,7 +256,7 @@ _STARTS_PIECE: Final = (b'{"type":"content_block_delta"', b'{"type": "content_bl
 class MessageTally:
     """What an answer says, from its events or as one piece. Reports of usage replace each other, field by field."""
 
-    __slots__ = ("_done", "_error", "_model", "_report", "_undecoded", "known", "text_bytes")
+    __slots__ = ("_done", "_error", "_model", "_report", "_undecoded", "seen", "text_bytes")
 
     def __init__(self) -> None:
         self._model: str | None = None
@@ -263,38 +265,33 @@ class MessageTally:
         self._undecoded = 0
         self._done = False
         self.text_bytes = 0
-        self.known = False
+        self.seen = False
         """Something had the shape of a message, an event or an error."""
 
     def add(self, value: object) -> None:
         """Count a message, an event or an error."""
+        self.seen = self.seen or _is_event(value) or _is_message(value) or _is_error(value)
         kind = pick(value, "type")
         if kind == "content_block_delta":
-            self.known = True
             delta = pick(value, "delta")
             self.text_bytes += sum(text_length(pick(delta, name)) for name in _Delta.__struct_fields__)
         elif kind == "message_delta":
-            self.known = True
             self._report.update(pick(value, "usage"))
             self._done = self._done or pick_path(value, "delta", "stop_reason") is not None
         elif kind == "message_start":
-            self.known = True
             message = pick(value, "message")
             self._model = name_of(pick(message, "model")) or self._model
             # The output in it is a placeholder, however long the answer becomes.
             self._report.update(pick(message, "usage"), output=False)
         elif kind == "content_block_start":
-            self.known = True
             self.text_bytes += _block_bytes(pick(value, "content_block"))
         elif kind == "message_stop":
-            self.known = self._done = True
+            self._done = True
         elif kind == "message":
-            self.known = True
             self._model = name_of(pick(value, "model")) or self._model
             self._report.update(pick(value, "usage"))
             self.text_bytes += sum(map(_block_bytes, items(pick(value, "content"))))
         elif kind == "error":
-            self.known = self.known or _is_error(value)
             self._error = classify(None, value)
 
     def event(self, block: Block) -> bool:
@@ -308,7 +305,7 @@ class MessageTally:
             except (msgspec.DecodeError, ValueError, RecursionError):
                 pass  # read by its shape
             else:
-                self.known = True
+                self.seen = True
                 text = delta.text or delta.thinking or delta.partial_json or delta.content
                 if text:
                     self.text_bytes += len(text) if text.isascii() else text_length(text)
@@ -332,30 +329,6 @@ class MessageTally:
             finished=(whole or self._done) and self._error is None,
             unread=unread + self._undecoded,
         )
-
-
-class _Items:
-    """The meter of the items that one function streams."""
-
-    __slots__ = ("_raw", "_seen", "_tally")
-
-    def __init__(self) -> None:
-        self._tally = MessageTally()
-        self._seen = MessageTally()
-        self._raw = Streamed(Blocks(), self._seen)
-
-    def add(self, item: object) -> None:
-        if isinstance(item, str):
-            item = item.encode("utf-8", "surrogatepass")
-        if isinstance(item, bytes):
-            self._raw.feed(item)
-        elif _is_event(item) or _is_message(item) or _is_error(item):
-            self._tally.add(item)
-
-    def answer(self) -> Answer | None:
-        if self._tally.known:
-            return self._tally.answer()
-        return self._raw.answer() if self._seen.known else None
 
 
 _EVENTS: Final = frozenset(
@@ -443,15 +416,6 @@ _CODES: Final[dict[object, ErrorKind]] = {
     "organization_on_hold": "auth",
     "ramp_limit_exceeded": "rate_limit",
 }
-_STATUSES: Final[dict[int | None, ErrorKind]] = {
-    401: "auth",
-    402: "quota",
-    403: "auth",
-    408: "other",
-    429: "rate_limit",
-    503: "overload",
-    529: "overload",
-}
 _SPENT: Final = ("credit balance is too low", "reached your specified api usage limits")
 
 
@@ -469,6 +433,4 @@ def classify(status: int | None, value: object) -> ErrorKind:
     for found, known in ((code, _CODES), (kind, _TYPES)):
         if isinstance(found, str) and found in known:
             return "quota" if status == 402 else known[found]
-    if status in _STATUSES:
-        return _STATUSES[status]
-    return "invalid" if status in range(400, 500) else "other"
+    return kind_of_status(status)
