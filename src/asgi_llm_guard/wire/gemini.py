@@ -122,6 +122,8 @@ class Gemini:
         if type(status) is int:
             content = pick(obj, "content")
             value = decode(content) if isinstance(content, bytes) else None
+            if isinstance(value, list) and value:
+                value = value[0]  # of a stream that was read as a whole
             if not _is_ours(value) and _error_of(value) is None:
                 return None
             return self.read_response(status, content if isinstance(content, bytes) else b"")

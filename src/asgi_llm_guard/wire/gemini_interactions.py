@@ -92,17 +92,15 @@ class GeminiInteractions:
         return Whole(lambda body: self.read_response(head.status, body))
 
     def read_object(self, obj: object) -> Answer | None:
-        """What an object says: an interaction or one of its events as a model or dict, or an HTTP response.
-
-        Of an SDK's error only that it is one, and its kind; the shape is told by `GenAiError`'s raw response.
-        """
+        """What an object says: an interaction or one of its events as a model or dict, an HTTP response, or the
+        SDK's error."""
         failed = status_error(obj)
         if failed is not None:
             body = pick(obj, "body")
-            value = decode(body.encode("utf-8", "replace")) if isinstance(body, str) else None
-            if pick(obj, "raw_response") is None or not isinstance(pick_path(value, "error", "code"), str):
+            error = pick(body, "error")
+            if not isinstance(pick(error, "code"), str) or pick(error, "type") is not None:  # with a type: OpenAI's
                 return None
-            return Answer(kind="error", error=_classify(failed, value))
+            return Answer(kind="error", error=_classify(failed, body))
         status = pick(obj, "status_code")
         if type(status) is int:
             content = pick(obj, "content")

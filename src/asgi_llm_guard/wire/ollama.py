@@ -114,7 +114,7 @@ class Ollama:
         status = pick(obj, "status_code")
         if type(status) is int:
             content = pick(obj, "content")
-            if not isinstance(content, bytes) or not _is_ours(decode(content.partition(b"\n")[0])):
+            if not isinstance(content, bytes) or not _is_ours(decode(content) or decode(content.partition(b"\n")[0])):
                 return None
             return self.read_response(status, content)
         if not _is_ours(obj):

@@ -18,7 +18,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import quote
 
 import msgspec
@@ -28,9 +28,12 @@ from asgi_llm_guard.decision import Code, Denied
 from asgi_llm_guard.denials import period, refusing, utc
 from asgi_llm_guard.money import format_usd
 
-__all__ = ["Rendered", "render", "stream_error", "websocket_close"]
+__all__ = ["Container", "Rendered", "container_of", "render", "stream_error", "websocket_close"]
 
 Headers = Sequence[tuple[bytes, bytes]]
+
+Container = Literal["sse", "ndjson", "array", "eventstream"]
+"""How a stream is written: server-sent events, lines of JSON, one JSON array, or AWS's binary frames."""
 
 _JSON: Final = b"application/json"
 _PROBLEM: Final = b"application/problem+json"
@@ -83,23 +86,34 @@ def render(
     return Rendered(denied.status, headers, body)
 
 
-def stream_error(denied: Denied, dialect: str | None) -> bytes:
-    """What ends a stream which has already begun: an SSE event; a line of JSON for Ollama, a frame for Bedrock."""
+def container_of(content_type: bytes) -> Container:
+    """How a streamed body of this type is written; what is JSON and no lines of it is one array."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    if kind == b"text/event-stream":
+        return "sse"
+    if kind == b"application/vnd.amazon.eventstream":
+        return "eventstream"
+    return "array" if kind in (b"", b"application/json") else "ndjson"
+
+
+def stream_error(denied: Denied, dialect: str | None, container: Container | None = None) -> bytes:
+    """What ends a stream which has already begun: the last event, as the dialect tells of an error in mid-stream.
+
+    `container`: how the stream is written; `None`: as the dialect usually is. In an array it is a comma, the last
+    element, and the bracket: what stands after another element. A meter that cuts puts it right elsewhere.
+    """
     family = _family(dialect)
-    if family == "bedrock":
+    if container is None:
+        container = "eventstream" if family == "bedrock" else "ndjson" if family == "ollama" else "sse"
+    if container == "eventstream":
         return _frame(denied)
-    if family == "ollama":
-        return _json(_ollama(denied, None)) + b"\n"
-    if family == "openai":
-        error = _openai(denied, None)
-        if "responses" not in (dialect or ""):
-            return b"data: " + _json(error) + b"\n\n"
-        flat = {"type": "error", "code": denied.code, "message": denied.message, "param": _param(denied)}
-        return b"event: error\ndata: " + _json({**flat, **error}) + b"\n\n"
-    if family == "gemini":
-        return b"data: " + _json(_gemini(denied, None)) + b"\n\n"
-    shape = _shape(dialect) or _problem
-    return b"event: error\ndata: " + _json(shape(denied, None)) + b"\n\n"
+    name, event = _EVENTS.get(dialect or "", _EVENTS.get(family or "", _last_event))(denied, dialect)
+    if container == "ndjson":
+        return _json(event) + b"\n"
+    if container == "array":
+        return b"," + _json(event) + b"]"
+    named = b"" if name is None else b"event: " + name.encode("ascii") + b"\n"
+    return named + b"data: " + _json(event) + b"\n\n"
 
 
 def _frame(denied: Denied) -> bytes:
@@ -282,6 +296,10 @@ def _gemini(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa:
     }
 
 
+def _interactions(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
+    return {"error": {"code": denied.code, "message": denied.message, "guard": _guard(denied)}}
+
+
 def _mistral(denied: Denied, instance: str | None) -> dict[str, object]:  # noqa: ARG001 - one signature for all shapes
     return {
         "object": "error",
@@ -344,6 +362,7 @@ _SHAPES: Final[Mapping[str, Shape]] = {
     "vllm": _openai,
     "anthropic": _anthropic,
     "gemini": _gemini,
+    "gemini_interactions": _interactions,
     "mistral": _mistral,
     "cohere": _cohere,
     "bedrock": _bedrock,
@@ -360,7 +379,47 @@ def _family(dialect: str | None) -> str | None:
 
 
 def _shape(dialect: str | None) -> Shape | None:
-    return _SHAPES.get(_family(dialect) or "")
+    return _SHAPES.get(dialect or "") or _SHAPES.get(_family(dialect) or "")
+
+
+# ------------------------------------------------------------------------------------- events
+
+Event = Callable[[Denied, str | None], tuple[str | None, dict[str, object]]]
+"""The name of a server-sent event, if it has one, and what it says."""
+
+
+def _last_event(denied: Denied, dialect: str | None) -> tuple[str | None, dict[str, object]]:
+    return "error", (_shape(dialect) or _problem)(denied, None)
+
+
+def _unnamed(denied: Denied, dialect: str | None) -> tuple[str | None, dict[str, object]]:
+    return None, (_shape(dialect) or _problem)(denied, None)
+
+
+def _of_responses(denied: Denied, dialect: str | None) -> tuple[str | None, dict[str, object]]:  # noqa: ARG001 - see Event
+    flat = {"type": "error", "code": denied.code, "message": denied.message, "param": _param(denied)}
+    return "error", {**flat, **_openai(denied, None)}
+
+
+def _of_interactions(denied: Denied, dialect: str | None) -> tuple[str | None, dict[str, object]]:  # noqa: ARG001 - see Event
+    return "error", {"event_type": "error", **_interactions(denied, None)}
+
+
+def _of_cohere(denied: Denied, dialect: str | None) -> tuple[str | None, dict[str, object]]:  # noqa: ARG001 - see Event
+    """For both versions of the API, whose events name their kind by other members."""
+    told = {"error": denied.message, "code": denied.code, "guard": _guard(denied), "finish_reason": "ERROR"}
+    older = {"event_type": "stream-end", "is_finished": True, "response": {"text": "", "finish_reason": "ERROR"}}
+    return "message-end", {"type": "message-end", "delta": told, **told, **older}
+
+
+_EVENTS: Final[Mapping[str, Event]] = {
+    "openai": _unnamed,
+    "openai_responses": _of_responses,
+    "gemini": _unnamed,
+    "gemini_interactions": _of_interactions,
+    "cohere": _of_cohere,
+}
+"""Of a dialect, or else of its family."""
 
 
 # ------------------------------------------------------------------------------------- accept
