@@ -20,16 +20,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from hashlib import blake2b
 from typing import Final
 
 import msgspec
 
 from asgi_llm_guard import background
-from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope
+from asgi_llm_guard.active_call import ActiveCall
+from asgi_llm_guard.admission import Admission, Scope
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.scope import current_scope
 from asgi_llm_guard.wire import dialect_for
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Headers, Meter
 from asgi_llm_guard.wire.encodings import Decoder, decoder_for
@@ -211,6 +214,7 @@ class Exchange:
         self.body = body
         if len(body) > self.max_body_bytes:
             return self.too_large()
+        self._key = _digest(self._outgoing, body)
         try:
             check_encoding(self._outgoing.headers)
             view = read_body(body)
@@ -248,21 +252,26 @@ class Exchange:
             denied = await admission.open(None, calls=False)
             if denied is not None:
                 return denied
-        scope = admission if self._scope is None else self._scope
-        parent = scope if isinstance(scope, ActiveCall) else None
+        parent = self._scope if isinstance(self._scope, ActiveCall) else None
         policies = admission.policies if parent is None else parent.policies
         clamps = _CLAMPS if self._hook.clamp else 0
+        failed = admission.attempts.find(self._key)
         while True:
-            call = ActiveCall(admission, parent, policies, described)
+            if failed is not None:
+                call = failed.attempt(described)
+            else:
+                call = ActiveCall(admission, parent, policies, described)
             try:
                 await call.claim()
             except LimitExceeded as error:
                 fits = error.denied.fits_max_tokens
-                if not clamps or not fits:
-                    return error.denied
-                clamps -= 1
-                described = self._hook.guard.engine.describer.clamped(described, fits)
-                continue
+                if clamps and fits:
+                    clamps -= 1
+                    described = self._hook.guard.engine.describer.clamped(described, fits)
+                    continue
+                if failed is not None:
+                    admission.attempts.note(self._key, call)  # a refusal that is waited for is followed by another one
+                return error.denied
             self.call = call
             call.dispatched()
             return None
@@ -349,6 +358,8 @@ class Exchange:
                 call._answer = answer
                 complete |= answer.finished
             call.end(error, complete=complete)
+            if call.failed:
+                self._admission.attempts.note(self._key, call)
         self._leave()
 
     def _answer(self) -> Answer | None:
@@ -364,3 +375,10 @@ class Exchange:
     def _body_refused(self, error: BodyError) -> Denied:
         refusal = Refusal(policy="request", code=error.code, message=str(error), status=error.status)
         return self._hook.guard.engine.refused(self._admission.context, None, refusal)
+
+
+def _digest(outgoing: Outgoing, body: bytes) -> bytes:
+    """What a request and those that repeat it have in common."""
+    digest = blake2b(body, digest_size=16)
+    digest.update(f"\0{outgoing.method} {outgoing.url}".encode("utf-8", "surrogatepass"))
+    return digest.digest()

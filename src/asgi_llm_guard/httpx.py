@@ -24,6 +24,7 @@ from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError, NotInstalledError
 from asgi_llm_guard.exchange import Exchange, Hook, Outgoing
 from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.outcomes import REFUSED
 
 if TYPE_CHECKING:
     import httpx
@@ -59,12 +60,9 @@ if TYPE_CHECKING:
 else:
     _AsyncTransport = _Transport = object
 
-__all__ = ["EXTENSION", "AsyncGuardTransport", "GuardTransport", "Library", "async_client", "sync_client"]
+__all__ = ["AsyncGuardTransport", "GuardTransport", "Library", "async_client", "sync_client"]
 
 Library = Literal["auto", "httpx", "httpx2"]
-
-EXTENSION: Final = "asgi_llm_guard"
-"""Where the `Denied` stands in the extensions of a response that is a refusal."""
 
 _LIBRARIES: Final = ("httpx2", "httpx")
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
@@ -350,7 +348,7 @@ def _to_send(request: Any, exchange: Exchange) -> Any:
 def _refusal(hook: Hook, denied: Denied, outgoing: Outgoing, request: Any) -> Any:
     rendered = hook.rendered(denied, outgoing)
     return _library_of(request).Response(
-        rendered.status, headers=rendered.headers, content=rendered.body, extensions={EXTENSION: denied}
+        rendered.status, headers=rendered.headers, content=rendered.body, extensions={REFUSED: denied}
     )
 
 

@@ -18,10 +18,11 @@ import msgspec
 from asgi_llm_guard.admission import Admission, enter, leave
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
-from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import unwrapped
+from asgi_llm_guard.outcomes import refusal_of
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named, is_readable
@@ -673,8 +674,9 @@ def _refusal_behind(error: BaseException, depth: int = 0) -> Denied | None:
     """The refusal of ours that an exception was raised from; of a group, if it consists of nothing else."""
     seen: BaseException | None = error
     while seen is not None and depth < _CAUSES:  # causes may form a ring
-        if isinstance(seen, LimitExceeded):
-            return seen.denied
+        refusal = refusal_of(seen)
+        if refusal is not None:
+            return refusal
         depth += 1
         if isinstance(seen, BaseExceptionGroup):
             refusals = [_refusal_behind(each, depth) for each in seen.exceptions]

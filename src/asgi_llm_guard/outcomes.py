@@ -6,11 +6,15 @@ from typing import Final
 
 import msgspec
 
+from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.usage import Outcome, Usage
 from asgi_llm_guard.wire.base import Answer
 
-__all__ = ["error_status", "outcome_of", "says_nothing", "together"]
+__all__ = ["REFUSED", "error_status", "outcome_of", "refusal_of", "says_nothing", "together"]
+
+REFUSED: Final = "asgi_llm_guard"
+"""Where a response that a client hook made says so: in its extensions, which no provider can reach."""
 
 
 def together(before: Answer | None, answer: Answer) -> Answer:
@@ -56,7 +60,7 @@ def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Ou
     for _ in range(8):  # causes may form a ring
         if seen is None:
             break
-        if isinstance(seen, LimitExceeded):
+        if refusal_of(seen) is not None:
             return refused
         if type(seen).__name__ in _NEVER_SENT and (not of_client or seen is not error):
             return "not_dispatched"  # client libraries raise their own error from it
@@ -68,6 +72,24 @@ def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Ou
             return "provider_error"
         seen = seen.__cause__
     return "unknown"
+
+
+def refusal_of(error: BaseException) -> Denied | None:
+    """The refusal of ours that an exception tells of: one of ours, or a client library's for an answer of a hook."""
+    if isinstance(error, LimitExceeded):
+        return error.denied
+    told = _refusal_in(error)
+    if told is None and error.__suppress_context__ and error_status(error) and error.__context__ is not None:
+        told = _refusal_in(error.__context__)  # raised `from None` out of the error that has the response
+    return told
+
+
+def _refusal_in(error: BaseException) -> Denied | None:
+    for name in ("response", "raw_response"):
+        extensions = getattr(getattr(error, name, None), "extensions", None)
+        if isinstance(extensions, dict) and isinstance(denied := extensions.get(REFUSED), Denied):
+            return denied
+    return None
 
 
 def error_status(value: object) -> bool:
