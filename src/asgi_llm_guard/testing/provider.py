@@ -214,9 +214,8 @@ class FakeProvider:
             outcome, _ = await asyncio.gather(answer, leaving, return_exceptions=True)
             with self._lock:
                 self.disconnects += unfinished
-                self._write_down(speech, sale, left=unfinished)
                 self._open.discard(answer)
-            self._changes.tell()
+            self._write_down(speech, sale, left=unfinished)
         if isinstance(outcome, asyncio.CancelledError) and not unfinished:
             raise ConnectionCut("the provider stops")
         if isinstance(outcome, Exception):
@@ -229,7 +228,17 @@ class FakeProvider:
             return self._script.popleft()
         return next((behaviour for condition, behaviour in self._rules if condition(request)), self._default)
 
-    def _write_down(self, speech: Speech, sale: Sale, *, left: bool) -> None:
+    def _write_down(self, speech: Speech, sale: Sale, *, left: bool = False) -> None:
+        """Put the attempt on the books, once: before the end of its answer is sent, so that whoever has seen the end
+        finds it there.
+        """
+        with self._lock:
+            if not sale.written:
+                sale.written = True
+                self._enter(speech, sale, left=left)
+        self._changes.tell()
+
+    def _enter(self, speech: Speech, sale: Sale, *, left: bool) -> None:
         request = sale.request
         if sale.status == 200 and left and not request.stream and sale.behaviour.content:
             sale.produce_all()  # nobody waits any more, and it is generated all the same
@@ -277,7 +286,7 @@ class FakeProvider:
         if behaviour.waits:
             await (behaviour.gate or self.gate).step()
         if sale.status != 200:
-            sale.complete = True
+            self._end(speech, sale, told=False)
             body, headers = speech.error(speech.fault(behaviour, status=sale.status))
             await reply.whole(sale.status, dump(body), kind=_JSON, headers=(*_headers(speech, sale), *headers))
         elif sale.request.stream:
@@ -290,7 +299,7 @@ class FakeProvider:
         if behaviour.paced:
             await (behaviour.gate or self.gate).step()
         if not behaviour.content:
-            sale.complete = True
+            self._end(speech, sale, told=False)
             await reply.whole(200, b"", kind=_JSON, headers=headers)
             return
         sale.produce_all()
@@ -299,17 +308,17 @@ class FakeProvider:
         if behaviour.cut_after is not None:
             await reply.half(200, body, kind=kind, headers=headers)
             raise ConnectionCut("the provider cuts a JSON body in the middle")
-        sale.complete = True
+        self._end(speech, sale, told=speech.tells(sale))
         if not behaviour.valid:
             body = body[: len(body) // 2]
         await reply.whole(200, body, kind=kind, headers=headers)
-        sale.reported = speech.tells(sale)
 
     async def _stream(self, speech: Speech, sale: Sale, reply: Reply) -> None:
         await reply.begin(kind=speech.begins(sale), headers=_headers(speech, sale))
         if sale.behaviour.content:
             await self._send_chunks(speech, sale, reply)
-        sale.complete = True
+        else:
+            self._end(speech, sale, told=False)
         await reply.end()
 
     async def _send_chunks(self, speech: Speech, sale: Sale, reply: Reply) -> None:
@@ -319,7 +328,7 @@ class FakeProvider:
             if sale.produced == behaviour.cut_after:
                 raise ConnectionCut(f"the provider cuts a stream after {sale.produced} chunks")
             if sale.produced == behaviour.fail_after:
-                await reply.write(speech.failing(sale))
+                await self._fail(speech, sale, reply)
                 return
             if gate is not None:
                 await gate.step()
@@ -332,14 +341,25 @@ class FakeProvider:
         if behaviour.cut_after is not None:
             raise ConnectionCut("the provider cuts a stream before its end")
         if behaviour.fail_after is not None:
-            await reply.write(speech.failing(sale))
+            await self._fail(speech, sale, reply)
             return
         if gate is not None:
             await gate.step()
         await self._open_stream(speech, sale, reply)
-        for event in speech.closing(sale):
+        *events, last = speech.closing(sale)
+        for event in events:
             await reply.write(event)
-        sale.reported = speech.tells(sale)
+        self._end(speech, sale, told=speech.tells(sale))  # clients leave when they have seen the last event
+        await reply.write(last)
+
+    async def _fail(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+        self._end(speech, sale, told=False)
+        await reply.write(speech.failing(sale))
+
+    def _end(self, speech: Speech, sale: Sale, *, told: bool) -> None:
+        """The last of an answer is about to be sent."""
+        sale.complete, sale.reported = True, told
+        self._write_down(speech, sale)
 
     @staticmethod
     async def _open_stream(speech: Speech, sale: Sale, reply: Reply) -> None:

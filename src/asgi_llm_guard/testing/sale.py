@@ -80,6 +80,8 @@ class Sale:
     reported: bool = False
     complete: bool = False
     """The last message of the answer is being sent."""
+    written: bool = False
+    """It is on the books."""
     events: int = 0
     """How many events were sent, in dialects that number them."""
 

@@ -130,7 +130,8 @@ class GeminiContent(Speech):
 
     def failing(self, sale: Sale) -> bytes:
         fault = Fault(status=503, message="the fake provider fails inside the stream")
-        return self._part(sale, self.error(fault)[0]) + (b"" if self._as_events(sale) else b"\n]")
+        begun = b"" if sale.started or self._as_events(sale) else b"["
+        return begun + self._part(sale, self.error(fault)[0]) + (b"" if self._as_events(sale) else b"\n]")
 
     def breaking(self, sale: Sale) -> bytes:
         return self.broken if self._as_events(sale) else b'{"candidates":'
