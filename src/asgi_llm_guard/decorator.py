@@ -7,6 +7,7 @@ streaming response. A plain function stays one: frameworks run it in a worker th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,6 +19,7 @@ import msgspec
 
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, current_scope, enter, leave
+from asgi_llm_guard.cache import FunctionCache, Lookup, Unfit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.describe import check_description
 from asgi_llm_guard.errors import ConfigurationError, ContextError
@@ -43,6 +45,7 @@ def guarded(
     choices: int = 1,
     guard: Guard | None = None,
     context: Context | Callable[..., Context] | None = None,
+    cache: bool | Callable[..., object] = False,
 ) -> Callable[[F], F]:
     """Admit each call of the function under the guard's policies and these, and settle what it used.
 
@@ -62,6 +65,8 @@ def guarded(
         guard: for use outside a guarded application. `None`: the current admission's guard.
         context: with `guard`, outside any admission: who asks, or what gives it from the arguments.
             `None`: the shared anonymous caller.
+        cache: give the return value again to calls with the same arguments, as the guard's cache and the `CacheScope`
+            among the policies allow. A function makes the key from the arguments. See `docs/cache.md`.
 
     Raises:
         ConfigurationError: wrong arguments; when the module is loaded.
@@ -80,7 +85,9 @@ def guarded(
         check_description(model, input_tokens=input_tokens, max_output_tokens=max_output_tokens, choices=choices)
     if context is not None and guard is None:
         raise ConfigurationError("@guarded: context= is for use with guard=; inside a request the caller is known")
-    work = _Work(policies, model, described, input, input_tokens, guard, context)
+    if not isinstance(cache, bool) and not callable(cache):
+        raise ConfigurationError(f"@guarded: cache= is True, False or a function of the arguments, got {cache!r}")
+    work = _Work(policies, model, described, input, input_tokens, guard, context, cache)
 
     def decorate(function: F) -> F:
         if inspect.isclass(function):
@@ -102,6 +109,7 @@ class _Work:
         input_tokens: int | None,
         guard: Guard | None,
         context: Context | Callable[..., Context] | None,
+        cache: bool | Callable[..., object],
     ) -> None:
         self.policies = policies
         self.model = model
@@ -110,6 +118,7 @@ class _Work:
         self.input_tokens = input_tokens
         self.guard = guard
         self.context = context
+        self.cache = cache
         self._bound: tuple[object, tuple[Policy, ...]] | None = None
 
     def start(self, function: Callable[..., Any], stacked: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
@@ -181,6 +190,31 @@ class _Run:
     def claim_sync(self) -> None:
         if not self.claimed:
             background.run(self.claim(), undo=self.call.discard)
+
+    async def look_up(self, cached: FunctionCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lookup | None:
+        """Whether the return value is kept; `None`: the guard keeps nothing."""
+        cache = self.call.admission.engine.cache
+        if cache is None:
+            return None
+        return await cache.look_up_value(self.call, cached.kind, cached.key(args, kwargs), requests=True)
+
+    def given(self, cached: FunctionCache, found: Lookup) -> Any:
+        """The return value that was kept.
+
+        Raises:
+            Unfit: it is of no use; it is forgotten.
+        """
+        if self.own is not None:
+            self.own.end()
+        return cached.value(found)
+
+    async def keep(self, cached: FunctionCache, found: Lookup, result: object) -> None:
+        """Keep the return value of a call that has ended, if it may be kept."""
+        answer = "it is still being streamed" if self.deferred else cached.answer(result)
+        if isinstance(answer, str):
+            found.refuse(answer)
+        else:
+            await found.store_judged(answer)
 
     def __enter__(self) -> None:
         self.inside.__enter__()
@@ -254,7 +288,12 @@ def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
         kind = _coroutine
     else:
         kind = _plain
-    wrapper = kind(function, functools.partial(work.start, function, target in _wrappers))
+    start = functools.partial(work.start, function, target in _wrappers)
+    if work.cache is False:
+        wrapper = kind(function, start)
+    else:
+        cached = FunctionCache(function, None if work.cache is True else work.cache)
+        wrapper = (_cached_coroutine if kind is _coroutine else _cached_plain)(function, start, cached)
     functools.update_wrapper(wrapper, function)
     _keep_signature(function, wrapper)
     mark(function, wrapper)
@@ -278,6 +317,46 @@ def _plain(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:
         run.claim_sync()
         with run:
             return run.returned(function(*args, **kwargs))
+
+    return wrapper
+
+
+def _cached_coroutine(function: Callable[..., Any], start: _Start, cached: FunctionCache) -> Callable[..., Any]:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        run = start(args, kwargs)
+        found = await run.look_up(cached, args, kwargs)
+        if found is not None and found.hit:
+            with contextlib.suppress(Unfit):
+                return run.given(cached, found)
+            run, found = start(args, kwargs), None
+        with contextlib.nullcontext() if found is None else found:
+            await run.claim()
+            with run:
+                result = run.returned(await function(*args, **kwargs))
+            if found is not None:
+                await run.keep(cached, found, result)
+        return result
+
+    return wrapper
+
+
+def _cached_plain(function: Callable[..., Any], start: _Start, cached: FunctionCache) -> Callable[..., Any]:
+    """As `_cached_coroutine`, for synchronous code."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        run = start(args, kwargs)
+        found = background.run(run.look_up(cached, args, kwargs), undo=run.call.discard)
+        if found is not None and found.hit:
+            with contextlib.suppress(Unfit):
+                return run.given(cached, found)
+            run, found = start(args, kwargs), None
+        with contextlib.nullcontext() if found is None else found:
+            run.claim_sync()
+            with run:
+                result = run.returned(function(*args, **kwargs))
+            if found is not None:
+                background.run(run.keep(cached, found, result))
+        return result
 
     return wrapper
 

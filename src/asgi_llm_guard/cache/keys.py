@@ -14,10 +14,15 @@ of a schema. Numbers are told apart as they are written, up to what a double can
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 
@@ -56,6 +61,7 @@ STATEFUL: Final = {
 """Fields of a body with which a request does more than to be answered, so that a kept answer would not do."""
 
 _HEADERS: Final = ("anthropic-", "openai-", "x-goog-", "x-amzn-bedrock-", "api-", "x-api-", "http-referer", "helicone-")
+_WRITTEN: Final = (bytes, date, datetime, time, timedelta, Decimal, UUID)
 _MAX_NESTED: Final = "the body is nested too deeply"
 
 
@@ -162,16 +168,45 @@ def canonical(fields: Mapping[str, Any]) -> bytes:
 
 
 def value_digest(kind: str, value: object, *parts: str | None) -> bytes:
-    """The digest of a key that the application gives: texts, numbers, lists and mappings.
+    """The digest of a key that the application gives: texts, numbers, lists and mappings, and what is made of them.
 
     Raises:
         Unfit: it is made of something else.
     """
     try:
-        data = msgspec.json.encode(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Unfit(f"the key is not made of texts, numbers, lists and mappings: {error}") from error
+        data = json.dumps(_plain(value), separators=(",", ":"), allow_nan=False).encode()
+    except RecursionError:
+        raise Unfit("the key is nested too deeply") from None
+    except ValueError:
+        raise Unfit("the key has a number that JSON cannot say") from None
     return digest_of(kind, data, *parts)
+
+
+def _plain(value: Any) -> Any:
+    """`value` so that no two values of different types look alike."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in (list, tuple):
+        return ["list", *map(_plain, value)]
+    if kind is dict:
+        if not all(type(key) is str for key in value):
+            raise Unfit("the key has a mapping whose names are no texts")
+        return {key: _plain(item) for key, item in value.items()}
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    if isinstance(value, Enum):
+        return ["value", name, value.name]
+    if kind in _WRITTEN:
+        return ["value", name, value.hex() if kind is bytes else str(value)]
+    if isinstance(value, msgspec.Struct):
+        fields: Any = msgspec.structs.asdict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif callable(getattr(value, "model_dump", None)) and not isinstance(value, type):  # of pydantic
+        fields = value.model_dump(mode="json")
+    else:
+        raise Unfit(f"the key has a {kind.__name__}; it may have texts, numbers, lists, mappings and models")
+    return ["model", name, _plain(fields)]
 
 
 def _relevant(headers: Iterable[tuple[str, str]]) -> list[str]:

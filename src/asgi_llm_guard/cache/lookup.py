@@ -223,6 +223,11 @@ class Lookup:
                 if not isinstance(found, Leading):
                     self._end()  # it came too late: somebody else has taken over
 
+    def forget(self) -> None:
+        """What is kept here is of no use."""
+        if self._target is not None:
+            self._cache.soon(_forgotten(self._cache.flights, self._target.key))
+
     def give(self, entry: Entry, age_ms: int) -> None:
         """It is a hit."""
         self.state = "hit"
@@ -242,6 +247,11 @@ class Lookup:
 async def _abandoned(flights: Flights, key: str, token: str) -> None:
     with contextlib.suppress(StorageError):  # the claim ends by itself
         await flights.abandon(key, token)
+
+
+async def _forgotten(flights: Flights, key: str) -> None:
+    with contextlib.suppress(StorageError):  # it ends by itself
+        await flights.entries.forget(key)
 
 
 async def _renew(lookup: weakref.ref[Lookup]) -> None:
