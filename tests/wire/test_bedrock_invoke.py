@@ -26,6 +26,7 @@ from asgi_llm_guard.wire.peek import BodyError, read_body
 INVOKE = BedrockInvoke()
 STREAM = Head(200, [(b"Content-Type", b"application/vnd.amazon.eventstream")])
 EVENT = {":event-type": "chunk", ":content-type": "application/json", ":message-type": "event"}
+COUNTS = ("x-amzn-bedrock-input-token-count", "x-amzn-bedrock-output-token-count")
 METRICS = Usage(input_tokens=1540, output_tokens=57, cache_read_tokens=1200, cache_write_tokens=300)
 
 
@@ -212,6 +213,36 @@ def test_headers_tell_what_bodies_do_not() -> None:
     for junk in ("x", "-1", "1.5", "", "9" * 5000, "\u0661"):
         assert whole(mistral, {"x-amzn-bedrock-input-token-count": junk.encode().decode("latin-1")}).usage is None
     assert whole(b"\xff not JSON", headers) == Answer(kind="success", usage=METRICS, finished=True, unread=1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "tier"),
+    [
+        ({"x-amzn-bedrock-service-tier": "flex"}, "flex"),
+        (
+            {"x-amzn-bedrock-service-tier": "default", "x-amzn-bedrock-performanceconfig-latency": "optimized"},
+            "optimized",
+        ),
+        ({"x-amzn-bedrock-performanceconfig-latency": "standard"}, None),
+    ],
+)
+def test_tier_is_in_a_header(headers: dict[str, str], tier: str | None) -> None:
+    """C11: the tier that a response was served on is in its headers, whatever the vendor's body is."""
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    stream = INVOKE.meter(Head(200, [*pairs, *STREAM.headers]))
+    stream.feed(fixture("bedrock_invoke", "llama.bin").data)
+    response = {"contentType": "x", "body": "x", "ResponseMetadata": {"HTTPHeaders": {COUNTS[0]: "1", COUNTS[1]: "2"}}}
+    response["serviceTier"] = headers.get("x-amzn-bedrock-service-tier", "")
+    response["performanceConfigLatency"] = headers.get("x-amzn-bedrock-performanceconfig-latency", "")
+    for answer in (
+        stream.answer(),
+        whole({"generation": "x", "prompt_token_count": 1, "generation_token_count": 2}, headers),
+        whole({"generation": "x"}, {**headers, COUNTS[0]: "1", COUNTS[1]: "2"}),
+        INVOKE.read_object(response),
+    ):
+        assert answer is not None
+        assert answer.usage is not None
+        assert answer.usage.service_tier == tier
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Source: https://docs.aws.amazon.com/bedrock/latest/userguide/model-parameters.ht
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -30,7 +31,7 @@ from asgi_llm_guard.wire.items import Items
 from asgi_llm_guard.wire.meters import Streamed, Whole
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 from asgi_llm_guard.wire.peek import BodyView
-from asgi_llm_guard.wire.shape import MOST_CHOICES, MOST_TOKENS, count_of, decode, pick, pick_path
+from asgi_llm_guard.wire.shape import MOST_CHOICES, MOST_TOKENS, count_of, decode, name_of, pick, pick_path
 from asgi_llm_guard.wire.sse import Block
 
 __all__ = ["BedrockInvoke"]
@@ -104,7 +105,7 @@ class BedrockInvoke:
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - nothing is sent that was not there before
         """A meter for the body of a response: an event stream, or what the vendor sends."""
         if head.header(b"content-type").lower().startswith(CONTENT_TYPE):
-            return Streamed(Frames(), _Tally())
+            return Streamed(Frames(), _Tally(_tier(head)))
         return Whole(lambda body: _read(head, body))
 
     def read_object(self, obj: object) -> Answer | None:
@@ -114,7 +115,11 @@ class BedrockInvoke:
         """
         headers = pick_path(obj, "ResponseMetadata", "HTTPHeaders")
         if pick(obj, "contentType") is not None and pick(obj, "body") is not None and headers is not None:
-            usage = _usage_in_headers({str(name): value for name, value in _pairs(headers)})
+            usage = _usage_in_headers(headers if isinstance(headers, Mapping) else {})
+            if usage is not None:
+                fast = pick(obj, "performanceConfigLatency") == "optimized"
+                tier = "optimized" if fast else name_of(pick(obj, "serviceTier"))
+                usage = msgspec.structs.replace(usage, service_tier=tier)
             return Answer(kind="success", usage=usage, finished=True)
         return read_client_error(obj, _CLIENT_OPERATIONS)
 
@@ -151,16 +156,25 @@ def _place(view: BodyView) -> tuple[str, str] | None:
 def _read(head: Head, body: bytes) -> Answer:
     if not 200 <= head.status < 300:
         return error_answer(head, body)
-    tally = _Tally()
+    tier = _tier(head)
+    tally = _Tally(tier)
     tally.inner(body)
     answer = tally.answer()
     usage = answer.usage
     if usage is None or usage.total_tokens is None:
-        told = _usage_in_headers(
-            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head.headers}
-        )
-        usage = _with_silent(told or usage, head.path)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head.headers}
+        told = _usage_in_headers(headers)
+        if told is not None:
+            usage = msgspec.structs.replace(told, model=answer.model, service_tier=tier)
+        usage = _with_silent(usage, head.path)
     return msgspec.structs.replace(answer, usage=usage, finished=answer.kind == "success")
+
+
+def _tier(head: Head) -> str | None:
+    """The tier that the headers say it was served on."""
+    if head.header(b"x-amzn-bedrock-performanceconfig-latency") == b"optimized":
+        return "optimized"
+    return name_of(head.header(b"x-amzn-bedrock-service-tier").decode("latin-1"))
 
 
 def _with_silent(usage: Usage | None, path: str) -> Usage | None:
@@ -171,11 +185,7 @@ def _with_silent(usage: Usage | None, path: str) -> Usage | None:
     return usage
 
 
-def _pairs(headers: object) -> list[tuple[object, object]]:
-    return list(headers.items()) if isinstance(headers, dict) else []
-
-
-def _usage_in_headers(headers: dict[str, object]) -> Usage | None:
+def _usage_in_headers(headers: Mapping[str, object]) -> Usage | None:
     def counted(kind: str) -> int | None:
         value = headers.get(_COUNT.format(kind))
         if (
@@ -202,9 +212,10 @@ _CHUNK: Final = msgspec.json.Decoder(_Chunk)
 class _Tally:
     """What an answer says, in the words of whichever vendor, and what Bedrock itself reports at the end."""
 
-    __slots__ = ("_error", "_messages", "_metrics", "_undecoded", "_vendor", "_vendors", "seen")
+    __slots__ = ("_error", "_messages", "_metrics", "_tier", "_undecoded", "_vendor", "_vendors", "seen")
 
-    def __init__(self) -> None:
+    def __init__(self, tier: str | None = None) -> None:
+        self._tier = tier
         self._messages = MessageTally()
         self._vendors: tuple[_Vendor, ...] = (self._messages, ConverseTally(), _Chat(), Texts())
         self._vendor: _Vendor | None = None
@@ -271,6 +282,8 @@ class _Tally:
         usage = said.usage
         if self._metrics is not None and (usage is None or usage.total_tokens is None):
             usage = msgspec.structs.replace(self._metrics, model=said.model)
+        if usage is not None and self._tier is not None and usage.service_tier is None:
+            usage = msgspec.structs.replace(usage, service_tier=self._tier)
         error = self._error or said.error
         return msgspec.structs.replace(
             said,
