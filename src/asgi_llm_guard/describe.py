@@ -177,10 +177,17 @@ class Describer:
         return self._bounded(call, assumed_output_tokens)
 
     def describe_body(
-        self, ask: Ask, view: BodyView, *, provider: str | None, dialect: str, assumed_output_tokens: int | None
+        self,
+        ask: Ask,
+        view: BodyView,
+        *,
+        provider: str | None,
+        dialect: str,
+        assumed_output_tokens: int | None,
+        host: str | None = None,
     ) -> Call:
-        """The call that a request's body describes."""
-        found, bare = provider_of(ask.model)
+        """The call that a request's body describes. `host`: where it is sent, which is who sends the bill."""
+        found, bare = provider_of(ask.model, host=host)
         provider = found or provider
         card = self.prices.resolve(provider, bare)
         window = card.context_window if card is not None else None
@@ -229,6 +236,18 @@ class Describer:
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
+
+    def longer(self, call: Call, output_tokens: int) -> Call:
+        """`call` with this many output tokens in place of those that were expected, at most as many as its model gives."""
+        most = self.longest(call)
+        return self._quoted(replace(call, output_tokens=output_tokens if most is None else min(output_tokens, most)))
+
+    def longest(self, call: Call) -> int | None:
+        """The most output tokens that the model gives, over all choices; `None`: not known."""
+        card = self.prices.resolve(call.provider, call.model)
+        if card is None or card.max_output_tokens is None:
+            return None
+        return int(card.max_output_tokens) * call.choices
 
     def most(self, call: Call, times: int) -> Call:
         """`call` with the most that is believed of a report of its usage: so many `times` what was expected; where

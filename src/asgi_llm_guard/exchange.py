@@ -225,6 +225,7 @@ class Exchange:
                 provider=self._dialect.provider,
                 dialect=self._dialect.name,
                 assumed_output_tokens=hook.assumed_output_tokens,
+                host=self._outgoing.host,
             )
         except BodyError as error:
             return self._body_refused(error)

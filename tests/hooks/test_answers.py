@@ -294,3 +294,20 @@ async def drained(client: Any, way: Way) -> int:
         for chunk in response.iter_raw():
             length += len(chunk)
     return length
+
+
+async def test_host_sends_the_bill(offline: Stage, way: Way) -> None:
+    """A call is charged to the provider whose host is called, whatever the model is called there."""
+
+    def provider(request: Any) -> Any:
+        return library_of(way).Response(200, json={**ANSWER, "model": "openai/gpt-4o"})
+
+    async with over(offline, way, provider) as client:
+        await client.post(asked() | {"model": "openai/gpt-4o"}, path="https://openrouter.ai/api/v1/chat/completions")
+        await client.post(asked() | {"model": "openai/gpt-4o"}, path="https://api.openai.com/v1/chat/completions")
+
+    records = await offline.storage.records()
+    assert [(record.provider, record.model) for record in records] == [
+        ("openrouter", "openai/gpt-4o"),
+        ("openai", "gpt-4o"),
+    ]
