@@ -12,6 +12,7 @@ from asgi_llm_guard.testing.gates import Gate
 from asgi_llm_guard.testing.hosts import Platform
 from asgi_llm_guard.testing.outage import OutageStorage
 from asgi_llm_guard.testing.provider import FakeProvider
+from asgi_llm_guard.testing.reroute import Rerouted
 from asgi_llm_guard.testing.sale import FakeRequest
 from asgi_llm_guard.testing.serving import BaseURL
 
@@ -30,6 +31,7 @@ __all__ = [
     "OutageStorage",
     "Platform",
     "Price",
+    "Rerouted",
     "Trouble",
     "asgi_client",
     "kill_self",
