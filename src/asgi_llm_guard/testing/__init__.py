@@ -7,6 +7,7 @@ Nothing here sleeps or waits for the time of day. What has to wait, waits for a 
 from asgi_llm_guard.testing.asgi import Disconnect, asgi_client, kill_self
 from asgi_llm_guard.testing.behaviour import Behaviour, ConnectionCut, Trouble
 from asgi_llm_guard.testing.bill import DEFAULT_PRICE, Attempt, Bill, Price
+from asgi_llm_guard.testing.cache import assert_no_foreign_hits
 from asgi_llm_guard.testing.clock import FrozenClock
 from asgi_llm_guard.testing.gates import Gate
 from asgi_llm_guard.testing.hosts import Platform
@@ -34,5 +35,6 @@ __all__ = [
     "Rerouted",
     "Trouble",
     "asgi_client",
+    "assert_no_foreign_hits",
     "kill_self",
 ]
