@@ -14,10 +14,13 @@ from asgi_llm_guard.wire.sse import MAX_EVENT_BYTES, Block
 
 __all__ = ["ArrayMeter", "Elements"]
 
-# A string up to its quote, or up to the end of the chunk; the group is the first half of an escape.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|(\\?)\Z)|[{}\[\]]', re.DOTALL)
+# The next bracket or brace outside of strings; or a string that goes on beyond the chunk, and after it the first half
+# of an escape, if there is one; or the end of the chunk.
+_TOKEN: Final = re.compile(
+    rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+(?:[{}\[\]]|"(?:[^"\\]++|\\.)*+(\\?)\Z|\Z)', re.DOTALL
+)
 _REST: Final = re.compile(rb'(?:[^"\\]++|\\.)*+(?:"|(\\?)\Z)', re.DOTALL)
-_QUOTE, _OPEN, _CLOSE = ord('"'), frozenset(b"[{"), frozenset(b"]}")
+_OPEN, _CLOSE = b"[{", b"]}"
 _LIST: Final = ord("[")
 
 
@@ -76,29 +79,35 @@ class Elements:
             self._in_string = rest[1] is not None
             self._escaped = bool(rest[1])
             at = rest.end()
-        for token in _TOKEN.finditer(chunk, at):
-            begin = token.start()
-            byte = chunk[begin]
-            if byte == _QUOTE:
-                self._in_string = token[1] is not None
-                self._escaped = bool(token[1])
-            elif byte in _OPEN:
-                if self._depth == 0:
-                    if byte == _LIST and not self._last and not chunk[start:begin].strip():
+        size, depth = len(chunk), self._depth
+        while at < size:
+            token = _TOKEN.match(chunk, at)
+            assert token is not None  # noqa: S101 - it matches at every place
+            at = token.end()
+            if token[1] is not None:
+                self._in_string, self._escaped = True, bool(token[1])
+                break
+            byte = chunk[at - 1]
+            if byte in _OPEN:
+                if depth == 0:
+                    if byte == _LIST and not self._last and not chunk[start : at - 1].strip():
                         self._in_array = True
                         self._last = b"["
                         continue
-                    self._between(chunk[start:begin], blocks)
-                    start = begin
-                self._depth += 1
-            elif self._depth == 0:  # of the array itself, unless it is no JSON
+                    self._between(chunk[start : at - 1], blocks)
+                    start = at - 1
+                depth += 1
+            elif byte not in _CLOSE:
+                break  # the end of the chunk
+            elif depth == 0:  # of the array itself, unless it is no JSON
                 self._in_array = False
                 self._last = b"]"
             else:
-                self._depth -= 1
-                if self._depth == 0:
-                    blocks.append(self._element(chunk[start : token.end()]))
-                    start = token.end()
+                depth -= 1
+                if depth == 0:
+                    blocks.append(self._element(chunk[start:at]))
+                    start = at
+        self._depth = depth
         if self._depth == 0:
             self._between(chunk[start:], blocks)
         else:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
 from asgi_llm_guard.wire.faults import is_overflow, kind_of_status, status_error
@@ -113,6 +115,32 @@ class Cohere:
 
 # ---------------------------------------------------------------------------------- answers
 
+# Nearly every event is one: a piece of text.
+_PIECE: Final = b'{"type":"content-delta"'
+
+
+class _Content(msgspec.Struct):
+    text: str | None = None
+    thinking: str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: _Content
+    tool_plan: None = None
+    tool_calls: None = None
+
+
+class _Delta(msgspec.Struct):
+    message: _Message
+
+
+class _Plain(msgspec.Struct):
+    type: str
+    delta: _Delta
+
+
+_PLAIN: Final = msgspec.json.Decoder(_Plain)
+
 _DELTAS: Final = frozenset(
     {
         "message-start", "content-start", "content-delta", "content-end", "tool-plan-delta", "tool-call-start",
@@ -142,6 +170,15 @@ class _Tally:
         data = block.data
         if data is None:
             return False
+        if data.startswith(_PIECE):
+            try:
+                content = _PLAIN.decode(data).delta.message.content
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                pass  # and is read by its shape
+            else:
+                self.seen = True
+                self.text_bytes += text_length(content.text) + text_length(content.thinking)
+                return False
         value = decode(data)
         if value is None:
             self._undecoded += data.strip() != b"[DONE]"

@@ -299,7 +299,7 @@ class _Tally:
         except (msgspec.DecodeError, ValueError, RecursionError):
             self._add_loose(data)
         else:
-            self._add_plain(plain)
+            self.add_plain(plain)
         return False  # usage comes beside text
 
     def add(self, value: object) -> None:
@@ -359,7 +359,8 @@ class _Tally:
             web_searches=sum(self._searches.values()) or None,
         )
 
-    def _add_plain(self, plain: _Plain) -> None:
+    def add_plain(self, plain: _Plain) -> None:
+        """Count a chunk or response that is text and counts, and nothing else."""
         self.seen = True
         self._model = plain.model_version or self._model
         report = plain.usage_metadata
@@ -408,12 +409,15 @@ class _Tally:
 
 
 def _read(status: int, body: bytes, tier: str | None) -> Answer:
-    value = decode(body)
     if not 200 <= status < 300:
-        return Answer(kind="error", error=_classify(status, value))
+        return Answer(kind="error", error=_classify(status, decode(body)))
     tally = _Tally(tier)
-    for each in value if isinstance(value, list) else (value,):
-        tally.add(each)
+    try:
+        tally.add_plain(_PLAIN.decode(body))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        value = decode(body)
+        for each in value if isinstance(value, list) else (value,):
+            tally.add(each)
     return tally.answer(whole=True)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
 from asgi_llm_guard.wire.faults import is_overflow, kind_of_status, status_error
@@ -123,6 +125,23 @@ _EVENTS: Final = ("interaction.", "step.")
 _ENDED: Final = ("completed", "incomplete", "requires_action", "budget_exceeded", "cancelled")
 
 
+# ------------------------------------------------------------------------------ plain events
+
+
+class _Text(msgspec.Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class _Plain(msgspec.Struct, tag_field="event_type", tag="step.delta"):
+    """Nearly every event is one: a piece of text."""
+
+    delta: _Text
+    metadata: None = None
+
+
+_PLAIN: Final = msgspec.json.Decoder(_Plain)
+
+
 # ---------------------------------------------------------------------------------- answers
 
 
@@ -145,7 +164,14 @@ class _Tally:
         data = block.data
         if data is None:
             return False
-        # Of the many events only these say what they used; the text of a delta is counted without the rest.
+        try:
+            plain = _PLAIN.decode(data)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            pass  # any other event
+        else:
+            self.seen = True
+            self.text_bytes += text_length(plain.delta.text)
+            return False
         value = decode(data)
         if value is None:
             self._undecoded += data.strip() != b"[DONE]"

@@ -64,12 +64,12 @@ class Blocks:
         if tail:
             searched = max(len(tail) - 3, 0)  # an end of up to four bytes may have begun in what is kept
             tail += chunk
-            ends = [match.end() for match in _BLOCK_END.finditer(tail, searched)]
+            ends = _ends(tail, searched)
             blocks = self._cut(tail, ends)
             if ends:
                 del tail[: ends[-1]]
         else:
-            ends = [match.end() for match in _BLOCK_END.finditer(chunk)]
+            ends = _ends(chunk, 0)
             blocks = self._cut(chunk, ends)
             tail += chunk[ends[-1] :] if ends else chunk
         if len(tail) > (3 if self._passing else self._longest):
@@ -100,7 +100,29 @@ class Blocks:
             self.passed_over += not self._passing
             self._passing = False
             return Block(raw, None)
+        if raw.startswith(b"data: ") and not first:  # nearly every event is one line, and nothing else
+            line = raw[6:].rstrip(b"\r\n")
+            if b"\n" not in line and b"\r" not in line:
+                return Block(raw, line)
         lines = (raw.removeprefix(_BOM) if first else raw).splitlines()  # of bytes: at LF, CR LF and CR only
         data = [line[6:] if line[5:6] == b" " else line[5:] for line in lines if line.startswith(b"data:")]
         error = b"event: error" in lines or b"event:error" in lines
         return Block(raw, b"\n".join(data) if data else None, error)
+
+
+def _ends(data: bytes | bytearray, start: int) -> list[int]:
+    """Where the blocks end that do so after `start`."""
+    # Line ends are nearly always all the same, and looking for one text is much quicker than for a pattern.
+    if data.find(b"\r", start) < 0:
+        pair = b"\n\n"
+    elif data.count(b"\r\n", start) == data.count(b"\r", start) == data.count(b"\n", start):
+        pair = b"\n\r\n"
+    else:
+        return [match.end() for match in _BLOCK_END.finditer(data, start)]
+    ends = []
+    at = data.find(pair, start)
+    while at >= 0:
+        at += len(pair)
+        ends.append(at)
+        at = data.find(pair, at)
+    return ends
