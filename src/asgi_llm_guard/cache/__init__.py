@@ -9,6 +9,7 @@ from asgi_llm_guard.cache.keys import CacheRequest, Unfit
 from asgi_llm_guard.cache.lookup import Lookup
 from asgi_llm_guard.cache.options import Cache
 from asgi_llm_guard.cache.responses import ResponseCache
+from asgi_llm_guard.cache.scoped import litellm_cache, scoped_prompt_cache_key
 
 __all__ = [
     "Cache",
@@ -22,4 +23,6 @@ __all__ = [
     "ProviderAnswer",
     "ResponseCache",
     "Unfit",
+    "litellm_cache",
+    "scoped_prompt_cache_key",
 ]
