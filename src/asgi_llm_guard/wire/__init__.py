@@ -17,10 +17,13 @@ from asgi_llm_guard.wire.cohere_rerank import CohereRerank
 from asgi_llm_guard.wire.frameworks import FrameworkItems, read_framework_object
 from asgi_llm_guard.wire.gemini import Gemini
 from asgi_llm_guard.wire.gemini_interactions import GeminiInteractions
+from asgi_llm_guard.wire.mistral import Mistral
 from asgi_llm_guard.wire.ollama import Ollama
+from asgi_llm_guard.wire.openai_audio import OpenAIAudio
 from asgi_llm_guard.wire.openai_chat import OpenAIChat
 from asgi_llm_guard.wire.openai_completions import OpenAICompletions
 from asgi_llm_guard.wire.openai_embeddings import OpenAIEmbeddings
+from asgi_llm_guard.wire.openai_images import OpenAIImages
 from asgi_llm_guard.wire.openai_responses import OpenAIResponses
 
 __all__ = ["DIALECTS", "dialect_for", "dialect_named", "is_readable", "item_meter", "meter_object"]
@@ -29,6 +32,8 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
     OpenAIResponses(),
     OpenAICompletions(),
     OpenAIEmbeddings(),
+    OpenAIImages(),
+    OpenAIAudio(),
     Anthropic(),
     BedrockConverse(),
     BedrockInvoke(),
@@ -38,7 +43,8 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
     CohereEmbed(),
     CohereRerank(),
     Ollama(),
-    OpenAIChat(),  # last: it reads the errors of many
+    Mistral(),
+    OpenAIChat(),  # the last two read the errors of many
 )
 """Every dialect there is, in the order in which objects are tried."""
 
@@ -61,11 +67,13 @@ def dialect_named(name: str) -> Dialect:
     raise ConfigurationError(f"dialect: expected one of {known}, got {name!r}")
 
 
-_READABLE: Final = re.compile(rb"json|^text/event-stream|^application/vnd\.amazon\.eventstream", re.IGNORECASE)
+_READABLE: Final = re.compile(
+    rb"json|^text/event-stream|^application/vnd\.amazon\.eventstream|^audio/", re.IGNORECASE
+)
 
 
 def is_readable(content_type: bytes) -> bool:
-    """Whether a body of this type may say what a call used: JSON, or a stream of it."""
+    """Whether something is known of a body of this type: JSON, a stream of it, or speech, of which the request tells."""
     return _READABLE.search(content_type) is not None
 
 

@@ -30,6 +30,7 @@ _KINDS: Final[dict[object, ErrorKind]] = {
     "authentication_error": "auth",
     "permission_error": "auth",
     "rate_limit_error": "rate_limit",
+    "rate_limited": "rate_limit",
     "overloaded_error": "overload",
     "RESOURCE_EXHAUSTED": "rate_limit",
     "UNAVAILABLE": "overload",
