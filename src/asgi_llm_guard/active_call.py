@@ -525,6 +525,11 @@ class ActiveCall:
             self._released = True  # it stands for what another call is charged for
         return True
 
+    def answered(self, answer: Answer) -> None:
+        """Take what a meter has read of the answer, in place of what was recorded before."""
+        self._dispatched = True
+        self._answer = answer
+
     @property
     def recorded(self) -> bool:
         """Whether something has been recorded."""

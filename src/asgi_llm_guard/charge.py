@@ -154,11 +154,15 @@ def _counted(call: Call | None, answer: Answer, price: Callable[[Usage], Cost]) 
     if call is None:
         return Charge(outcome="unknown")
     output = min(answer.text_bytes, call.output_tokens)
-    usage = Usage(input_tokens=call.input_tokens, output_tokens=output, model=answer.model)
+    usage = answer.usage
+    if usage is None or usage.input_tokens is None:
+        usage = Usage(input_tokens=call.input_tokens, model=answer.model)
+    usage = msgspec.structs.replace(usage, output_tokens=output)
     cost = price(usage).nanousd
     if cost is not None and call.cost_nanousd is not None:
         cost = min(cost, call.cost_nanousd)
-    return Charge(outcome="estimated", usage=usage, tokens=call.input_tokens + output, cost_nanousd=cost)
+    tokens = min((usage.input_tokens or 0) + output, call.total_tokens)
+    return Charge(outcome="estimated", usage=usage, tokens=tokens, cost_nanousd=cost)
 
 
 def actuals(claims: Sequence[Claim], charge: Charge, *, keep_calls: bool = False) -> tuple[int | None, ...]:

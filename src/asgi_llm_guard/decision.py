@@ -30,6 +30,7 @@ Code = Literal[
     "route_not_listed",
     "guard_unavailable",
     "guard_draining",
+    "stream_timeout",
 ]
 
 

@@ -81,6 +81,7 @@ _STATUS: Final[Mapping[Code, int]] = {
     "route_not_listed": 403,
     "guard_unavailable": 503,
     "guard_draining": 503,
+    "stream_timeout": 504,
 }
 
 #: 408 and 409 are retried by clients whatever the headers say; 401 makes them drop their credentials.

@@ -243,7 +243,9 @@ class Describer:
         return self._quoted(replace(call, output_tokens=output_tokens if most is None else min(output_tokens, most)))
 
     def longest(self, call: Call) -> int | None:
-        """The most output tokens that the model gives, over all choices; `None`: not known."""
+        """The most output tokens that the request allows, else that the model gives, over all choices; `None`: not known."""
+        if call.max_output_tokens is not None:
+            return call.max_output_tokens * call.choices
         card = self.prices.resolve(call.provider, call.model)
         if card is None or card.max_output_tokens is None:
             return None

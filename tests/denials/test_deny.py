@@ -143,6 +143,7 @@ OWN_CODES: dict[Code, int] = {
     "body_encoded": 415,
     "guard_unavailable": 503,
     "guard_draining": 503,
+    "stream_timeout": 504,
 }
 
 
@@ -159,7 +160,7 @@ def test_own_refusal(code: Code, status: int) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_no_code_has_a_status_that_clients_misread(code: Code) -> None:
     """No refusal is ever answered with 401, 408 or 409."""
-    assert refuse(Refusal(policy="p", code=code, message="m")).status in {400, 402, 403, 413, 415, 429, 503}
+    assert refuse(Refusal(policy="p", code=code, message="m")).status in {400, 402, 403, 413, 415, 429, 503, 504}
 
 
 # -------------------------------------------------------------------------------- several claims

@@ -219,6 +219,7 @@ _KINDS: Final[Mapping[Code, str]] = {
     "body_encoded": "invalid",
     "guard_unavailable": "unavailable",
     "guard_draining": "unavailable",
+    "stream_timeout": "unavailable",
 }
 """The classes that the APIs have types for."""
 
