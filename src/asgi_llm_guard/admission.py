@@ -28,6 +28,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Awaitable, Sequence
+from typing import Protocol
 
 from asgi_llm_guard.active_call import NOTHING, ActiveCall, request_settlement
 from asgi_llm_guard.attempts import Attempts
@@ -42,6 +43,14 @@ from asgi_llm_guard.storage.base import Pending
 from asgi_llm_guard.wire.base import Answer
 
 __all__ = ["ActiveCall", "Admission", "Scope", "current_admission", "current_scope", "enter", "leave"]
+
+
+class Deferred(Protocol):
+    """What ends with its admission."""
+
+    def settlements(self, error: BaseException | None, *, complete: bool) -> Sequence[Settlement]:
+        """End it, and give what is to be handed over for it."""
+        ...
 
 
 class Admission:
@@ -97,7 +106,7 @@ class Admission:
         """A call was refused inside it."""
         self._attempts: Attempts | None = None
         self._lock = threading.Lock()
-        self._deferred: list[ActiveCall] = []
+        self._deferred: list[Deferred] = []
         self._ended = False
         self._pending: Pending[tuple[Settled, ...]] = NOTHING
         self.calls: set[ActiveCall] = set()
@@ -148,7 +157,7 @@ class Admission:
         if self.root is not None:
             self.root.release()
 
-    def defer(self, call: ActiveCall) -> None:
+    def defer(self, call: Deferred) -> None:
         """End `call` with this admission at the latest: its response is still streaming."""
         with self._lock:
             self._deferred.append(call)
@@ -168,7 +177,7 @@ class Admission:
             deferred, self._deferred = self._deferred, []
             # Calls name their admission: without this, only the garbage collector would free the two of them.
             root, self.root = self.root, None
-        settlements = []
+        settlements: list[Settlement] = []
         for call in deferred:
             settlements += call.settlements(None, complete=complete)
         if root is not None:

@@ -14,7 +14,7 @@ collect_ignore_glob = [] if find_spec("litellm") else ["test_*.py"]
 
 # What LiteLLM warns of, of itself, and nobody here can change.
 ITS_OWN_WARNINGS = [
-    "ignore:Item '.*' on TypedDict class:UserWarning:pydantic.*",
+    "ignore:Items? .* on TypedDict class:UserWarning:pydantic.*",
     "ignore:Accessing the '.*' attribute on the instance is deprecated:DeprecationWarning",
 ]
 

@@ -147,8 +147,10 @@ def test_pydantic_ai_values_are_read() -> None:
     usage = RequestUsage(
         input_tokens=100, output_tokens=20, cache_read_tokens=60, cache_write_tokens=10, output_reasoning_tokens=5
     )
-    parts = [TextPart("Well "), ToolCallPart("find", args="{}")]
-    answer = meter_object(ModelResponse(parts=parts, usage=usage, model_name="claude-nova"))
+    response = ModelResponse(
+        parts=[TextPart("Well "), ToolCallPart("find", args="{}")], usage=usage, model_name="claude-nova"
+    )
+    answer = meter_object(response)
     assert answer is not None
     assert answer.usage is not None
     assert answer.usage.model == "claude-nova"
