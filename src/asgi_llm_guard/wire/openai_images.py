@@ -19,7 +19,7 @@ from asgi_llm_guard.wire.forms import FormView
 from asgi_llm_guard.wire.openai_family import Family, FamilyTally, model_of, operation, text_in
 from asgi_llm_guard.wire.openai_usage import tokens_used
 from asgi_llm_guard.wire.peek import BodyView
-from asgi_llm_guard.wire.shape import LONGEST_NAME, MOST_CHOICES, items, name_of, pick
+from asgi_llm_guard.wire.shape import MOST_CHOICES, items, name_of, pick
 
 __all__ = ["OpenAIImages"]
 
@@ -60,14 +60,13 @@ class OpenAIImages(Family):
             BodyError: `model` is missing, or a value is malformed.
         """
         count = view.whole("n", least=1, most=MOST_CHOICES) or 1
-        svg = view.inside("svg")
-        author = text_in(view, "svg.model") if svg is None else svg.text("model", longest=LONGEST_NAME)
+        author = name_of(view.get("svg.model"))
         entered = None
         if isinstance(view, FormView):
             entered = FRAMING_TOKENS + view.text_bytes + IMAGE_ORIGINAL_TOKENS * len(view.files)
         return Ask(
             model=model_of(view, path),
-            alternatives=(author,) if author else (),
+            alternatives=() if author is None else (author,),
             max_output_tokens=_tokens(view),
             limits_output=False,
             choices=count,
