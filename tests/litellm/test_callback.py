@@ -53,6 +53,7 @@ class Stage:
 
     async def told(self) -> None:
         """LiteLLM tells of the end of a stream, and of what its cache has answered, in a task of its own."""
+        await asyncio.sleep(0)  # these tasks begin
         await GLOBAL_LOGGING_WORKER.flush()
         async with asyncio.timeout(10):
             await asyncio.gather(*self.callback._calls._looking)

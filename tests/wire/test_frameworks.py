@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from agents import Agent, RunContextWrapper
 from agents.usage import Usage as AgentsUsage
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolCallChunk
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
@@ -120,7 +120,7 @@ def test_langchain_chunks_add_up() -> None:
 def test_tool_calls_are_text() -> None:
     """Names and arguments of tool calls count where usage is missing."""
     meter = item_meter()
-    chunk = {"name": "find", "args": '{"q":', "id": "1", "index": 0, "type": "tool_call_chunk"}
+    chunk = ToolCallChunk(name="find", args='{"q":', id="1", index=0, type="tool_call_chunk")
     meter.add(AIMessageChunk(content="", tool_call_chunks=[chunk]))
     answer = meter.answer()
     assert answer is not None

@@ -10,6 +10,7 @@ Source: langchain-core 1.7 (`messages.ai.UsageMetadata`: totals are inclusive, c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer
@@ -219,7 +220,7 @@ _COUNTS = tuple(name for name in Usage.__struct_fields__ if name.endswith("_toke
 def _sum(usages: Sequence[Usage]) -> Usage | None:
     if len(usages) < 2:
         return usages[0] if usages else None
-    counts = {
+    counts: dict[str, Any] = {
         name: sum(present) if (present := [n for usage in usages if (n := getattr(usage, name)) is not None]) else None
         for name in _COUNTS
     }
@@ -262,6 +263,6 @@ class FrameworkItems:
             return None
         usage = None
         if self._usages and self._finished:  # the first chunk may tell the input alone
-            counts = {name: getattr(self._usages[0], name) for name in _COUNTS}
+            counts: dict[str, Any] = {name: getattr(self._usages[0], name) for name in _COUNTS}
             usage = Usage(**counts, model=self._model, service_tier=self._tier)
         return Answer(kind="success", usage=usage, model=self._model, text_bytes=self._size, finished=self._finished)
