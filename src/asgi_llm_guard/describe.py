@@ -238,7 +238,7 @@ class Describer:
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
     def longer(self, call: Call, output_tokens: int) -> Call:
-        """`call` with this many output tokens in place of those that were expected, at most as many as its model gives."""
+        """`call` with this many output tokens in place of those that were expected, at most as many as can be."""
         most = self.longest(call)
         return self._quoted(replace(call, output_tokens=output_tokens if most is None else min(output_tokens, most)))
 
