@@ -36,6 +36,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from asgi_llm_guard.cache import Cache
+from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity import (
@@ -69,6 +71,7 @@ from asgi_llm_guard.policies import (
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.routes import Route, RouteTable
+from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.wire import dialect_named
 
 __all__ = [
@@ -445,6 +448,36 @@ class PriceSettings(_Table):
         )
 
 
+class CacheSettings(_Table):
+    """`[cache]`: the arguments of `Cache`. `None`: as its own default."""
+
+    ttl: str | None = None
+    streams: bool | None = None
+    wait: str | None = None
+    storage: SecretStr | None = None
+    """A URL, for a storage that is the cache's alone; shown nowhere, because it may hold a password."""
+    ignore: list[str] | None = None
+    version: str | None = None
+    max_value_bytes: _Number | None = None
+    max_bytes: _Number | None = None
+    max_entries: _Number | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CacheSettings:
+        Cache(**self._arguments())
+        return self
+
+    def build(self) -> Cache:
+        """The cache's settings, with its storage opened."""
+        if self.storage is None:
+            return Cache(**self._arguments())
+        return Cache(storage=open_storage(self.storage.get_secret_value(), clock=SystemClock()), **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in type(self).model_fields if name != "storage"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 # ----------------------------------------------------------------------------------- the whole
 
 
@@ -473,6 +506,7 @@ class GuardSettings(BaseSettings):
     identity: Annotated[_IdentitySettings, Field(discriminator="kind")] | None = None
     session: _Sources | None = None
     prices: PriceSettings | None = None
+    cache: CacheSettings | None = None
     routes: list[RouteSettings] | None = None
     exempt: list[str] = []
     unlisted: Literal["deny", "pass"] = "pass"
@@ -599,6 +633,9 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
     if settings.prices is not None:
         with _named(settings, "prices"):
             arguments["prices"] = settings.prices.build(settings.directory)
+    if settings.cache is not None:
+        with _named(settings, "cache"):
+            arguments["cache"] = settings.cache.build()
     for name in _SAME_NAME:
         value = getattr(settings, name)
         if value is not None:
@@ -678,7 +715,7 @@ def _line(file: Path, detail: ErrorDetails) -> str:
         tag = loc.pop(1)  # pydantic names the member of the union, which is no key
         table: type[BaseModel] | None = _IDENTITIES[str(tag)]
     else:
-        table = {"prices": PriceSettings}.get(str(loc[0])) if len(loc) > 1 else GuardSettings
+        table = {"prices": PriceSettings, "cache": CacheSettings}.get(str(loc[0])) if len(loc) > 1 else GuardSettings
     context, kind = detail.get("ctx", {}), detail["type"]
     seen = _seen(loc, detail["input"])
     match kind:

@@ -27,6 +27,8 @@ from asgi_llm_guard.identity import (
     vendor_header,
 )
 from asgi_llm_guard.settings import GuardSettings, build_guard_arguments, build_middleware_arguments, load_settings
+from asgi_llm_guard.storage.entries import Bounds
+from asgi_llm_guard.storage.memory import MemoryStorage
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 SECRET = "canary: a pepper that is long enough"
@@ -85,6 +87,10 @@ def test_example(tmp_path: Path) -> None:
     assert arguments["session"] == first_of(header("x-session-id"), body("metadata.session_id"), baggage("session.id"))
     assert isinstance(arguments["identity"], ApiKeys)
     assert arguments["prices"].overrides == {"openai/our-own-model": {"input": 0.5, "output": 2}}
+    cache = arguments["cache"]
+    assert (cache.ttl_ms, cache.streams, cache.wait_s, cache.ignore) == (3_600_000, False, 30, {"metadata"})
+    assert isinstance(cache.storage, MemoryStorage)
+    assert cache.bounds == Bounds()
     assert {name: arguments[name] for name in ("storage", "disclose", "hold_wait_s", "statuses", "max_body_bytes")} == {
         "storage": "sqlite:///guard.db",
         "disclose": "owned",
@@ -468,6 +474,12 @@ def test_one_book(tmp_path: Path) -> None:
         ('[prices]\nfile = "p.toml"\noverrides = {}', "prices: expected either file or overrides"),
         ("[prices]\ncolour = 1", "prices.colour: unknown key; expected one of file, overrides, unknown, on_conflict"),
         ('[prices.overrides."a/b"]\ninputs = 1', "prices: .*inputs"),
+        ('[cache]\nttl = "90d"', "cache: cache.ttl: at most 30 days, got '90d'"),
+        ("[cache]\ncolour = 1", "cache.colour: unknown key; expected one of ttl, streams, wait, storage, ignore"),
+        ("[cache]\nmax_bytes = true", "cache.max_bytes: expected a number, got True"),
+        ("[cache]\nmax_entries = 0", "cache: max_entries: expected a whole number from 1, got 0"),
+        ('[cache]\nstorage = "limits+memory://"', "cache: cache.storage: a LimitsStorage cannot keep answers"),
+        ('[cache]\nstorage = "file.db"', "cache: storage: expected a URL"),
         ('[[routes]]\npath = "chat"', r"routes\[0\]: Route: the path must start with '/', got 'chat'"),
         ("[[routes]]\nclamp = true", r"routes\[0\].path: is missing"),
         (
