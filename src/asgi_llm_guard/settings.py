@@ -708,6 +708,9 @@ def _is_list(annotation: Any) -> bool:
     return any(get_origin(part) is list or get_origin(getattr(part, "__origin__", None)) is list for part in parts)
 
 
+_TABLES: Final[Mapping[str, type[BaseModel]]] = {"prices": PriceSettings, "cache": CacheSettings}
+
+
 def _line(file: Path, detail: ErrorDetails) -> str:
     """One problem in our words: where it stands, what is wrong, what was seen."""
     loc = [*detail["loc"]]
@@ -715,7 +718,7 @@ def _line(file: Path, detail: ErrorDetails) -> str:
         tag = loc.pop(1)  # pydantic names the member of the union, which is no key
         table: type[BaseModel] | None = _IDENTITIES[str(tag)]
     else:
-        table = {"prices": PriceSettings, "cache": CacheSettings}.get(str(loc[0])) if len(loc) > 1 else GuardSettings
+        table = _TABLES.get(str(loc[0])) if len(loc) > 1 else GuardSettings
     context, kind = detail.get("ctx", {}), detail["type"]
     seen = _seen(loc, detail["input"])
     match kind:
