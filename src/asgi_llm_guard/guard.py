@@ -1,11 +1,11 @@
 """START HERE: the guard, and the flow of one call.
 
-    extract   who asks: identity, session, agent                    middleware.py, identity/
+    extract   who asks: identity, session, agent                    middleware/, identity/
     describe  what is asked: model, bounds of tokens and cost       describe.py, estimate.py, pricing
     ask       every policy for its claims, or its refusal           plan.py, policies/
     reserve   all claims or none, in one atomic step                engine.py, storage/
     decide    `Denied`, or an open `Admission` with its calls       denials.py, admission.py
-    handle    the application runs                                  middleware.py, decorator.py
+    handle    the application runs                                  middleware/, decorator.py
     record    what the provider says was used                       wire/
     price     what it cost                                          pricing
     settle    the held amounts become the real ones, once           charge.py, storage/

@@ -79,7 +79,7 @@ async def test_session_budget(storage: Storage) -> None:
     usage = {"prompt_tokens": 10, "completion_tokens": 1_000_000}
     app = guarded(
         Provider([json.dumps({**ANSWER, "usage": usage}).encode()]),
-        new_guard(Budget("$1/1d", per="session"), storage=storage),
+        new_guard(Budget("$1/1d", per="session"), storage=storage, max_overage=None),
     )
     assert [(await call(app, session=name)).status for name in ("a", "a", "b")] == [200, 402, 200]
 
@@ -367,7 +367,7 @@ async def test_cost_of_a_call(storage: Storage) -> None:
 async def test_provider_budgets(storage: Storage, clock: FrozenClock) -> None:
     """B1, B2, B3, B4: budgets as existing files have them filter deployments, list what is spent, and start anew."""
     policy = ProviderBudget({"openai": {"budget_limit": 0.01, "time_period": "1d"}, "anthropic": "$0/1d"}, status=429)
-    guard = new_guard(policy, storage=storage, clock=clock, disclose="all")
+    guard = new_guard(policy, storage=storage, clock=clock, disclose="all", max_overage=None)
     deployments = [{"model": "openai/gpt-4o"}, {"model": "anthropic/claude-sonnet-4-5"}, {"model": "who/knows"}]
     assert await guard.filter(deployments) == [deployments[0], deployments[2]]
     assert await guard.filter([]) == []

@@ -1,0 +1,336 @@
+"""`GuardMiddleware`: opens an admission for every request and WebSocket, and settles it when the response has ended.
+
+Pure ASGI. The response is never buffered: every message is sent on as it comes. A request body is
+read only where a dialect or a body extractor is declared, and replayed byte for byte (unless the
+route asks for `clamp` or `inject_usage`, which change it).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.context import Context
+from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.identity.base import IdentityError
+from asgi_llm_guard.marks import unwrapped
+from asgi_llm_guard.middleware.answers import (
+    ASGIApp,
+    ErrorPage,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    refusal_behind,
+    refuse,
+    refuse_websocket,
+    request_id,
+    unidentified,
+)
+from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft, GuardedRequest, Plan, finished, is_opaque
+from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
+from asgi_llm_guard.wire import dialect_for, dialect_named
+from asgi_llm_guard.wire.base import Dialect
+from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.peek import BodyView
+from asgi_llm_guard.wire.refusals import websocket_close
+
+__all__ = ["GuardMiddleware"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+_PATHS_KEPT: Final = 200
+_CLOSES: Final = frozenset({"websocket.close", "websocket.http.response.start"})
+
+
+class GuardMiddleware:
+    """Guards the requests of an ASGI application.
+
+    At start-up it refuses an application in which `@guarded` has no effect, and warns of a guard without an
+    identity; at shutdown it drains the guard, which stays open.
+
+    Args:
+        app: the application.
+        guard: the guard.
+        routes: the guarded routes; `None`: every request except GET, HEAD and OPTIONS, and every
+            WebSocket handshake.
+        exempt: paths that are never guarded, exactly as they are requested.
+        unlisted: with `routes`: what happens to other requests that are not GET, HEAD or OPTIONS.
+        rate_limit_headers: send `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-11).
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        guard: Guard,
+        *,
+        routes: Sequence[Route] | None = None,
+        exempt: Sequence[str] = (),
+        unlisted: Literal["deny", "pass"] = "pass",
+        rate_limit_headers: bool = True,
+    ) -> None:
+        if not isinstance(guard, Guard):
+            raise ConfigurationError(f"GuardMiddleware: guard must be a Guard, got {guard!r}")
+        self.app = app
+        self.guard = guard
+        self._table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
+        self.sends_fields = rate_limit_headers
+        self._plans: dict[int, Plan] = {}
+        self._dialects: dict[str, Dialect | None] = {}
+        self._checked = False
+        # Around a FastAPI(root_path=...), which strips it from the paths that it routes, wherever it got them.
+        self._root_path = str(getattr(app, "root_path", None) or "")
+        for route in self._table.routes or ():
+            self._plan(route)
+            if route.dialect not in {None, "auto"}:
+                dialect_named(str(route.dialect))
+            elif (route.clamp or route.inject_usage) and dialect_for(normalise(route.path)) is None:
+                raise ConfigurationError(
+                    f"Route {route.path}: clamp and inject_usage change the body, and no dialect is known by this path; "
+                    "name it: dialect='openai'"
+                )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "http":
+            await self._http(scope, receive, send)
+        elif kind == "websocket":
+            await self._websocket(scope, receive, send)
+        elif kind == "lifespan":
+            await self.app(scope, self._lifespan_receive(receive), self._lifespan_send(scope, send))
+        else:
+            await self.app(scope, receive, send)
+
+    # --------------------------------------------------------------------------------- http
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._checked:
+            self._check_late(scope)
+        found = self._table.find(path := route_path(scope, self._root_path), scope["method"])
+        if found == "deny":
+            await refuse(self._not_listed(scope), scope, send, dialect=None, fields=())
+            return
+        if found == "pass":
+            await self._unguarded(scope, receive, send)
+            return
+        plan = self._plan(found)
+        dialect = self._dialect(found, path)
+        exchange = GuardedRequest(self, scope, receive, send, plan, dialect)
+        try:
+            denied = await exchange.admit()
+        except ClientLeft:
+            return
+        if denied is not None:
+            await exchange.refuse(denied)
+            return
+        await exchange.handle()
+
+    async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that claims nothing; calls inside it claim their own."""
+        admission = self._unclaimed(scope)
+        scope[STATE_KEY] = admission
+        token = enter(admission)
+        self.guard.track(admission)
+        page = ErrorPage(admission, send)
+        try:
+            await self.app(scope, receive, page.send)
+            await page.flush()
+        except Exception as error:
+            refusal = refusal_behind(error)
+            if refusal is None or page.started:
+                await page.flush()
+                raise
+            await refuse(refusal, scope, send, dialect=None, fields=self.fields(refusal))
+        finally:
+            leave(token)
+            await finished(self.guard, admission)
+
+    def _unclaimed(self, scope: Scope) -> Admission:
+        try:
+            context = self.context(scope, None, self.guard.session, None)
+        except IdentityError:
+            context = Context()
+        return self.guard.new_admission(context)
+
+    def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
+        """Who asks.
+
+        Raises:
+            IdentityError: an id is malformed, or was sent twice.
+        """
+        guard = self.guard
+        identity = guard.identity(scope) if guard.identity is not None else None
+        session_id = session.extract(scope["headers"], view)
+        template = route.path if route is not None else None
+        named = request_id(scope)
+        if identity is None:
+            return Context(session=session_id, route=template, request_id=named)
+        return Context(
+            caller=identity.caller,
+            user=identity.user,
+            departments=identity.departments,
+            agent=identity.agent,
+            session=session_id,
+            tags=identity.tags,
+            params=identity.params,
+            route=template,
+            request_id=named,
+        )
+
+    def fields(self, denied: Denied) -> list[tuple[bytes, bytes]]:
+        """The rate-limit fields of a refusal."""
+        if not self.sends_fields:
+            return []
+        return rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
+
+    def _plan(self, route: Route) -> Plan:
+        plan = self._plans.get(id(route))  # the table keeps every route alive
+        if plan is None:
+            plan = Plan(
+                route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared
+            )
+            self._plans[id(route)] = plan
+        return plan
+
+    def _dialect(self, route: Route, path: str) -> Dialect | None:
+        if route.dialect is None:
+            return None
+        if route.dialect != "auto":
+            return dialect_named(route.dialect)
+        if path in self._dialects:
+            return self._dialects[path]
+        dialect = dialect_for(normalise(path))
+        if len(self._dialects) < _PATHS_KEPT:  # paths may be random; what is not kept is worked out again
+            self._dialects[path] = dialect
+        return dialect
+
+    def _not_listed(self, scope: Scope) -> Denied:
+        refusal = Refusal(
+            policy="routes",
+            code="route_not_listed",
+            message=f"{scope.get('method', 'WebSocket')} on this path is not among the guarded routes of this service.",
+        )
+        return self.guard.engine.refused(Context(), None, refusal)
+
+    # ---------------------------------------------------------------------------- websocket
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._checked:
+            self._check_late(scope)
+        found = self._table.find(route_path(scope, self._root_path), None)
+        if found == "deny":
+            await refuse_websocket(self._not_listed(scope), scope, receive, send, fields=())
+            return
+        if found == "pass":
+            await self._serve_websocket(scope, receive, send, self._unclaimed(scope))
+            return
+        denied, admission = await self._admit_websocket(scope, self._plan(found))
+        if denied is not None:
+            await refuse_websocket(denied, scope, receive, send, fields=self.fields(denied))
+            return
+        await self._serve_websocket(scope, receive, send, admission)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send, admission: Admission) -> None:
+        scope[STATE_KEY] = admission
+        token = enter(admission.scope)
+        self.guard.track(admission)
+        closed = False
+
+        async def watch_receive() -> Message:
+            nonlocal closed
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                closed = True
+                admission.end()
+            return message
+
+        async def watch_send(message: Message) -> None:
+            nonlocal closed
+            if message["type"] in _CLOSES:
+                closed = True
+                admission.end()
+            await send(message)
+
+        try:
+            await self.app(scope, watch_receive, watch_send)
+        except Exception as error:
+            refusal = refusal_behind(error)
+            if refusal is None or closed:
+                raise
+            admission.refusal_answered()
+            admission.end(complete=False)
+            code, reason = websocket_close(refusal)
+            await send({"type": "websocket.close", "code": code, "reason": reason})
+        finally:
+            leave(token)
+            await finished(self.guard, admission)
+
+    async def _admit_websocket(self, scope: Scope, plan: Plan) -> tuple[Denied | None, Admission]:
+        guard, route = self.guard, plan.route
+        try:
+            context = self.context(scope, None, route.session or guard.session, route)
+        except IdentityError as error:
+            nobody = guard.new_admission(Context(route=route.path))
+            return guard.engine.refused(Context(route=route.path), None, unidentified(error)), nobody
+        admission = guard.new_admission(context, extra=plan.extra, opaque=is_opaque(guard, route))
+        if guard.draining:
+            return guard.engine.refused(context, None, DRAINING), admission
+        return await admission.open(None), admission
+
+    # ----------------------------------------------------------------------------- lifespan
+
+    def _lifespan_receive(self, receive: Receive) -> Receive:
+        async def drained() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                self.guard.resume()
+            elif message["type"] == "lifespan.shutdown":
+                await self.guard.drain()
+            return message
+
+        return drained
+
+    def _lifespan_send(self, scope: Scope, send: Send) -> Send:
+        async def checked(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    self._check(scope)
+                except ConfigurationError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+            await send(message)
+
+        return checked
+
+    def _check_late(self, scope: Scope) -> None:
+        # No lifespan event reached us (a mounted application): too late to refuse the start, so say it.
+        try:
+            self._check(scope)
+        except ConfigurationError as error:
+            _log.critical("%s", error)
+
+    def _check(self, scope: Scope) -> None:
+        """Once: what is wrong with the application around us, while somebody reads the start-up log.
+
+        Raises:
+            ConfigurationError: an endpoint was marked by `@guarded` and registered without it.
+        """
+        self._checked = True
+        if self.guard.identity is None:
+            _log.warning(
+                "no identity is configured: every request is the same anonymous caller, and limits per user or "
+                "caller are shared by all; give Guard(identity=...) an ApiKeys, ScopeUser, JwtIdentity or TrustedHeaders"
+            )
+        names = unwrapped(scope.get("app"))
+        if names:
+            raise ConfigurationError(
+                f"@guarded has no effect on {', '.join(names)}: it stands above the route decorator, which registered "
+                "the function without it. Put @guarded directly above the function, below @app.get/@app.post."
+            )

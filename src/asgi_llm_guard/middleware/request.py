@@ -1,0 +1,339 @@
+"""One guarded HTTP request and its response."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.identity.base import IdentityError
+from asgi_llm_guard.middleware.answers import (
+    ErrorPage,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    refusal_behind,
+    refuse,
+    unidentified,
+)
+from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.routes import Route
+from asgi_llm_guard.wire import is_readable
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
+from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.middleware.app import GuardMiddleware
+
+__all__ = ["STATE_KEY", "ClientLeft", "GuardedRequest", "Plan", "finished", "is_opaque"]
+
+STATE_KEY: Final = "asgi_llm_guard"
+"""Where the admission stands in the ASGI scope, for code that has lost the context variable."""
+
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a route means for its requests, worked out once."""
+
+    route: Route
+    extra: tuple[Policy, ...]
+    session_declared: bool
+
+
+class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
+    pass
+
+
+class GuardedRequest:
+    """One guarded HTTP request and its response."""
+
+    __slots__ = (
+        "accept",
+        "admission",
+        "ask",
+        "body",
+        "call",
+        "context",
+        "denied",
+        "dialect",
+        "done",
+        "fed",
+        "guard",
+        "headers",
+        "left",
+        "meter",
+        "middleware",
+        "plan",
+        "receive",
+        "replayed",
+        "scope",
+        "send",
+        "status",
+        "strip",
+        "view",
+    )
+
+    def __init__(
+        self,
+        middleware: GuardMiddleware,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        plan: Plan,
+        dialect: Dialect | None,
+    ) -> None:
+        self.middleware = middleware
+        self.guard = middleware.guard
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.plan = plan
+        self.dialect = dialect
+        self.body: bytes | None = None
+        self.view: BodyView | None = None
+        self.call: Call | None = None
+        self.context: Context | None = None
+        self.admission: Admission | None = None
+        self.ask: Ask | None = None
+        self.replayed = False
+        self.done = False
+        self.status = 0
+        self.strip = False
+        self.meter: Meter | None = None
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
+        self.left: int | None = None
+        self.fed = False
+
+    # -------------------------------------------------------------------------------- admit
+
+    async def admit(self) -> Denied | None:
+        """Read what is needed, find out who asks, and claim. A `Denied` has taken nothing.
+
+        Raises:
+            ClientLeft: before its body was complete.
+        """
+        guard, route, dialect = self.guard, self.plan.route, self.dialect
+        session = route.session or guard.session
+        try:
+            if dialect is not None or (self.plan.session_declared and session.needs_body):
+                check_encoding(self.scope["headers"])
+                self.body = await self._read_body()
+                self.view = read_body(self.body)
+            context = self.middleware.context(self.scope, self.view, session, route)
+            ask = None
+            if dialect is not None and self.view is not None:
+                ask = dialect.read_request(self.view, self.scope["path"])
+                self.call = guard.engine.describer.describe_body(
+                    ask,
+                    self.view,
+                    provider=dialect.provider,
+                    dialect=dialect.name,
+                    assumed_output_tokens=route.assumed_output_tokens,
+                )
+        except BodyError as error:
+            return self._refused(Refusal(policy="request", code=error.code, message=str(error), status=error.status))
+        except IdentityError as error:
+            return self._refused(unidentified(error))
+        self.context = context
+        if guard.draining:
+            return self._refused(DRAINING)
+        admission = guard.new_admission(context, extra=self.plan.extra, opaque=is_opaque(guard, route))
+        admission.release_on_4xx = route.release_on_4xx
+        if guard.cache is not None:
+            fields = [value for name, value in self.scope["headers"] if name == b"cache-control"]
+            admission.cache_control = b",".join(fields).decode("latin-1")
+        denied = await admission.open(self.call, clamp=route.clamp)
+        if denied is not None:
+            return denied
+        self.admission = admission
+        self.ask = ask
+        return None
+
+    def _refused(self, refusal: Refusal) -> Denied:
+        context = self.context or Context(route=self.plan.route.path)
+        return self.guard.engine.refused(context, self.call, refusal)
+
+    async def _read_body(self) -> bytes:
+        limit = self.guard.max_body_bytes
+        length_sent: bytes = dict(self.scope["headers"]).get(b"content-length", b"")
+        if length_sent.isdigit() and int(length_sent[:20]) > limit:  # else it is counted as it comes
+            raise body_too_large(limit)
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        chunk: bytes = message.get("body", b"")
+        if len(chunk) > limit:
+            raise body_too_large(limit)
+        if not message.get("more_body", False):
+            return chunk
+        chunks, length = [chunk], len(chunk)
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            chunk = message.get("body", b"")
+            length += len(chunk)
+            if length > limit:
+                raise body_too_large(limit)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    def _rewrite(self, *, wants_usage: bool, stream: bool) -> None:
+        """Put what the route asks for into the body: usage on streams, and the output limit that was held for."""
+        assert self.admission is not None  # noqa: S101 - `admit` granted it
+        assert self.view is not None  # noqa: S101 - what was asked for was read from it
+        assert self.dialect is not None  # noqa: S101 - and by it
+        root, route = self.admission.root, self.plan.route
+        held = root.call if root is not None else None
+        limit = None
+        if route.clamp and held is not None and self.call is not None:
+            if held.max_output_tokens != self.call.max_output_tokens:
+                limit = held.max_output_tokens
+            elif held.max_output_tokens is None and held.output_tokens:
+                limit = held.output_tokens // held.choices
+        include = route.inject_usage and stream
+        self.strip = include and not wants_usage
+        body = self.dialect.rewrite(self.view, include_usage=include, max_output_tokens=limit)
+        if body is not self.body:
+            self.body = body
+            headers = [(name, value) for name, value in self.scope["headers"] if name not in _FRAMING]
+            self.scope["headers"] = [*headers, (b"content-length", b"%d" % len(body))]
+
+    # ------------------------------------------------------------------------------- handle
+
+    async def handle(self) -> None:
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        self.scope[STATE_KEY] = admission
+        token = enter(admission.scope)
+        self.guard.track(admission)
+        receive = self.receive if self.body is None else self._replay
+        page = ErrorPage(admission, self._send)
+        try:
+            if self.ask is not None and (self.plan.route.clamp or self.plan.route.inject_usage):
+                self._rewrite(wants_usage=self.ask.wants_usage, stream=self.ask.stream)
+            await self.middleware.app(self.scope, receive, page.send)
+            await page.flush()
+        except Exception as error:
+            refusal = refusal_behind(error)
+            if refusal is None or page.started:
+                await page.flush()
+                raise
+            admission.refusal_answered()
+            if not self.done:  # before the client sees the refusal, and asks again
+                self.done = True
+                admission.end(status=refusal.status, complete=False)
+            await self.refuse(refusal)
+        finally:
+            leave(token)
+            try:
+                if not self.done:
+                    admission.end(self._answer(), status=self.status or None, complete=False)
+            finally:
+                await finished(self.guard, admission)
+
+    async def _replay(self) -> Message:
+        if self.replayed:
+            return await self.receive()
+        self.replayed = True
+        return {"type": "http.request", "body": self.body, "more_body": False}
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "http.response.body":
+            if self.meter is not None:
+                message = self._metered(message)
+            if not self.done and (not message.get("more_body", False) or self._is_whole(message)):
+                # Handed over before the client can see the end: its next request finds this one settled.
+                self._end()
+        elif kind == "http.response.start":
+            self._start(message)
+        elif kind == "http.response.pathsend" and not self.done:
+            self._end()
+        await self.send(message)
+
+    def _start(self, message: Message) -> None:
+        self.status = message["status"]
+        self.left = None
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        headers = list(message.get("headers", ()))
+        if self.dialect is not None and (self.strip or not admission.seen):
+            self._start_meter(headers)
+            if self.strip and self.meter is not None:
+                headers = [header for header in headers if header[0].lower() != b"content-length"]
+                message["headers"] = headers
+        if self.middleware.sends_fields and admission.receipts:
+            headers += rate_limit_headers(
+                admission.receipts, self.guard.clock.now_ms(), disclose=self.guard.engine.disclose
+            )
+            message["headers"] = headers
+        self.headers = headers
+
+    def _is_whole(self, message: Message) -> bool:
+        """Whether the client has all of a body whose length it was told, though the end is still to be sent."""
+        if self.left is None:
+            lengths = [value for name, value in self.headers if name.lower() == b"content-length"]
+            self.left = int(lengths[0]) if len(lengths) == 1 and lengths[0].isdigit() else sys.maxsize
+        self.left -= len(message.get("body", b""))
+        return self.left <= 0
+
+    def _start_meter(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Read the body as it passes, if it is in a form that can be read."""
+        assert self.dialect is not None  # noqa: S101 - asked for by `_start` only
+        for name, value in headers:
+            if name.lower() == b"content-encoding" and value.lower() != b"identity":
+                return
+        head = Head(self.status, headers, self.scope["path"], self.ask)
+        if is_readable(head.header(b"content-type")):
+            self.meter = self.dialect.meter(head, strip_usage=self.strip)
+
+    def _metered(self, message: Message) -> Message:
+        assert self.meter is not None  # noqa: S101 - asked for by `_send` only
+        body: bytes = message.get("body", b"")
+        self.fed |= bool(body)
+        forward = self.meter.feed(body)
+        if not message.get("more_body", False):
+            forward += self.meter.finish()
+        return message if forward is body else {**message, "body": forward}
+
+    def _answer(self) -> Answer | None:
+        return self.meter.answer() if self.meter is not None and self.fed else None
+
+    def _end(self) -> None:
+        self.done = True
+        admission = self.admission
+        assert admission is not None  # noqa: S101 - `admit` granted it
+        admission.end(self._answer(), status=self.status)
+
+    # ------------------------------------------------------------------------------- refuse
+
+    async def refuse(self, denied: Denied) -> None:
+        dialect = self.dialect.name if self.dialect is not None else None
+        await refuse(denied, self.scope, self.send, dialect=dialect, fields=self.middleware.fields(denied))
+
+
+async def finished(guard: Guard, admission: Admission) -> None:
+    """Wait until what was handed over is written: the response has ended, so nobody waits for us.
+
+    It keeps the task alive until then, which servers wait for when they shut down; so nothing is lost
+    where no lifespan event reaches us (mounted applications).
+    """
+    try:
+        await admission.close()
+    finally:
+        guard.untrack(admission)
+
+
+def is_opaque(guard: Guard, route: Route) -> bool:
+    return not guard.hooked if route.calls == "auto" else route.calls == "opaque"
