@@ -73,6 +73,11 @@ TARGETS = (
         module="asgi_llm_guard.plan",
         suites=(("tests/mutants/test_plan.py", "tests/policies/test_outage_options.py"), ("tests/engine",)),
     ),
+    Target(
+        module="asgi_llm_guard.pricing.bill",
+        suites=(("tests/pricing/test_rules.py", "tests/pricing/test_costs.py"),),
+    ),
+    Target(module="asgi_llm_guard.learning", suites=(("tests/pricing/test_learning.py",),)),
 )
 
 

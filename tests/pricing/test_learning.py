@@ -109,6 +109,16 @@ def test_what_changes_is_noticed() -> None:
     assert found.output_tokens("/chat", CALL, NOW_MS) == 12
 
 
+def test_when_it_is_worked_out_again() -> None:
+    """A quantile is worked out again when a 64th more was seen, so that most calls find it ready."""
+    found = learned("p50", [10] * 33 + [12] * 31)
+    held = []
+    for _ in range(6):
+        held.append(found.output_tokens("/chat", CALL, NOW_MS))
+        found.observe("/chat", CALL, Usage(output_tokens=12), NOW_MS)
+    assert held == [10, 10, 10, 10, 12, 12]  # at 67 answers it would be 12
+
+
 @pytest.mark.parametrize("tokens", [None, -1, 1.5, True, "7"])
 def test_what_is_no_count_teaches_nothing(tokens: object) -> None:
     """T23: an answer without a believable count of its output is passed over."""
@@ -128,8 +138,13 @@ def test_memory_is_bounded() -> None:
         assert found.output_tokens(None, Call(model=f"asked-{number}"), NOW_MS) is None
     assert len(found) == 10
     assert found.output_tokens("/chat", CALL, NOW_MS) == 7
-    size = sum(sys.getsizeof(part) for part in (found._seen[("/chat", "openai", "m")]._counts, b""))
-    assert size < 2_048
+    lengths = found._seen[("/chat", "openai", "m")]
+    assert lengths._total == 5_000  # seen all the time, so never forgotten
+    assert sys.getsizeof(lengths._counts) < 2_048
+    plain = LearnedOutput("p50")
+    for number in range(1_001):
+        plain.observe(None, Call(model=f"m-{number}"), Usage(output_tokens=7), NOW_MS)
+    assert len(plain) == 1_000
 
 
 def test_threads_may_learn_together() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from asgi_llm_guard.context import CacheWrites, Call
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.pricing.bill import picousd
 from asgi_llm_guard.pricing.snapshot import Snapshot
@@ -167,6 +168,54 @@ def test_tokens_of_images(told: Usage, pico: int | None) -> None:
     """Tokens of images cost their own rate where usage tells them, and the dearer of both where it does not."""
     rates = {"input": 2, "output": 3, "cache_read": 1, "audio_input": 8, "image_input": 7, "image_output": 9}
     card = book({"m": rates | {"image_cache_read": 5}}).resolve("p", "m")
+    assert card is not None
+    assert picousd(card, told, START_MS) == pico
+
+
+@pytest.mark.parametrize(
+    "rates, told, pico",
+    [
+        # Not told, one of the two is dearer: it is taken for as much as it can be.
+        ({"image_input": 7}, Usage(input_tokens=100, output_tokens=10), 100 * 7 + 10 * 3),
+        ({"image_input": 7}, Usage(input_tokens=0, output_tokens=10), 10 * 3),
+        ({"image_output": 9}, Usage(input_tokens=100, output_tokens=10), 100 * 2 + 10 * 9),
+        (
+            {"image_output": 9, "audio_output": 5, "reasoning": 4},
+            Usage(input_tokens=0, output_tokens=10, output_audio_tokens=2, reasoning_tokens=3),
+            2 * 5 + 3 * 4 + 5 * 9,
+        ),
+        # Not told, and cheaper than text, or dearer only where it was cached: it is text.
+        ({"image_input": 1}, Usage(input_tokens=100, output_tokens=0), 100 * 2),
+        ({"image_input": 1}, Usage(input_tokens=0, output_tokens=0), 0),
+        ({"image_output": 1}, Usage(input_tokens=0, output_tokens=10), 10 * 3),
+        ({"image_output": 1}, Usage(input_tokens=0, output_tokens=0), 0),
+        ({"cache_read": 1, "image_cache_read": 5}, Usage(input_tokens=100, output_tokens=0, cache_read_tokens=70), 30 * 2 + 70),
+        # Of 40 audio and 60 images, 50 were read from the cache and 50 written to it: 40 and 10 of those that were read.
+        (
+            {"cache_read": 1, "cache_write": 4, "audio_cache_read": 8, "image_cache_read": 5},
+            Usage(
+                input_tokens=100,
+                output_tokens=0,
+                cache_read_tokens=50,
+                cache_write_tokens=50,
+                input_audio_tokens=40,
+                input_image_tokens=60,
+            ),
+            40 * 8 + 10 * 5 + 50 * 4,
+        ),
+        # The largest amount that is kept is an amount; a pico-dollar more is none.
+        ({"input": 1_000}, Usage(input_tokens=MAX_AMOUNT, output_tokens=0), MAX_AMOUNT * 1_000),
+        ({"input": 1_000, "per_call": 1}, Usage(input_tokens=MAX_AMOUNT, output_tokens=0), None),
+        ({"per_image": 1}, Usage(input_tokens=0, output_tokens=0, images=MAX_AMOUNT), MAX_AMOUNT),
+        # An unknown part is free only if it is at every size.
+        ({"input": 0, "output": 0}, Usage(), 0),
+        ({"input": 0, "above": [[10, {"input": 1}]]}, Usage(output_tokens=5), None),
+        ({"output": 0, "above": [[10, {"output": 1}]]}, Usage(input_tokens=5), None),
+    ],
+)  # fmt: skip
+def test_what_is_not_told(rates: dict[str, Any], told: Usage, pico: int | None) -> None:
+    """M9: what a usage leaves open is taken for the dearest that it can be, and for unknown where nothing bounds it."""
+    card = book({"m": {"input": 2, "output": 3} | rates}).resolve("p", "m")
     assert card is not None
     assert picousd(card, told, START_MS) == pico
 
