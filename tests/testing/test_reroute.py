@@ -64,3 +64,17 @@ def test_sync_clients_keep_their_hosts() -> None:
         groq.Groq(api_key="any", http_client=older).chat.completions.create(model="m", messages=ASKED)
 
     assert [attempt.dialect for attempt in provider.attempts] == ["openai_responses", "groq_chat"]
+
+
+async def test_closing_reaches_the_transport() -> None:
+    """A client that is closed without a block closes the real transport as well."""
+    provider = FakeProvider()
+    async with provider.serve() as base_url:
+        awaited = httpx2.AsyncClient(transport=Rerouted(httpx2.AsyncHTTPTransport(), base_url))
+        assert (await awaited.get("https://api.openai.com/v1/models")).json()["data"] == []
+        await awaited.aclose()
+        made = httpx2.Client(transport=Rerouted(httpx2.HTTPTransport(), base_url))
+        assert made.post("https://api.openai.com/v1/chat/completions", json={}).status_code == 400
+        made.close()
+
+    assert provider.others == ["GET /v1/models", "POST /v1/chat/completions"]

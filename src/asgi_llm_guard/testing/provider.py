@@ -18,7 +18,7 @@ from asgi_llm_guard.testing.hosts import Platform, platform_of
 from asgi_llm_guard.testing.messages import Reply, hung_up, lifespan, read_body
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
 from asgi_llm_guard.testing.serving import Serving
-from asgi_llm_guard.testing.speech import SPEECHES, Call, Fault, Speech, UnreadableError
+from asgi_llm_guard.testing.speech import SPEECHES, Call, Fault, Speech, Streaming, UnreadableError
 from asgi_llm_guard.testing.speech.base import dump
 from asgi_llm_guard.testing.speech.openai_chat import OpenAIChat
 from asgi_llm_guard.usage import Usage
@@ -289,7 +289,7 @@ class FakeProvider:
             self._end(speech, sale, told=False)
             body, headers = speech.error(speech.fault(behaviour, status=sale.status))
             await reply.whole(sale.status, dump(body), kind=_JSON, headers=(*_headers(speech, sale), *headers))
-        elif sale.request.stream:
+        elif sale.request.stream and isinstance(speech, Streaming):
             await self._stream(speech, sale, reply)
         else:
             await self._whole(speech, sale, reply)
@@ -313,7 +313,7 @@ class FakeProvider:
             body = body[: len(body) // 2]
         await reply.whole(200, body, kind=kind, headers=headers)
 
-    async def _stream(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+    async def _stream(self, speech: Streaming, sale: Sale, reply: Reply) -> None:
         await reply.begin(kind=speech.begins(sale), headers=_headers(speech, sale))
         if sale.behaviour.content:
             await self._send_chunks(speech, sale, reply)
@@ -321,7 +321,7 @@ class FakeProvider:
             self._end(speech, sale, told=False)
         await reply.end()
 
-    async def _send_chunks(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+    async def _send_chunks(self, speech: Streaming, sale: Sale, reply: Reply) -> None:
         behaviour = sale.behaviour
         gate = (behaviour.gate or self.gate) if behaviour.paced else None
         for choice, position, word in sale.chunks():
@@ -352,7 +352,7 @@ class FakeProvider:
         self._end(speech, sale, told=speech.tells(sale))  # clients leave when they have seen the last event
         await reply.write(last)
 
-    async def _fail(self, speech: Speech, sale: Sale, reply: Reply) -> None:
+    async def _fail(self, speech: Streaming, sale: Sale, reply: Reply) -> None:
         self._end(speech, sale, told=False)
         await reply.write(speech.failing(sale))
 
@@ -362,7 +362,7 @@ class FakeProvider:
         self._write_down(speech, sale)
 
     @staticmethod
-    async def _open_stream(speech: Speech, sale: Sale, reply: Reply) -> None:
+    async def _open_stream(speech: Streaming, sale: Sale, reply: Reply) -> None:
         """What comes before the first word, once."""
         if not sale.started:
             sale.started = True

@@ -8,9 +8,10 @@ import json
 
 import httpx2
 import pytest
-from tests.testing.speech.requests import WAYS, Way
+from tests.testing.speech.requests import HELLO, WAYS, Way
 
 from asgi_llm_guard.testing import Attempt, Behaviour, ConnectionCut, FakeProvider, Gate, Price, Trouble, asgi_client
+from asgi_llm_guard.testing.sale import Filler
 from asgi_llm_guard.usage import Usage
 
 pytestmark = pytest.mark.anyio
@@ -234,6 +235,76 @@ async def test_unreadable_request(dialect: str, body: bytes) -> None:
     assert answer.status_code == 400
     assert answer.json()
     assert (provider.calls, provider.attempts, len(provider.others)) == (0, [], 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "m", "prompt": []}),
+        ("/v1/embeddings", {"model": "m"}),
+        ("/v1/images/generations", {"model": "m"}),
+        ("/v1/audio/speech", {"model": "m"}),
+        ("/v1/audio/transcriptions", {"model": "m"}),
+        ("/v1/models/m:batchEmbedContents", {"requests": 5}),
+        ("/v1/models/m:embedContent", {}),
+        ("/v2/embed", {"model": "m", "texts": []}),
+        ("/v2/rerank", {"model": "m", "query": "q"}),
+    ],
+)
+async def test_unreadable_request_without_words(path: str, body: dict[str, object]) -> None:
+    """The same for what answers with something else than words."""
+    provider = FakeProvider()
+    async with asgi_client(provider) as client:
+        answer = await client.post(path, json=body)
+
+    assert (answer.status_code, provider.attempts) == (400, [])
+
+
+async def test_forms_without_a_file() -> None:
+    """A transcription of nothing is refused; one of a file with a name in it is made."""
+    provider = FakeProvider()
+    async with asgi_client(provider) as client:
+        refused = await client.post("/v1/audio/transcriptions", files={"model": (None, "m")})
+        heard = await client.post("/v1/audio/transcriptions", files={"model": (None, "m"), "file": ("a.wav", b"\x00")})
+
+    assert (refused.status_code, heard.status_code) == (400, 200)
+    assert provider.requests[0].body == {"model": "m", "file": "a.wav"}
+
+
+async def test_interactions_take_steps_and_contents() -> None:
+    """Input may be a text, one step, a list of steps, or a list of contents."""
+    provider = FakeProvider()
+    content = {"type": "text", "text": HELLO}
+    step = {"type": "user_input", "content": [content]}
+    async with asgi_client(provider) as client:
+        for asked in (HELLO, step, [step], [content]):
+            await client.post("/v1beta/interactions", json={"model": "m", "input": asked})
+            assert provider.requests[-1].texts == (HELLO,)
+
+    assert [line.input_tokens for line in provider.bill] == [13] * 4
+
+
+async def test_groq_says_it_twice_if_asked() -> None:
+    """Who asks for usage gets it as others give it as well."""
+    provider = FakeProvider(platform="groq")
+    way = WAYS["groq_chat"]
+    async with asgi_client(provider) as client:
+        asking = {"stream_options": {"include_usage": True}}
+        answer = await post(client, way._replace(asks=way.asks | asking), streamed=True)
+
+    assert answer.text.count('"total_tokens":19') == 2
+
+
+def test_words_that_are_made_when_asked_for() -> None:
+    """A filler is a sequence like others, but for the memory."""
+    words = Filler(5, word_bytes=6)
+
+    assert list(words) == ["word1x", "word2x", "word3x", "word4x", "word5x"]
+    assert list(words[1:3]) == ["word2x", "word3x"]
+    assert list(words[::2]) == ["word1x", "word3x", "word5x"]
+    assert (words[-1], len(words[9:])) == ("word5x", 0)
+    with pytest.raises(IndexError):
+        words[5]
 
 
 @every_dialect

@@ -1,7 +1,7 @@
 """How providers speak: each API as its own SDK reads it, written without the code that measures it."""
 
 from asgi_llm_guard.testing.speech.anthropic import AnthropicCount, AnthropicMessages
-from asgi_llm_guard.testing.speech.base import Call, Fault, Speech, UnreadableError
+from asgi_llm_guard.testing.speech.base import Call, Fault, Speech, Streaming, UnreadableError
 from asgi_llm_guard.testing.speech.bedrock import BedrockAnthropic, BedrockConverse, BedrockCount, BedrockLlama
 from asgi_llm_guard.testing.speech.cohere import CohereChat, CohereEmbed, CohereRerank
 from asgi_llm_guard.testing.speech.compatible import AzureChat, GeminiCompatibleChat, GroqChat, OpenRouterChat, VllmChat
@@ -19,7 +19,7 @@ from asgi_llm_guard.testing.speech.openai_media import (
 )
 from asgi_llm_guard.testing.speech.openai_responses import OpenAIResponses, OpenAIResponsesCount
 
-__all__ = ["SPEECHES", "Call", "Fault", "Speech", "UnreadableError"]
+__all__ = ["SPEECHES", "Call", "Fault", "Speech", "Streaming", "UnreadableError"]
 
 SPEECHES: tuple[Speech, ...] = (
     # Those that share OpenAI's paths come first: they are asked for by the platform.

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
-from asgi_llm_guard.testing.speech.base import Call, Fault, Speech, Troubles, chat_texts, counted, text_of, typed_event
+from asgi_llm_guard.testing.speech.base import (
+    Call,
+    Fault,
+    Streaming,
+    Troubles,
+    chat_texts,
+    counted,
+    text_of,
+    typed_event,
+)
 from asgi_llm_guard.testing.speech.openai_chat import model_in, number_in
 from asgi_llm_guard.usage import Usage
 
@@ -34,7 +43,7 @@ def anthropic_prompt(body: Mapping[str, Any]) -> tuple[str, ...]:
     return (*([system] if system else []), *chat_texts(body.get("messages")))
 
 
-class AnthropicMessages(Speech):
+class AnthropicMessages(Streaming):
     dialect = "anthropic_messages"
     path = re.compile(
         r"(?:/anthropic)?/v1/messages|/v1\w*/projects/.+/publishers/anthropic/models/(?P<model>[^/:]+):(?P<method>rawPredict|streamRawPredict)"

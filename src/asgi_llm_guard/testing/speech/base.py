@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -27,6 +28,7 @@ __all__ = [
     "Call",
     "Fault",
     "Speech",
+    "Streaming",
     "Troubles",
     "UnreadableError",
     "chat_texts",
@@ -86,7 +88,7 @@ class Fault:
     retry_after: str | None = None
 
 
-class Speech:
+class Speech(ABC):
     """How one API is spoken."""
 
     dialect: ClassVar[str]
@@ -97,12 +99,9 @@ class Speech:
     platform: ClassVar[str] = ""
     free: ClassVar[bool] = False
     """Whether it generates nothing, and is not a call."""
-    stream_type: ClassVar[str] = EVENT_STREAM
     id_prefix: ClassVar[str] = ""
     id_header: ClassVar[str] = ""
     """Where an answer's id stands; empty: nowhere."""
-    broken: ClassVar[bytes] = b'data: {"id":\n\n'
-    """An event that breaks off."""
     troubles: ClassVar[Troubles] = {}
     """Status, code and message of what goes wrong in this provider's words."""
 
@@ -113,9 +112,9 @@ class Speech:
             matched = self.shared_path.fullmatch(path)
         return matched and {name: text for name, text in matched.groupdict().items() if text is not None}
 
+    @abstractmethod
     def read(self, call: Call) -> FakeRequest:
         """Raises `UnreadableError`."""
-        raise NotImplementedError
 
     def words(self, request: FakeRequest, behaviour: Behaviour) -> tuple[Sequence[str], str]:
         """The words of an answer, and why it ends."""
@@ -144,44 +143,21 @@ class Speech:
             return self.usage(reports)
         return reports if reports is not None else self.usage(self.consumed(sale))
 
+    @abstractmethod
     def usage(self, used: Usage) -> Mapping[str, Any]:
         """Usage as the dialect writes it."""
-        raise NotImplementedError
 
     def whole(self, sale: Sale) -> tuple[bytes, str]:
         """The answer as one body, and its type."""
         return dump(self.body(sale)), "application/json"
 
+    @abstractmethod
     def body(self, sale: Sale) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """The answer as one JSON object."""
 
     def counts(self, sale: Sale) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 - only some have any
         """Headers of an answer in one body that say what it used."""
         return ()
-
-    def begins(self, sale: Sale) -> str:  # noqa: ARG002 - only some have several
-        """The type of a stream."""
-        return self.stream_type
-
-    def breaking(self, sale: Sale) -> bytes:  # noqa: ARG002 - as above
-        """An event that breaks off."""
-        return self.broken
-
-    def opening(self, sale: Sale) -> Iterator[bytes]:  # noqa: ARG002 - dialects without one say nothing
-        """The events before the first word."""
-        yield from ()
-
-    def piece(self, sale: Sale, choice: int, position: int, word: str) -> bytes:
-        """One word."""
-        raise NotImplementedError
-
-    def closing(self, sale: Sale) -> Iterator[bytes]:
-        """The events after the last word."""
-        raise NotImplementedError
-
-    def failing(self, sale: Sale) -> bytes:
-        """An error inside the stream."""
-        raise NotImplementedError
 
     def fault(self, behaviour: Behaviour, *, status: int) -> Fault:
         """The error that a behaviour stands for."""
@@ -199,9 +175,41 @@ class Speech:
         """The status that a behaviour answers with."""
         return behaviour.status if behaviour.trouble is None else self.troubles[behaviour.trouble][0]
 
+    @abstractmethod
     def error(self, fault: Fault) -> tuple[object, tuple[tuple[str, str], ...]]:
         """Body and headers of an error."""
-        raise NotImplementedError
+
+
+class Streaming(Speech):
+    """How an API is spoken that answers word by word, if it is asked to."""
+
+    stream_type: ClassVar[str] = EVENT_STREAM
+    broken: ClassVar[bytes] = b'data: {"id":\n\n'
+    """An event that breaks off."""
+
+    def begins(self, sale: Sale) -> str:  # noqa: ARG002 - only some have several
+        """The type of a stream."""
+        return self.stream_type
+
+    def breaking(self, sale: Sale) -> bytes:  # noqa: ARG002 - as above
+        """An event that breaks off."""
+        return self.broken
+
+    def opening(self, sale: Sale) -> Iterator[bytes]:  # noqa: ARG002 - dialects without one say nothing
+        """The events before the first word."""
+        yield from ()
+
+    @abstractmethod
+    def piece(self, sale: Sale, choice: int, position: int, word: str) -> bytes:
+        """One word."""
+
+    @abstractmethod
+    def closing(self, sale: Sale) -> Iterator[bytes]:
+        """The events after the last word."""
+
+    @abstractmethod
+    def failing(self, sale: Sale) -> bytes:
+        """An error inside the stream."""
 
 
 def dump(body: object) -> bytes:

@@ -12,7 +12,7 @@ from asgi_llm_guard.testing.speech.anthropic import AnthropicMessages, anthropic
 from asgi_llm_guard.testing.speech.base import (
     Call,
     Fault,
-    Speech,
+    Streaming,
     Troubles,
     UnreadableError,
     chat_texts,
@@ -48,7 +48,7 @@ def _exception(kind: str, message: str) -> bytes:
     return frame(dump({"message": message}), headers)
 
 
-class Bedrock(Speech):
+class Bedrock(Streaming):
     """What Bedrock's operations have in common: where the model stands, and errors with their class in a header."""
 
     stream_type = EVENT_STREAM_TYPE

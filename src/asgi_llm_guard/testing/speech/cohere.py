@@ -12,6 +12,7 @@ from asgi_llm_guard.testing.speech.base import (
     Call,
     Fault,
     Speech,
+    Streaming,
     Troubles,
     UnreadableError,
     chat_texts,
@@ -46,7 +47,7 @@ class Cohere(Speech):
         return {"id": "fake-error", "message": fault.message}, ()
 
 
-class CohereChat(Cohere):
+class CohereChat(Cohere, Streaming):
     dialect = "cohere_chat"
     path = re.compile(r"/v2/chat")
     broken = b'event: content-delta\ndata: {"type":\n\n'

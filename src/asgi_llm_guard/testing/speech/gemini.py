@@ -12,7 +12,7 @@ from asgi_llm_guard.testing.speech.base import (
     EVENT_STREAM,
     Call,
     Fault,
-    Speech,
+    Streaming,
     Troubles,
     UnreadableError,
     counted,
@@ -50,7 +50,7 @@ def _texts(body: Mapping[str, Any]) -> tuple[str, ...]:
     return (*instructions, *(text_of(content.get("parts")) for content in contents))
 
 
-class GeminiContent(Speech):
+class GeminiContent(Streaming):
     """Every chunk of a stream says what was used so far. Thoughts are counted apart from the answer."""
 
     dialect = "gemini_content"

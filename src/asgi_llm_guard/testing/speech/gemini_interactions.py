@@ -10,7 +10,7 @@ from asgi_llm_guard.testing.sale import FakeRequest, Sale
 from asgi_llm_guard.testing.speech.base import (
     Call,
     Fault,
-    Speech,
+    Streaming,
     Troubles,
     UnreadableError,
     counted,
@@ -50,7 +50,7 @@ def _texts(body: Mapping[str, Any]) -> tuple[str, ...]:
     return (*([instruction] if isinstance(instruction, str) else []), *steps)
 
 
-class GeminiInteractions(Speech):
+class GeminiInteractions(Streaming):
     dialect = "gemini_interactions"
     path = re.compile(r"/v1\w*/interactions")
     id_prefix = "interaction-"

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
-from asgi_llm_guard.testing.speech.base import Call, Fault, Speech, Troubles, UnreadableError, chat_texts, counted, dump
+from asgi_llm_guard.testing.speech.base import (
+    Call,
+    Fault,
+    Streaming,
+    Troubles,
+    UnreadableError,
+    chat_texts,
+    counted,
+    dump,
+)
 from asgi_llm_guard.testing.speech.openai_chat import model_in
 from asgi_llm_guard.usage import Usage
 
@@ -16,7 +26,7 @@ __all__ = ["OllamaChat", "OllamaGenerate"]
 _WHEN: Final = "2026-01-01T00:00:00.000000Z"
 
 
-class Ollama(Speech):
+class Ollama(Streaming):
     """What both have in common."""
 
     stream_type = "application/x-ndjson"
@@ -49,12 +59,13 @@ class Ollama(Speech):
             allowed_tokens=allowed if isinstance(allowed, int) and allowed >= 0 else None,
         )
 
+    @abstractmethod
     def texts(self, body: Mapping[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Of the messages, or of the prompt. Raises `UnreadableError` if there is none."""
 
+    @abstractmethod
     def said(self, sale: Sale, word: str | None) -> dict[str, Any]:
         """The field that carries the answer, or a part of it; `None`: all of it."""
-        raise NotImplementedError
 
     def usage(self, used: Usage) -> Mapping[str, Any]:
         counts = {"prompt_eval_count": used.input_tokens, "eval_count": used.output_tokens}

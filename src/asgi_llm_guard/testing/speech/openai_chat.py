@@ -12,6 +12,7 @@ from asgi_llm_guard.testing.speech.base import (
     Call,
     Fault,
     Speech,
+    Streaming,
     Troubles,
     UnreadableError,
     chat_texts,
@@ -81,7 +82,7 @@ class OpenAI(Speech):
         }
 
 
-class OpenAIChat(OpenAI):
+class OpenAIChat(OpenAI, Streaming):
     """Chat completions. Streams say what they used if they are asked to."""
 
     dialect = "openai_chat"

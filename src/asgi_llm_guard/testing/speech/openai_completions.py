@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
-from asgi_llm_guard.testing.speech.base import CREATED, Call, UnreadableError, event
+from asgi_llm_guard.testing.speech.base import CREATED, Call, Streaming, UnreadableError, event
 from asgi_llm_guard.testing.speech.openai_chat import OpenAI, model_in, number_in
 
 __all__ = ["OpenAICompletions", "prompt_texts", "prompt_tokens"]
@@ -35,7 +35,7 @@ def prompt_tokens(prompt: object) -> int:
     return sum(1 if isinstance(part, int) else prompt_tokens(part) for part in parts)
 
 
-class OpenAICompletions(OpenAI):
+class OpenAICompletions(OpenAI, Streaming):
     dialect = "openai_completions"
     path = re.compile(r"(?:/openai)?(?:/v1)?/completions|/openai/deployments/(?P<model>[^/]+)/completions")
     id_prefix = "cmpl-"

@@ -175,6 +175,9 @@ class OpenAISpeech(OpenAI):
     def whole(self, sale: Sale) -> tuple[bytes, str]:
         return b"\xff\xfb" + sale.request.texts[0].encode() * 10, "audio/mpeg"
 
+    def body(self, sale: Sale) -> Mapping[str, Any]:
+        raise NotImplementedError  # pragma: no cover - sound is no JSON, see `whole`
+
 
 class OpenAITranscriptions(OpenAI):
     """What was said, from a form with a file. Whisper is billed by the length of the sound, others by the token."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asgi_llm_guard.testing.sale import FakeRequest, Sale
-from asgi_llm_guard.testing.speech.base import CREATED, Call, UnreadableError, counted, text_of, typed_event
+from asgi_llm_guard.testing.speech.base import CREATED, Call, Streaming, UnreadableError, counted, text_of, typed_event
 from asgi_llm_guard.testing.speech.openai_chat import OpenAI, model_in, number_in
 from asgi_llm_guard.usage import Usage
 
@@ -31,7 +31,7 @@ def _item(item: Mapping[str, Any]) -> str:
     return text_of(item.get("content", item.get("output")))
 
 
-class OpenAIResponses(OpenAI):
+class OpenAIResponses(OpenAI, Streaming):
     dialect = "openai_responses"
     path = re.compile(r"(?:/openai)?(?:/v1)?/responses")
     id_prefix = "resp_"
