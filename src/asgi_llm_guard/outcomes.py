@@ -46,7 +46,12 @@ def says_nothing(answer: Answer) -> bool:
     return answer.kind == "error" and answer.usage is None and not answer.text_bytes
 
 
-_NEVER_SENT: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})
+_NEVER_SENT: Final = frozenset(
+    {
+        *("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"),  # of httpx
+        *("ConnectTimeoutError", "EndpointConnectionError", "ProxyConnectionError"),  # of botocore
+    }
+)
 
 
 def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Outcome:
@@ -86,7 +91,9 @@ def refusal_of(error: BaseException) -> Denied | None:
 
 def _refusal_in(error: BaseException) -> Denied | None:
     for name in ("response", "raw_response"):
-        extensions = getattr(getattr(error, name, None), "extensions", None)
+        response = getattr(error, name, None)
+        # A dict is what botocore's errors carry.
+        extensions = response if isinstance(response, dict) else getattr(response, "extensions", None)
         if isinstance(extensions, dict) and isinstance(denied := extensions.get(REFUSED), Denied):
             return denied
     return None

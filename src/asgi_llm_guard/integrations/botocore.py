@@ -51,7 +51,9 @@ def guard_botocore(
     Args:
         guard: decides, and settles.
         client: made by boto3 or botocore; other clients stay as they are.
-        context, hosts, assumed_output_tokens: see `Hook`.
+        context: see `Hook`.
+        hosts: see `Hook`.
+        assumed_output_tokens: see `Hook`.
 
     Raises:
         ConfigurationError: an argument is wrong, or the client is of another service, or guarded already.
