@@ -231,7 +231,7 @@ def _provider_of_host(host: str) -> str | None:
     if "://" in name:
         name = name.partition("://")[2].partition("/")[0].rpartition("@")[2]
     name = name.partition(":")[0]
-    if name.endswith(".amazonaws.com") and name.startswith("bedrock"):
+    if name.endswith((".amazonaws.com", ".api.aws")) and name.startswith("bedrock"):
         return "bedrock"
     if name.endswith("aiplatform.googleapis.com"):
         return "vertex_ai"

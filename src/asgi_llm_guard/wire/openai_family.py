@@ -41,7 +41,7 @@ def operation(path: str) -> tuple[str, ...]:
     for at, part in enumerate(parts):
         if _BASE.fullmatch(part):
             start = at + 1
-        elif part == "deployments" and 0 < at == start:
+        elif part == "deployments" and at and parts[at - 1] == "openai":
             start = at + 2
     return tuple(parts[start:])
 
