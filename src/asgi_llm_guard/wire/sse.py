@@ -61,6 +61,10 @@ class Blocks:
     def feed(self, chunk: bytes) -> list[Block]:
         """The blocks that `chunk` completes."""
         tail = self._tail
+        if not tail and self._begun and not self._passing and chunk[-2:] == b"\n\n" and len(chunk) <= self._longest:
+            data = _only_event(chunk)  # as servers flush nearly every one
+            if data is not None:
+                return [Block(chunk, data)]
         if tail:
             searched = max(len(tail) - 3, 0)  # an end of up to four bytes may have begun in what is kept
             tail += chunk
@@ -108,6 +112,19 @@ class Blocks:
         data = [line[6:] if line[5:6] == b" " else line[5:] for line in lines if line.startswith(b"data:")]
         error = b"event: error" in lines or b"event:error" in lines
         return Block(raw, b"\n".join(data) if data else None, error)
+
+
+def _only_event(chunk: bytes) -> bytes | None:
+    """The data of the event that a chunk is: one line of it, perhaps after one with a name; `None`: it is not."""
+    end = len(chunk) - 2
+    line = chunk.find(b"\n")
+    start = 0
+    if line != end and chunk.startswith(b"event: ") and not chunk.startswith(b"event: error"):
+        start = line + 1
+        line = chunk.find(b"\n", start)
+    if line != end or not chunk.startswith(b"data: ", start) or b"\r" in chunk:
+        return None
+    return chunk[start + 6 : end]
 
 
 def _ends(data: bytes | bytearray, start: int) -> list[int]:
