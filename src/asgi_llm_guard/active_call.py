@@ -212,7 +212,7 @@ class ActiveCall:
         siblings = self._with_siblings()
         scope = current_scope()
         parent = scope if isinstance(scope, ActiveCall) and scope.admission is self.admission else self.parent
-        again = ActiveCall(self.admission, self.parent if parent is self else parent, self.policies, call or self.call)
+        again = type(self)(self.admission, self.parent if parent is self else parent, self.policies, call or self.call)
         again.siblings = siblings
         return again
 
@@ -524,6 +524,11 @@ class ActiveCall:
             self._items = None
             self._released = True  # it stands for what another call is charged for
         return True
+
+    def first_part(self) -> None:
+        """The first part of the answer has come."""
+        if self._first_ms is None:
+            self._first_ms = self.admission.engine.clock.now_ms()
 
     def answered(self, answer: Answer) -> None:
         """Take what a meter has read of the answer, in place of what was recorded before."""

@@ -33,18 +33,21 @@ from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.scope import current_scope
+from asgi_llm_guard.stream_rules import StreamRules
+from asgi_llm_guard.streams import StreamGuard
 from asgi_llm_guard.wire import dialect_for
-from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Headers, Meter
+from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Headers
 from asgi_llm_guard.wire.encodings import Decoder, decoder_for
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
-from asgi_llm_guard.wire.refusals import Rendered, render
+from asgi_llm_guard.wire.refusals import Rendered, container_of, render, stream_error
 
 __all__ = ["Exchange", "Hook", "Outgoing"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
 _CLAMPS: Final = 2
+_NO_RULES: Final = StreamRules()
 _NOBODY: Final = Refusal(
     policy="guard",
     code="invalid_request",
@@ -81,6 +84,7 @@ class Hook:
         clamp: where only the output bound of a request does not fit, send it with one that does.
         include_usage: ask streams to tell what they used; clients that did not ask for it do not see it.
         assumed_output_tokens: the output of a request without a limit of its own; `None`: the guard's.
+        streams: how long streamed answers may last, and whether they are cut.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -95,6 +99,7 @@ class Hook:
         clamp: bool = False,
         include_usage: bool = True,
         assumed_output_tokens: int | None = None,
+        streams: StreamRules | None = None,
     ) -> None:
         if not isinstance(guard, Guard):
             raise ConfigurationError(f"guard: expected a Guard, got {guard!r}")
@@ -108,6 +113,7 @@ class Hook:
         self.clamp = clamp
         self.include_usage = include_usage
         self.assumed_output_tokens = assumed_output_tokens
+        self.streams = streams or _NO_RULES
         self._context = context
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         guard.hooked = True
@@ -156,14 +162,14 @@ class Exchange:
         "_admission",
         "_decoder",
         "_dialect",
-        "_fed",
         "_hook",
         "_key",
-        "_meter",
         "_outgoing",
         "_own",
+        "_rules",
         "_scope",
         "_status",
+        "_stream",
         "_strip",
         "ask",
         "body",
@@ -191,10 +197,10 @@ class Exchange:
         self.ended = False
         """Everything is settled."""
         self._strip = False
-        self._meter: Meter | None = None
+        self._rules = _NO_RULES
+        self._stream: StreamGuard | None = None
         self._decoder: Decoder | None = None
         self._status = 0
-        self._fed = False
         self._key = b""
 
     # -------------------------------------------------------------------------------- admit
@@ -230,6 +236,8 @@ class Exchange:
         except BodyError as error:
             return self._body_refused(error)
         self.ask = ask
+        if ask.stream:
+            self._rules = hook.streams
         if self._own:
             hook.guard.track(admission)
         try:
@@ -299,7 +307,7 @@ class Exchange:
     @property
     def plain(self) -> bool:
         """The answer should come without a content-encoding: something has to be taken out of it."""
-        return self._strip
+        return self._strip or self._rules != _NO_RULES
 
     # ------------------------------------------------------------------------------- answer
 
@@ -315,26 +323,67 @@ class Exchange:
             if self._decoder is None:
                 _log.warning("an answer in %r cannot be metered, and is charged what was held", encoding)
                 return
-        self._meter = self._dialect.meter(head, strip_usage=strip)
+        assert self.call is not None  # noqa: S101 - `admit` claimed it
+        name, container = self._dialect.name, container_of(head.header(b"content-type"))
+        meter = self._dialect.meter(head, strip_usage=strip)
+        self._stream = StreamGuard(self.call, meter, self._rules, lambda denied: stream_error(denied, name, container))
 
     def feed(self, chunk: bytes) -> bytes:
         """What to give to the client of a chunk of the answer."""
-        if self._meter is None:
+        stream = self._stream
+        if stream is None:
             return chunk
-        self._fed = True
+        if not stream.fed and self.call is not None:
+            self.call.first_part()
         if self._decoder is None:
-            return self._meter.feed(chunk)
+            return stream.feed(chunk)
         try:
             for piece in self._decoder.feed(chunk):
-                self._meter.feed(piece)
+                stream.feed(piece)
         except ValueError as error:
             _log.warning("an answer is not encoded as it says, and cannot be metered any further: %s", error)
-            self._meter = None
+            self._stream = None
         return chunk
+
+    @property
+    def wants_growth(self) -> bool:
+        """The stream has nearly used up what it holds: call `grow`."""
+        return self._stream is not None and self._stream.wants_growth
+
+    async def grow(self) -> bytes:
+        """Hold more for a stream that goes on. What to give to the client: nothing, or its end."""
+        return b"" if self._stream is None else await self._stream.grow()
+
+    def grow_sync(self) -> bytes:
+        """As `grow`, for synchronous code."""
+        return background.run(self.grow(), anywhere=True)
+
+    @property
+    def cut(self) -> bool:
+        """The client has got the last it gets, though the answer goes on."""
+        return self._stream is not None and self._stream.ended
+
+    @property
+    def timed(self) -> bool:
+        """The answer has deadlines: see `wait_s`."""
+        return self._stream is not None and self._stream.wait_s() is not None
+
+    def wait_s(self) -> float | None:
+        """How long until the next deadline, in seconds; `None`: there is none."""
+        return None if self._stream is None else self._stream.wait_s()
+
+    def expire(self) -> bytes:
+        """A deadline has passed: what to give to the client, which gets nothing more then."""
+        return b"" if self._stream is None else self._stream.expire()
+
+    @property
+    def drains(self) -> bool:
+        """When the client leaves, the answer is read to its end all the same."""
+        return not self.ended and self._stream is not None and self._rules.drain == "read"
 
     def finish(self) -> bytes:
         """The answer has come to its end: what is still to be given to the client. Everything is settled."""
-        rest = self._meter.finish() if self._meter is not None and self._decoder is None else b""
+        rest = self._stream.finish() if self._stream is not None and self._decoder is None else b""
         self._end(None, complete=True)
         return rest
 
@@ -350,23 +399,20 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        call = self.call
+        call, stream = self.call, self._stream
         if call is not None:
-            answer = self._answer()
             if 300 <= self._status < 400:
                 call.release()  # sent on to another place, where it is asked again
-            elif answer is not None:
-                call._answer = answer
-                complete |= answer.finished
-            call.end(error, complete=complete)
+                call.end()
+            elif stream is not None and stream.fed:
+                stream.end(error, complete=complete)
+            else:
+                if self._status >= 400:
+                    call.answered(Answer(kind="error"))
+                call.end(error, complete=complete)
             if call.failed:
                 self._admission.attempts.note(self._key, call)
         self._leave()
-
-    def _answer(self) -> Answer | None:
-        if self._meter is not None and self._fed:
-            return self._meter.answer()
-        return Answer(kind="error") if self._status >= 400 else None
 
     def _leave(self) -> None:
         if self._own:

@@ -10,8 +10,11 @@ tell which that is: `httpx2.alias_httpx()` may have made it the other one.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import logging
 import sys
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from functools import cache
@@ -25,6 +28,7 @@ from asgi_llm_guard.errors import ConfigurationError, NotInstalledError
 from asgi_llm_guard.exchange import Exchange, Hook, Outgoing
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.outcomes import REFUSED
+from asgi_llm_guard.stream_rules import StreamRules
 
 if TYPE_CHECKING:
     import httpx
@@ -62,6 +66,8 @@ else:
 
 __all__ = ["AsyncGuardTransport", "GuardTransport", "Library", "async_client", "sync_client"]
 
+_log = logging.getLogger("asgi_llm_guard")
+
 Library = Literal["auto", "httpx", "httpx2"]
 
 _LIBRARIES: Final = ("httpx2", "httpx")
@@ -78,7 +84,7 @@ class AsyncGuardTransport(_AsyncTransport):
         guard: decides, and settles.
         transport: what sends the requests; `None`: a new transport of `library`.
         library: `auto`: httpx2 if it is installed, else httpx. A `transport` is of its own library.
-        context, hosts, clamp, include_usage, assumed_output_tokens: see `Hook`.
+        context, hosts, clamp, include_usage, assumed_output_tokens, streams: see `Hook`.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -96,6 +102,7 @@ class AsyncGuardTransport(_AsyncTransport):
         clamp: bool = False,
         include_usage: bool = True,
         assumed_output_tokens: int | None = None,
+        streams: StreamRules | None = None,
     ) -> None:
         if transport is None:
             transport = _library(library).AsyncHTTPTransport()
@@ -111,6 +118,7 @@ class AsyncGuardTransport(_AsyncTransport):
             clamp=clamp,
             include_usage=include_usage,
             assumed_output_tokens=assumed_output_tokens,
+            streams=streams,
         )
 
     async def handle_async_request(self, request: Any) -> Any:
@@ -172,6 +180,7 @@ class GuardTransport(_Transport):
         clamp: bool = False,
         include_usage: bool = True,
         assumed_output_tokens: int | None = None,
+        streams: StreamRules | None = None,
     ) -> None:
         if transport is None:
             transport = _library(library).HTTPTransport()
@@ -187,6 +196,7 @@ class GuardTransport(_Transport):
             clamp=clamp,
             include_usage=include_usage,
             assumed_output_tokens=assumed_output_tokens,
+            streams=streams,
         )
 
     def handle_request(self, request: Any) -> Any:
@@ -240,7 +250,7 @@ def sync_client(guard: Guard, *, library: Library = "auto", **options: Any) -> A
     return _wrap(made.Client(**plain), lambda transport: GuardTransport(guard, transport, **hooked))
 
 
-_HOOKED: Final = frozenset({"context", "hosts", "clamp", "include_usage", "assumed_output_tokens"})
+_HOOKED: Final = frozenset({"context", "hosts", "clamp", "include_usage", "assumed_output_tokens", "streams"})
 
 
 def _split(library: ModuleType, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -378,68 +388,177 @@ def _stream_class(library: ModuleType, kind: str, body: type) -> Callable[[Any, 
     return made
 
 
+class _Expired(Exception):  # noqa: N818 - no error: a deadline has passed
+    pass
+
+
 class _AsyncBody:
-    """The body of an answer, metered as it passes."""
+    """The body of an answer, metered as it passes. Not a generator: nobody but its owner closes it."""
 
     def __init__(self, stream: Any, exchange: Exchange) -> None:
         self._stream = stream
         self._exchange = exchange
+        self._parts: AsyncIterator[bytes] | None = None
+        self._over = False
         self._abandoned = weakref.finalize(self, background.later, exchange.close)
         self._abandoned.atexit = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        exchange = self._exchange
-        try:
-            async for chunk in self._stream:
-                forward = exchange.feed(chunk)
-                if forward:
-                    yield forward
-        except GeneratorExit:
-            exchange.close()  # left before its end, and not closed
-            raise
-        except BaseException as error:
-            exchange.fail(error)
-            raise
-        # Before the client can see the end: its next request finds this one settled.
-        rest = exchange.finish()
-        self._abandoned.detach()
-        if rest:
-            yield rest
+    def __aiter__(self) -> Self:
+        return self
 
-    async def aclose(self) -> None:
+    async def __anext__(self) -> bytes:
+        exchange = self._exchange
+        while not self._over:
+            try:
+                forward = exchange.feed(await self._next())
+                if exchange.wants_growth:
+                    forward += await exchange.grow()
+            except StopAsyncIteration:
+                self._over = True
+                # Before the client can see the end: its next request finds this one settled.
+                forward = exchange.finish()
+                self._abandoned.detach()
+            except _Expired:
+                forward = exchange.expire()
+                await self._leave()
+            except BaseException as error:
+                self._over = True
+                exchange.fail(error)
+                raise
+            if exchange.cut and not self._over:
+                await self._leave()
+            if forward:
+                return forward
+        raise StopAsyncIteration
+
+    async def _next(self) -> bytes:
+        if self._parts is None:
+            self._parts = aiter(self._stream)
+        if not self._exchange.timed:
+            return await anext(self._parts)
+        waiting = asyncio.timeout(self._exchange.wait_s())
+        try:
+            async with waiting:
+                return await anext(self._parts)
+        except TimeoutError:
+            if waiting.expired():
+                raise _Expired from None
+            raise
+
+    async def _leave(self) -> None:
+        """The client gets nothing more: close the answer, or read it to its end in the background."""
+        self._over = True
         self._abandoned.detach()
+        if self._exchange.drains:
+            task = asyncio.get_running_loop().create_task(self._drain())
+            _draining.add(task)
+            task.add_done_callback(_draining.discard)
+            return
         self._exchange.close()
         await self._stream.aclose()
 
+    async def _drain(self) -> None:
+        exchange = self._exchange
+        if exchange.call is not None:
+            exchange.call.task = asyncio.current_task()  # it goes on when the request that made it has ended
+        try:
+            while True:
+                exchange.feed(await self._next())
+        except StopAsyncIteration:
+            exchange.finish()
+        except _Expired:
+            pass
+        except Exception:  # noqa: BLE001 - nobody waits for it: what was counted until then is charged
+            _log.debug("an answer that was read to its end for its usage broke off", exc_info=True)
+        finally:
+            exchange.close()
+            await self._stream.aclose()
+
+    async def aclose(self) -> None:
+        if not self._over:
+            await self._leave()
+        elif not self._exchange.drains:
+            await self._stream.aclose()
+
+
+_draining: Final[set[asyncio.Task[None]]] = set()
+"""The event loop alone would forget them."""
+
 
 class _Body:
-    """As `_AsyncBody`, for synchronous clients."""
+    """As `_AsyncBody`, for synchronous clients, which cannot stop waiting: a deadline that has passed shows when
+    the next part has come."""
 
     def __init__(self, stream: Any, exchange: Exchange) -> None:
         self._stream = stream
         self._exchange = exchange
+        self._parts: Iterator[bytes] | None = None
+        self._over = False
         self._abandoned = weakref.finalize(self, background.later, exchange.close)
         self._abandoned.atexit = False
 
-    def __iter__(self) -> Iterator[bytes]:
-        exchange = self._exchange
-        try:
-            for chunk in self._stream:
-                forward = exchange.feed(chunk)
-                if forward:
-                    yield forward
-        except GeneratorExit:
-            exchange.close()
-            raise
-        except BaseException as error:
-            exchange.fail(error)
-            raise
-        rest = exchange.finish()
-        self._abandoned.detach()
-        if rest:
-            yield rest
+    def __iter__(self) -> Self:
+        return self
 
-    def close(self) -> None:
+    def __next__(self) -> bytes:
+        exchange = self._exchange
+        while not self._over:
+            try:
+                forward = exchange.feed(self._next())
+                if exchange.wants_growth:
+                    forward += exchange.grow_sync()
+            except StopIteration:
+                self._over = True
+                forward = exchange.finish()
+                self._abandoned.detach()
+            except _Expired:
+                forward = exchange.expire()
+                self._leave()
+            except BaseException as error:
+                self._over = True
+                exchange.fail(error)
+                raise
+            if exchange.cut and not self._over:
+                self._leave()
+            if forward:
+                return forward
+        raise StopIteration
+
+    def _next(self) -> bytes:
+        if self._parts is None:
+            self._parts = iter(self._stream)
+        part = next(self._parts)
+        if self._exchange.wait_s() == 0:
+            self._exchange.feed(part)
+            raise _Expired
+        return part
+
+    def _leave(self) -> None:
+        self._over = True
         self._abandoned.detach()
+        if self._exchange.drains:
+            threading.Thread(target=self._drain, name="llm-guard-drain", daemon=True).start()
+            return
         self._exchange.close()
         self._stream.close()
+
+    def _drain(self) -> None:
+        exchange = self._exchange
+        try:
+            while True:
+                exchange.feed(self._next())
+        except StopIteration:
+            exchange.finish()
+        except _Expired:
+            pass
+        except Exception:  # noqa: BLE001 - as above
+            _log.debug("an answer that was read to its end for its usage broke off", exc_info=True)
+        finally:
+            exchange.close()
+            self._stream.close()
+
+    def close(self) -> None:
+        if not self._over:
+            self._leave()
+        elif not self._exchange.drains:
+            self._stream.close()

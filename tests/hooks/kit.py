@@ -126,4 +126,4 @@ def text_of(chunks: list[bytes]) -> str:
     """The text of a streamed chat completion."""
     lines = b"".join(chunks).split(b"\n")
     events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
-    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event.get("choices", ()))
