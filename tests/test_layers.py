@@ -20,10 +20,10 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "protocols": "storage.base storage.entries policies.base identity.base",
-    "rules": "charge denials describe estimate learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.providers wire identity.extract",
+    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache engine exchange guard loss moment outage scope streams",
+    "engine": "active_call admission attempts background cache engine exchange guard loss moment outage replays scope streams",
     "skins": "admin decorator gateway httpx integrations middleware",
     "roots": "__init__ cli settings testing",
 }

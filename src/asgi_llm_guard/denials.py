@@ -274,8 +274,9 @@ def deny(
 
 
 def refuse(refusal: Refusal, *, statuses: Statuses | None = None, now_ms: int = 0) -> Denied:
-    """A refusal that no counter has a part in. Only an outage and a shutdown are worth a retry, after one second."""
-    retry = refusal.code in ("guard_unavailable", "guard_draining")
+    """A refusal that no counter has a part in. Only an outage, a shutdown and a request that is still being answered
+    are worth a retry, after one second."""
+    retry = refusal.code in ("guard_unavailable", "guard_draining", "concurrency_limit_exceeded")
     status = refusal.status
     if status is None:
         status = (statuses or {}).get(refusal.code, _STATUS[refusal.code])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.idempotency import ttl_ms
 from asgi_llm_guard.policies.base import Policy
 
 __all__ = ["Route", "RouteTable", "normalise", "route_path"]
@@ -54,6 +55,9 @@ class Route:
     """Charge nothing when the response is a 4xx and no call was seen."""
     session: Any = None
     """An extractor for this route's session id, in place of the guard's."""
+    idempotency: bool | str = False
+    """Give the answer again to a verified caller that repeats its request with the same `Idempotency-Key`: for a day,
+    or for a time such as `"1h"`. Requests with a key are read as a whole."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.startswith("/"):
@@ -80,6 +84,7 @@ class Route:
             raise ConfigurationError(
                 f"Route {self.path}: assumed_output_tokens must be a whole number from 1, got {tokens!r}"
             )
+        ttl_ms(self.idempotency, name=f"Route {self.path}")
         if (self.clamp or self.inject_usage) and self.dialect is None:
             raise ConfigurationError(f"Route {self.path}: clamp and inject_usage need a dialect; got dialect=None")
 

@@ -16,6 +16,7 @@ from asgi_llm_guard.context import Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.idempotency import ttl_ms
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import unwrapped
 from asgi_llm_guard.middleware.answers import (
@@ -32,6 +33,7 @@ from asgi_llm_guard.middleware.answers import (
     unidentified,
 )
 from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft, GuardedRequest, Plan, finished, is_opaque
+from asgi_llm_guard.replays import Replays
 from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named
 from asgi_llm_guard.wire.base import Dialect
@@ -81,6 +83,9 @@ class GuardMiddleware:
         self.app = app
         self.guard = guard
         self._table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
+        self.replays: Replays | None = None
+        if any(route.idempotency for route in self._table.routes or ()):
+            self.replays = Replays(guard.engine.storage, guard.engine.new_id)
         self.sends_fields = rate_limit_headers
         self._plans: dict[int, Plan] = {}
         self._dialects: dict[str, Dialect | None] = {}
@@ -125,12 +130,17 @@ class GuardMiddleware:
         exchange = GuardedRequest(self, scope, receive, send, plan, dialect)
         try:
             denied = await exchange.admit()
+            if denied is not None:
+                await exchange.refuse(denied)
+            elif exchange.kept is not None:
+                await exchange.replay(exchange.kept)
+            else:
+                await exchange.handle()
         except ClientLeft:
             return
-        if denied is not None:
-            await exchange.refuse(denied)
-            return
-        await exchange.handle()
+        finally:
+            if exchange.lead is not None:
+                await exchange.lead.close()
 
     async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that claims nothing; calls inside it claim their own."""
@@ -194,7 +204,8 @@ class GuardMiddleware:
         plan = self._plans.get(id(route))  # the table keeps every route alive
         if plan is None:
             plan = Plan(
-                route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared
+                route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared,
+                ttl_ms(route.idempotency, name=f"Route {route.path}"),
             )
             self._plans[id(route)] = plan
         return plan

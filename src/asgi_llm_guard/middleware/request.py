@@ -12,6 +12,7 @@ from asgi_llm_guard.admission import Admission, enter, leave
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.idempotency import KeptResponse
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.middleware.answers import (
     ErrorPage,
@@ -24,6 +25,7 @@ from asgi_llm_guard.middleware.answers import (
     unidentified,
 )
 from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.replays import Lead
 from asgi_llm_guard.routes import Route
 from asgi_llm_guard.wire import is_readable
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
@@ -47,6 +49,8 @@ class Plan(msgspec.Struct, frozen=True):
     route: Route
     extra: tuple[Policy, ...]
     session_declared: bool
+    replay_ms: int | None
+    """How long answers are kept for their idempotency keys; `None`: not at all."""
 
 
 class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
@@ -69,6 +73,8 @@ class GuardedRequest:
         "fed",
         "guard",
         "headers",
+        "kept",
+        "lead",
         "left",
         "meter",
         "middleware",
@@ -112,11 +118,13 @@ class GuardedRequest:
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.left: int | None = None
         self.fed = False
+        self.lead: Lead | None = None
+        self.kept: KeptResponse | None = None
 
     # -------------------------------------------------------------------------------- admit
 
     async def admit(self) -> Denied | None:
-        """Read what is needed, find out who asks, and claim. A `Denied` has taken nothing.
+        """Read what is needed, find out who asks, and claim. A `Denied` has taken nothing; nor has what is `kept`.
 
         Raises:
             ClientLeft: before its body was complete.
@@ -146,6 +154,15 @@ class GuardedRequest:
         self.context = context
         if guard.draining:
             return self._refused(DRAINING)
+        repeated = await self._repeated(context)
+        if isinstance(repeated, Refusal):
+            return self._refused(repeated)
+        if isinstance(repeated, KeptResponse):
+            self.kept = repeated
+            return None
+        if repeated is not None:
+            self.lead = repeated
+            self.send = repeated.watching(self.send)
         admission = guard.new_admission(context, extra=self.plan.extra, opaque=is_opaque(guard, route))
         admission.release_on_4xx = route.release_on_4xx
         if guard.cache is not None:
@@ -157,6 +174,21 @@ class GuardedRequest:
         self.admission = admission
         self.ask = ask
         return None
+
+    async def _repeated(self, context: Context) -> Lead | KeptResponse | Refusal | None:
+        """What an `Idempotency-Key` makes of the request."""
+        replays, replay_ms = self.middleware.replays, self.plan.replay_ms
+        if replays is None or replay_ms is None:
+            return None
+        try:
+            return await replays.begin(self.scope, context, self._whole_body, replay_ms, self.dialect)
+        except BodyError as error:
+            return Refusal(policy="request", code=error.code, message=str(error), status=error.status)
+
+    async def _whole_body(self) -> bytes:
+        if self.body is None:
+            self.body = await self._read_body()
+        return self.body
 
     def _refused(self, refusal: Refusal) -> Denied:
         context = self.context or Context(route=self.plan.route.path)
@@ -315,6 +347,13 @@ class GuardedRequest:
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
         admission.end(self._answer(), status=self.status)
+
+    async def replay(self, kept: KeptResponse) -> None:
+        """Give an answer again."""
+        length = (b"content-length", b"%d" % len(kept.body))
+        headers = [*kept.headers, length, (b"idempotency-replayed", b"true")]
+        await self.send({"type": "http.response.start", "status": kept.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": kept.body})
 
     # ------------------------------------------------------------------------------- refuse
 
