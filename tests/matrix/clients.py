@@ -528,9 +528,12 @@ class AgentsClient(Client):
 
     async def _streamed(self, text: str) -> AsyncIterator[str]:
         result = agents.Runner.run_streamed(self._agent([]), text)
-        async for event in result.stream_events():
-            if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
-                yield event.data.delta
+        try:
+            async for event in result.stream_events():
+                if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
+                    yield event.data.delta
+        finally:
+            result.cancel()  # it runs in a task of its own
 
     def read_chunk(self, chunk: Any) -> str:
         return str(chunk)
