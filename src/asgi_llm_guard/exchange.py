@@ -21,13 +21,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Literal, TypedDict, Unpack
+from urllib.parse import urlsplit
 
 import msgspec
 
 from asgi_llm_guard import background
 from asgi_llm_guard.active_call import ActiveCall
 from asgi_llm_guard.admission import Admission, Scope
+from asgi_llm_guard.cache import CacheRequest, Lookup, ProviderAnswer, scoped_prompt_cache_key
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
@@ -41,8 +43,9 @@ from asgi_llm_guard.wire.encodings import Decoder, decoder_for
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered, container_of, render, stream_error
+from asgi_llm_guard.wire.surfaces import Surface, surface_of
 
-__all__ = ["Exchange", "Hook", "Outgoing"]
+__all__ = ["Exchange", "Hook", "HookOptions", "Outgoing"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -68,9 +71,42 @@ class Outgoing(msgspec.Struct, frozen=True):
     path: str
     headers: Headers
 
+    @property
+    def target(self) -> str:
+        """The path with its query."""
+        return urlsplit(self.url)._replace(scheme="", netloc="", fragment="").geturl()
+
     def header(self, name: bytes) -> bytes:
         """The first header of this name (given in lower case); empty if there is none."""
         return next((value for key, value in self.headers if key.lower() == name), b"")
+
+
+class HookOptions(TypedDict, total=False):
+    """What may be said of every hook."""
+
+    context: Context | Callable[[], Context] | None
+    """Who asks where no admission of the guard is open: a context, or what gives one for each request. `None`: such
+    requests are refused."""
+    hosts: Collection[str] | None
+    """The only hosts that requests may go to, whatever is asked of them; `None`: all."""
+    clamp: bool
+    """Where only the output bound of a request does not fit, send it with one that does. Off."""
+    include_usage: bool
+    """Ask streams to tell what they used; clients that did not ask for it do not see it. On."""
+    assumed_output_tokens: int | None
+    """The output of a request without a limit of its own; `None`: the guard's."""
+    streams: StreamRules | None
+    """How long streamed answers may last, and whether they are cut; `None`: as the guard says."""
+    unmeterable: Literal["deny", "pass"]
+    """What happens to requests that start billed work whose cost no answer tells (batches, realtime, videos, …):
+    `deny`, unless they may `pass` unseen."""
+    unknown: Literal["deny", "pass"]
+    """What happens to requests that are no known operation of a known provider: they `pass` unseen."""
+    prompt_cache_secret: str | bytes | None
+    """Make the provider's cache of beginnings of prompts another one for each caller and user: with this secret of
+    at least 16 bytes, see `cache.scoped_prompt_cache_key`. `None`: it is left as it is."""
+    prompt_cache_field: Literal["prompt_cache_key", "cache_salt"]
+    """Where that is put: `prompt_cache_key` for OpenAI and Mistral, `cache_salt` for vLLM."""
 
 
 class Hook:
@@ -78,29 +114,20 @@ class Hook:
 
     Args:
         guard: decides, and settles.
-        context: who asks where no admission of the guard is open: a `Context`, or what gives one for each
-            request. `None`: such requests are refused.
-        hosts: the only hosts that requests may go to, whatever is asked of them; `None`: all.
-        clamp: where only the output bound of a request does not fit, send it with one that does.
-        include_usage: ask streams to tell what they used; clients that did not ask for it do not see it.
-        assumed_output_tokens: the output of a request without a limit of its own; `None`: the guard's.
-        streams: how long streamed answers may last, and whether they are cut.
+        caches: the hook gives what is kept (`Exchange.kept`) in place of sending.
+        options: see `HookOptions`.
 
     Raises:
         ConfigurationError: an argument is wrong.
     """
 
-    def __init__(
-        self,
-        guard: Guard,
-        *,
-        context: Context | Callable[[], Context] | None = None,
-        hosts: Collection[str] | None = None,
-        clamp: bool = False,
-        include_usage: bool = True,
-        assumed_output_tokens: int | None = None,
-        streams: StreamRules | None = None,
-    ) -> None:
+    def __init__(self, guard: Guard, *, caches: bool = False, **options: Unpack[HookOptions]) -> None:
+        unexpected = ", ".join(sorted(options.keys() - HookOptions.__annotations__.keys()))
+        if unexpected:
+            raise TypeError(f"no such option: {unexpected}")
+        context, hosts = options.get("context"), options.get("hosts")
+        unmeterable, unknown = options.get("unmeterable", "deny"), options.get("unknown", "pass")
+        field, secret = options.get("prompt_cache_field", "prompt_cache_key"), options.get("prompt_cache_secret")
         if not isinstance(guard, Guard):
             raise ConfigurationError(f"guard: expected a Guard, got {guard!r}")
         if context is not None and not isinstance(context, Context) and not callable(context):
@@ -109,11 +136,22 @@ class Hook:
             )
         if isinstance(hosts, str):
             raise ConfigurationError(f"hosts: expected a list such as ['api.openai.com'], got {hosts!r}")
+        for name, value in (("unmeterable", unmeterable), ("unknown", unknown)):
+            if value not in ("deny", "pass"):
+                raise ConfigurationError(f"{name}: expected 'deny' or 'pass', got {value!r}")
+        if field not in ("prompt_cache_key", "cache_salt"):
+            raise ConfigurationError(f"prompt_cache_field: expected 'prompt_cache_key' or 'cache_salt', got {field!r}")
+        if secret is not None:
+            scoped_prompt_cache_key(Context(), secret)
         self.guard = guard
-        self.clamp = clamp
-        self.include_usage = include_usage
-        self.assumed_output_tokens = assumed_output_tokens
-        self.streams = streams or _NO_RULES
+        self.cache = guard.cache if caches else None
+        self.clamp = options.get("clamp", False)
+        self.include_usage = options.get("include_usage", True)
+        self.assumed_output_tokens = options.get("assumed_output_tokens")
+        self.streams = options.get("streams") or guard.streams
+        self._prompt_cache = (field, secret)
+        self._unmeterable = unmeterable
+        self._unknown = unknown
         self._context = context
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         guard.hooked = True
@@ -124,11 +162,10 @@ class Hook:
         if self._hosts is not None and host not in self._hosts:
             message = f"the host {host[:128]!r} is not among those that this client may call"
             return self._refused(Refusal(policy="hosts", code="route_not_listed", message=message))
-        if outgoing.method != "POST":
-            return None
-        dialect = dialect_for(outgoing.path, host)
+        surface = surface_of(outgoing.method, host, outgoing.path)
+        dialect = surface.dialect
         if dialect is None:
-            return None
+            return self._not_metered(surface)
         scope = current_scope()
         admission = scope.admission if isinstance(scope, ActiveCall) else scope
         if admission is not None and scope is not None and admission.engine is self.guard.engine:
@@ -139,6 +176,23 @@ class Hook:
             return self._refused(DRAINING)
         context = self._context if isinstance(self._context, Context) else self._context()
         return Exchange(self, outgoing, dialect, self.guard.new_admission(context), None)
+
+    def _not_metered(self, surface: Surface) -> Denied | None:
+        if surface.kind == "unmeterable" and self._unmeterable == "deny":
+            message = (
+                f"{surface.name} of {surface.provider} is billed, and no answer to it tells what it cost; "
+                "a client made with unmeterable='pass' may use it, unseen"
+            )
+        elif surface.kind == "unknown" and self._unknown == "deny":
+            message = "this is no known operation of a known provider, and this client was made with unknown='deny'"
+        else:
+            return None
+        return self._refused(Refusal(policy="surface", code="feature_not_allowed", message=message))
+
+    def prompt_cache(self, context: Context) -> dict[str, str]:
+        """The field that keeps the provider's cache of beginnings of prompts apart, if it is wanted."""
+        field, secret = self._prompt_cache
+        return {} if secret is None else {field: scoped_prompt_cache_key(context, secret)}
 
     def rendered(self, denied: Denied, outgoing: Outgoing) -> Rendered:
         """The answer that tells of a refusal, in the words of the API that was called."""
@@ -162,6 +216,7 @@ class Exchange:
         "_admission",
         "_decoder",
         "_dialect",
+        "_found",
         "_hook",
         "_key",
         "_outgoing",
@@ -175,6 +230,7 @@ class Exchange:
         "body",
         "call",
         "ended",
+        "kept",
         "rewritten",
     )
 
@@ -196,6 +252,9 @@ class Exchange:
         """`body` is another one than was given."""
         self.ended = False
         """Everything is settled."""
+        self.kept: ProviderAnswer | None = None
+        """The answer, if it is kept: it is to be given, and nothing sent. Everything is settled."""
+        self._found: Lookup | None = None
         self._strip = False
         self._rules = _NO_RULES
         self._stream: StreamGuard | None = None
@@ -242,12 +301,14 @@ class Exchange:
             hook.guard.track(admission)
         try:
             denied = await self._claim(call)
-            if denied is None:
+            if denied is None and self.kept is None:
                 self._rewrite(view, call)
         except BaseException:
             self.close()
             raise
-        if denied is not None:
+        if denied is not None or self.kept is not None:
+            self.ended = True
+            self._abandon()
             self._leave()
         return denied
 
@@ -271,6 +332,8 @@ class Exchange:
             else:
                 call = ActiveCall(admission, parent, policies, described)
             try:
+                if await self._is_kept(call):
+                    return None
                 await call.claim()
             except LimitExceeded as error:
                 fits = error.denied.fits_max_tokens
@@ -285,6 +348,24 @@ class Exchange:
             call.dispatched()
             return None
 
+    async def _is_kept(self, call: ActiveCall) -> bool:
+        """Whether the answer is kept, and nothing has to be claimed and sent. Asked once."""
+        cache, outgoing = self._hook.cache, self._outgoing
+        if cache is None or self._found is not None or self.ask is None:
+            return False
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in outgoing.headers]
+        request = CacheRequest(
+            host=outgoing.host,
+            path=outgoing.target,
+            body=self.body,
+            headers=headers,
+            dialect=self._dialect.name,
+            stream=self.ask.stream,
+        )
+        self._found = await cache.look_up(call, request)
+        self.kept = self._found.answer if self._found.hit else None
+        return self.kept is not None
+
     def _rewrite(self, view: BodyView, described: Call) -> None:
         """Put into the body what the hook was told to: usage on streams, and the output limit that was held for."""
         hook, ask = self._hook, self.ask
@@ -294,20 +375,23 @@ class Exchange:
         if hook.clamp and held is not None and held.max_output_tokens != described.max_output_tokens:
             limit = held.max_output_tokens
         include = hook.include_usage and ask.stream
-        if not include and limit is None:
+        more = hook.prompt_cache(self._admission.context)
+        if not include and limit is None and not more:
             return
         if self._outgoing.header(b"authorization").startswith(b"AWS4-"):
             return  # the signature is of the body as it is
         body = self._dialect.rewrite(view, include_usage=include, max_output_tokens=limit)
+        self._strip = include and not ask.wants_usage and body is not self.body
+        if more:
+            body = read_body(body).replace(more)
         if body is not self.body:
-            self._strip = include and not ask.wants_usage
             self.body = body
             self.rewritten = True
 
     @property
     def plain(self) -> bool:
         """The answer should come without a content-encoding: something has to be taken out of it."""
-        return self._strip or self._rules != _NO_RULES
+        return self._strip or self._rules.watches
 
     # ------------------------------------------------------------------------------- answer
 
@@ -315,6 +399,8 @@ class Exchange:
         """The head of the answer has come."""
         self._status = status
         head = Head(status, headers, self._outgoing.path, self.ask)
+        if self._found is not None:
+            self._found.answered(status, head.header(b"content-type").decode("latin-1"))
         encoding = head.header(b"content-encoding")
         strip = self._strip
         if encoding and encoding.strip().lower() != b"identity":
@@ -336,13 +422,19 @@ class Exchange:
         if not stream.fed and self.call is not None:
             self.call.first_part()
         if self._decoder is None:
-            return stream.feed(chunk)
+            forward = stream.feed(chunk)
+            if self._found is not None:
+                self._found.feed(forward)
+            return forward
         try:
             for piece in self._decoder.feed(chunk):
-                stream.feed(piece)
+                forward = stream.feed(piece)
+                if self._found is not None:
+                    self._found.feed(forward)
         except ValueError as error:
             _log.warning("an answer is not encoded as it says, and cannot be metered any further: %s", error)
             self._stream = None
+            self._abandon()
         return chunk
 
     @property
@@ -383,17 +475,31 @@ class Exchange:
 
     def finish(self) -> bytes:
         """The answer has come to its end: what is still to be given to the client. Everything is settled."""
-        rest = self._stream.finish() if self._stream is not None and self._decoder is None else b""
+        whole = self._stream is not None and not self._stream.ended
+        rest = b"" if self._stream is None else self._stream.finish()
         self._end(None, complete=True)
-        return rest
+        if self._found is not None and whole:
+            self._found.feed(rest)
+            self._found.finish()
+        else:
+            self._abandon()
+        return rest if self._decoder is None else b""
 
     def fail(self, error: BaseException) -> None:
         """The request or its answer broke off with `error`."""
         self._end(error, complete=False)
+        self._abandon()
 
     def close(self) -> None:
         """Nobody reads the answer any more. After its end, nothing happens."""
-        self._end(None, complete=False)
+        if not self.ended:
+            self._end(None, complete=False)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """There is no answer to be kept."""
+        if self._found is not None:
+            self._found.abandon()
 
     def _end(self, error: BaseException | None, *, complete: bool) -> None:
         if self.ended:

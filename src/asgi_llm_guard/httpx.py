@@ -16,19 +16,18 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
 from asgi_llm_guard import background
-from asgi_llm_guard.context import Context
+from asgi_llm_guard.cache import ProviderAnswer
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError, NotInstalledError
-from asgi_llm_guard.exchange import Exchange, Hook, Outgoing
+from asgi_llm_guard.exchange import Exchange, Hook, HookOptions, Outgoing
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.outcomes import REFUSED
-from asgi_llm_guard.stream_rules import StreamRules
 
 if TYPE_CHECKING:
     import httpx
@@ -84,7 +83,7 @@ class AsyncGuardTransport(_AsyncTransport):
         guard: decides, and settles.
         transport: what sends the requests; `None`: a new transport of `library`.
         library: `auto`: httpx2 if it is installed, else httpx. A `transport` is of its own library.
-        context, hosts, clamp, include_usage, assumed_output_tokens, streams: see `Hook`.
+        options: see `HookOptions`.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -97,12 +96,7 @@ class AsyncGuardTransport(_AsyncTransport):
         transport: Any = None,
         *,
         library: Library = "auto",
-        context: Context | Callable[[], Context] | None = None,
-        hosts: Collection[str] | None = None,
-        clamp: bool = False,
-        include_usage: bool = True,
-        assumed_output_tokens: int | None = None,
-        streams: StreamRules | None = None,
+        **options: Unpack[HookOptions],
     ) -> None:
         if transport is None:
             transport = _library(library).AsyncHTTPTransport()
@@ -111,15 +105,7 @@ class AsyncGuardTransport(_AsyncTransport):
                 f"transport: expected an asynchronous transport such as httpx2.AsyncHTTPTransport(), got {transport!r}"
             )
         self._transport = transport
-        self._hook = Hook(
-            guard,
-            context=context,
-            hosts=hosts,
-            clamp=clamp,
-            include_usage=include_usage,
-            assumed_output_tokens=assumed_output_tokens,
-            streams=streams,
-        )
+        self._hook = Hook(guard, caches=True, **options)
 
     async def handle_async_request(self, request: Any) -> Any:
         outgoing = _outgoing(request)
@@ -127,20 +113,19 @@ class AsyncGuardTransport(_AsyncTransport):
         if exchange is None:
             return await self._transport.handle_async_request(request)
         if isinstance(exchange, Denied):
-            return self._refusal(exchange, outgoing, request)
+            return _refusal(self._hook, exchange, outgoing, request)
         body = await _read_async(request, exchange.max_body_bytes)
         denied = exchange.too_large() if body is None else await exchange.admit(body)
         if denied is not None:
-            return self._refusal(denied, outgoing, request)
+            return _refusal(self._hook, denied, outgoing, request)
+        if exchange.kept is not None:
+            return _kept(request, exchange.kept)
         try:
             response = await self._transport.handle_async_request(_to_send(request, exchange))
             return _answered(request, response, exchange, "AsyncByteStream", _AsyncBody)
         except BaseException as error:
             exchange.fail(error)
             raise
-
-    def _refusal(self, denied: Denied, outgoing: Outgoing, request: Any) -> Any:
-        return _refusal(self._hook, denied, outgoing, request)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -175,12 +160,7 @@ class GuardTransport(_Transport):
         transport: Any = None,
         *,
         library: Library = "auto",
-        context: Context | Callable[[], Context] | None = None,
-        hosts: Collection[str] | None = None,
-        clamp: bool = False,
-        include_usage: bool = True,
-        assumed_output_tokens: int | None = None,
-        streams: StreamRules | None = None,
+        **options: Unpack[HookOptions],
     ) -> None:
         if transport is None:
             transport = _library(library).HTTPTransport()
@@ -189,15 +169,7 @@ class GuardTransport(_Transport):
                 f"transport: expected a synchronous transport such as httpx2.HTTPTransport(), got {transport!r}"
             )
         self._transport = transport
-        self._hook = Hook(
-            guard,
-            context=context,
-            hosts=hosts,
-            clamp=clamp,
-            include_usage=include_usage,
-            assumed_output_tokens=assumed_output_tokens,
-            streams=streams,
-        )
+        self._hook = Hook(guard, caches=True, **options)
 
     def handle_request(self, request: Any) -> Any:
         outgoing = _outgoing(request)
@@ -210,6 +182,8 @@ class GuardTransport(_Transport):
         denied = exchange.too_large() if body is None else exchange.admit_sync(body)
         if denied is not None:
             return _refusal(self._hook, denied, outgoing, request)
+        if exchange.kept is not None:
+            return _kept(request, exchange.kept)
         try:
             response = self._transport.handle_request(_to_send(request, exchange))
             return _answered(request, response, exchange, "SyncByteStream", _Body)
@@ -250,13 +224,10 @@ def sync_client(guard: Guard, *, library: Library = "auto", **options: Any) -> A
     return _wrap(made.Client(**plain), lambda transport: GuardTransport(guard, transport, **hooked))
 
 
-_HOOKED: Final = frozenset({"context", "hosts", "clamp", "include_usage", "assumed_output_tokens", "streams"})
-
-
 def _split(library: ModuleType, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the hook and those of the client, with the defaults that the SDKs give to theirs."""
-    hooked = {name: value for name, value in options.items() if name in _HOOKED}
-    plain = {name: value for name, value in options.items() if name not in _HOOKED}
+    hooked = {name: value for name, value in options.items() if name in HookOptions.__annotations__}
+    plain = {name: value for name, value in options.items() if name not in HookOptions.__annotations__}
     plain.setdefault("follow_redirects", True)
     plain.setdefault("timeout", library.Timeout(_ANSWER_S, connect=_CONNECT_S))
     plain.setdefault("limits", library.Limits(max_connections=1000, max_keepalive_connections=100))
@@ -360,6 +331,10 @@ def _refusal(hook: Hook, denied: Denied, outgoing: Outgoing, request: Any) -> An
     return _library_of(request).Response(
         rendered.status, headers=rendered.headers, content=rendered.body, extensions={REFUSED: denied}
     )
+
+
+def _kept(request: Any, answer: ProviderAnswer) -> Any:
+    return _library_of(request).Response(answer.status, headers=answer.headers, content=answer.body)
 
 
 def _answered(request: Any, response: Any, exchange: Exchange, kind: str, body: type) -> Any:
