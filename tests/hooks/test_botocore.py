@@ -141,7 +141,6 @@ REFUSALS: dict[str, tuple[Policy, int, str]] = {
     "budget": (Budget("$0.000001/1d", name="small"), 402, "ServiceQuotaExceededException"),
     "model": (ModelAllow(["openai/other"]), 403, "AccessDeniedException"),
     "iterations": (Iterations(0, name="none"), 429, "ServiceQuotaExceededException"),
-    "rate": (RateLimit("0/day", name="none", counts="calls"), 429, "ServiceQuotaExceededException"),
 }
 
 
@@ -164,6 +163,22 @@ async def test_refused(policy: Policy, status: int, code: str, way: Way, mode: s
         assert stage.provider.calls == 0
         assert await ledger(stage) == []
         assert await counted(stage) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["legacy", "standard"])
+async def test_long_wait_is_not_waited_for(mode: str) -> None:
+    """A rate whose wait is long is refused once: under the name that botocore repeats it would be asked for again."""
+    async with on_stage(mode=mode, attempts=3) as (stage, client):
+        rate = RateLimit("1/day", name="daily", counts="calls")
+        assert await asked(stage, client, converse, (rate,)) == f"Echo: {TEXT}"
+        with pytest.raises(ClientError, match="daily") as caught:
+            await asked(stage, client, converse, (rate,))
+
+        response = caught.value.response
+        assert response["Error"]["Code"] == "ServiceQuotaExceededException"
+        assert response["ResponseMetadata"]["HTTPStatusCode"] == 429
+        assert response["ResponseMetadata"]["RetryAttempts"] == 0
+        assert len(await ledger(stage)) == 1
 
 
 async def test_refusal_that_passes_is_repeated() -> None:
