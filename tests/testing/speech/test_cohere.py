@@ -13,7 +13,7 @@ from cohere.core.api_error import ApiError
 from cohere.core.request_options import RequestOptions
 from tests.testing.speech.requests import ECHO, HELLO
 
-from asgi_llm_guard.testing import Behaviour, FakeProvider, Price
+from asgi_llm_guard.testing import Behaviour, FakeProvider, Price, asgi_client
 
 ASKED: Any = [{"role": "user", "content": HELLO}]
 ONCE = RequestOptions(max_retries=0)
@@ -41,8 +41,16 @@ def test_chat(provider: FakeProvider, client: cohere.ClientV2) -> None:
     assert part.text == "one two"
     usage: Any = answer.usage
     assert (usage.tokens.input_tokens, usage.tokens.output_tokens, usage.cached_tokens) == (100.0, 2.0, 40.0)
-    assert isinstance(usage.tokens.input_tokens, float)
     assert provider.bill[0].usage.total_tokens == 102
+
+
+@pytest.mark.anyio
+async def test_numbers_have_a_decimal_point() -> None:
+    """On the wire every count is a floating number."""
+    async with asgi_client(FakeProvider()) as http:
+        answer = await http.post("/v2/chat", json={"model": "m", "messages": ASKED})
+
+    assert b'"input_tokens":13.0,"output_tokens":6.0' in answer.content
 
 
 def test_chat_stream(provider: FakeProvider, client: cohere.ClientV2) -> None:
