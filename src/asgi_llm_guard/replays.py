@@ -52,8 +52,11 @@ _decode = msgspec.msgpack.Decoder(KeptResponse).decode
 class Replays:
     """The answers of one guard's routes."""
 
-    def __init__(self, storage: Storage, new_id: Callable[[], str], *, wait_s: float = _WAIT_S) -> None:
-        """`wait_s`: so long a repetition waits for the answer to the first.
+    def __init__(
+        self, storage: Storage, new_id: Callable[[], str], *, wait_s: float = _WAIT_S, claim_ms: int = CLAIM_MS
+    ) -> None:
+        """`wait_s`: so long a repetition waits for the answer to the first. `claim_ms`: so long a worker that died
+        stands in the way.
 
         Raises:
             ConfigurationError: the storage cannot keep answers.
@@ -66,6 +69,7 @@ class Replays:
         self.flights = Flights(storage.entries(_SPACE, bounds))
         self._new_id = new_id
         self._wait_s = wait_s
+        self._claim_ms = claim_ms
 
     async def begin(
         self,
@@ -94,7 +98,7 @@ class Replays:
             _log.warning("idempotency: the storage does not answer; a request with a key was refused", exc_info=True)
             return _refusal("guard_unavailable", "the storage does not answer; send the request again")
         if isinstance(found, str):
-            return Lead(self.flights, (entry, found, note), ttl_ms, dialect, scope["path"])
+            return Lead(self.flights, Claim(entry, found, note, self._claim_ms), ttl_ms, dialect, scope["path"])
         return found
 
     async def _join(self, entry: str, note: str) -> str | KeptResponse | Refusal:
@@ -102,7 +106,7 @@ class Replays:
         token = self._new_id()
         wait_s = self._wait_s if self.flights.waiting < _MOST_WAITING else 0.0
         try:
-            found = await self.flights.join(entry, token, claim_ms=CLAIM_MS, wait_s=wait_s, note=note)
+            found = await self.flights.join(entry, token, claim_ms=self._claim_ms, wait_s=wait_s, note=note)
         except asyncio.CancelledError:  # the storage may have given the lead all the same
             with contextlib.suppress(StorageError):
                 await self.flights.abandon(entry, token)
@@ -120,20 +124,26 @@ class Replays:
         return token
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """The right to make the answer of an entry."""
+
+    entry: str
+    token: str
+    note: str
+    """What the entry stands for."""
+    lasts_ms: int
+
+
 class Lead:
     """The request that is made for a key. Must be closed."""
 
     __slots__ = (
-        "_dialect", "_entry", "_flights", "_headers", "_note", "_path", "_pieces", "_renewing", "_room",
-        "_status", "_token", "_ttl_ms", "_whole",
+        "_claim", "_dialect", "_flights", "_headers", "_path", "_pieces", "_renewing", "_room", "_status", "_ttl_ms", "_whole",
     )  # fmt: skip
 
-    def __init__(
-        self, flights: Flights, claim: tuple[str, str, str], ttl_ms: int, dialect: Dialect | None, path: str
-    ) -> None:
-        """`claim`: the entry, the token that leads, and what it stands for."""
+    def __init__(self, flights: Flights, claim: Claim, ttl_ms: int, dialect: Dialect | None, path: str) -> None:
         self._flights = flights
-        self._entry, self._token, self._note = claim
+        self._claim = claim
         self._ttl_ms = ttl_ms
         self._dialect = dialect
         self._path = path
@@ -161,9 +171,9 @@ class Lead:
         try:
             if keep:
                 value = _encode(KeptResponse(self._status, kept_headers(self._headers), body))
-                await self._flights.store(self._entry, self._token, value, ttl_ms=self._ttl_ms)
+                await self._flights.store(self._claim.entry, self._claim.token, value, ttl_ms=self._ttl_ms)
             else:
-                await self._flights.abandon(self._entry, self._token)
+                await self._flights.abandon(self._claim.entry, self._claim.token)
         except StorageError:
             _log.warning("idempotency: an answer could not be kept; a repetition will be made anew", exc_info=True)
 
@@ -196,10 +206,11 @@ class Lead:
         return answer.kind == "success" and answer.finished
 
     async def _renew(self) -> None:
+        claim = self._claim
         while True:
-            await asyncio.sleep(CLAIM_MS / 3000)
+            await asyncio.sleep(claim.lasts_ms / 3000)
             with contextlib.suppress(StorageError):  # the next time may do
-                await self._flights.entries.begin(self._entry, self._token, claim_ms=CLAIM_MS, note=self._note)
+                await self._flights.entries.begin(claim.entry, claim.token, claim_ms=claim.lasts_ms, note=claim.note)
 
 
 def _refusal(code: Any, message: str, status: int | None = None) -> Refusal:
