@@ -687,6 +687,8 @@ class Engine:
         """
         if self._loss_aware is None or (self._totals is not None and self.state != "lost"):
             return  # what is told where nothing was lost would count twice
+        if self.cache is not None:
+            await self.cache.forget_lost(self._loss_aware)  # what was revoked lately may be there again
         await self._loss_aware.accept_loss()
         if self._totals is not None:
             await self._follow(self._totals)  # before this, nothing is decided here: every call would do it, too

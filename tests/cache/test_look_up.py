@@ -489,6 +489,20 @@ async def test_a_storage_that_is_known_to_be_away_is_not_asked() -> None:
     assert outage.attempts == 0
 
 
+async def test_a_storage_that_was_rolled_back_gives_nothing() -> None:
+    """T6: what a storage has kept from before its data was lost is not given once the loss is accepted: what was revoked
+    lately may be among it. Answers that are kept elsewhere are."""
+    for own in (None, MemoryStorage()):
+        outage = OutageStorage(MemoryStorage())
+        client = Client(Guard([CacheScope()], storage=outage, cache=Cache(storage=own)))
+        await client.send(ADA)
+        outage.lose_data(MemoryStorage())
+        with pytest.raises(LimitExceeded):
+            await client.send(ADA)
+        await client.guard.accept_data_loss()
+        assert (await client.send(ADA)).hit == (own is not None)
+
+
 async def test_kept_answers_survive_an_outage_of_the_counters() -> None:
     """C14: answers that are kept elsewhere are given while the counters are away, whose policies then decide on rates."""
     outage = OutageStorage(MemoryStorage())

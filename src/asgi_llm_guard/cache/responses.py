@@ -69,6 +69,7 @@ class ResponseCache:
             raise ConfigurationError(f"cache: expected a Cache such as Cache(ttl='1h'), got {settings!r}")
         storage = storage if settings.storage is None else settings.storage
         self.settings = settings
+        self._storage = storage
         self._interruptible = storage if isinstance(storage, Interruptible) else None
         self.flights = Flights(keeper("cache", storage).entries(_SPACE, settings.bounds))
         self._counts: Counter[str] = Counter()
@@ -243,6 +244,15 @@ class ResponseCache:
             StorageError: as `revoke`.
         """
         await self.flights.entries.bump(name_digest(_EVERYTHING))
+
+    async def forget_lost(self, storage: object) -> None:
+        """`storage` was flushed or rolled back: if answers are kept there, none of before is given.
+
+        Raises:
+            StorageError: as `revoke`.
+        """
+        if storage is self._storage:
+            await self.clear()
 
     def stats(self) -> dict[str, int | dict[str, int]]:
         """What this process has seen: `hits` (`waited` of them for another call), `misses`, `passed` without a look,
