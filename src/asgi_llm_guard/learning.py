@@ -76,7 +76,7 @@ class LearnedOutput:
             if lengths is None:
                 if len(self._seen) >= self._keys:
                     self._seen.popitem(last=False)
-                lengths = self._seen[key] = _Lengths()
+                lengths = self._seen[key] = _Lengths(now_ms)
             else:
                 self._seen.move_to_end(key)
             lengths.add(bucket, now_ms)
@@ -94,10 +94,9 @@ class _Lengths:
 
     __slots__ = ("_before", "_counts", "_due", "_known", "_period", "_total", "_total_before")
 
-    def __init__(self) -> None:
-        self._period = 0
-        self._counts = array("Q", bytes(8 * (_CUT + 1)))
-        self._before = self._counts[:]
+    def __init__(self, now_ms: int) -> None:
+        self._period = now_ms // _PERIOD_MS
+        self._counts, self._before = _no_counts(), _no_counts()
         self._total = self._total_before = 0
         self._due = 0
         """What is known holds until so many were seen."""
@@ -131,11 +130,14 @@ class _Lengths:
         if period <= self._period:
             return
         one_later = period == self._period + 1
-        empty = array("Q", bytes(8 * (_CUT + 1)))
-        self._before = self._counts if one_later else empty[:]
+        self._before = self._counts if one_later else _no_counts()
         self._total_before = self._total if one_later else 0
-        self._counts, self._total = empty, 0
+        self._counts, self._total = _no_counts(), 0
         self._period, self._due = period, 0
+
+
+def _no_counts() -> array[int]:
+    return array("Q", bytes(8 * (_CUT + 1)))
 
 
 def _bucket(tokens: int) -> int:
