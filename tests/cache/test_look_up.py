@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from tests.cache.kit import ADA, BOB, MODEL, USAGE, Client, answer_of, ask_for, cache_of, chat, text_of
@@ -149,6 +150,17 @@ async def test_a_hit_gives_the_hold_around_it_back() -> None:
             assert await used(client.guard, "nanousd") == 27_000
         assert await used(client.guard, "calls") == 1
     assert [record.outcome for record in await client.guard.storage.records()] == ["measured", "cached"]
+
+
+async def test_a_hit_frees_the_slot_around_it() -> None:
+    """Conformance 60: the slot that was taken for a call is free once the call turns out to be a hit."""
+    client = caching(Concurrency(1, per="caller", counts="calls"))
+    described: dict[str, Any] = {"model": MODEL, "input_tokens": 1_000, "max_output_tokens": 100}
+    await client.send(ADA)
+    async with client.guard.open(ADA), client.guard.call(**described):
+        assert (await client.send_inside(ask_for())).hit
+        async with client.guard.open(ADA), client.guard.call(**described) as another:
+            another.record(USAGE)
 
 
 async def test_a_hit_that_is_refused_leaves_the_hold_around_it() -> None:

@@ -110,3 +110,18 @@ async def test_a_leader_in_another_thread_wakes_its_followers(entries: Entries) 
     await flights.store("k", "leader", b"v", ttl_ms=TTL_MS)
     await asyncio.to_thread(thread.join)
     assert found == [Kept(b"v", "", 0)]
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+async def test_leaders_wake_their_followers_at_once(entries: Entries) -> None:
+    """A follower of this process does not wait for its next look at the store."""
+    flights = Flights(entries)
+    for end in (flights.store("k", "leader", b"v", ttl_ms=TTL_MS), flights.abandon("k", "leader")):
+        await entries.forget("k")
+        await join(flights, "leader")
+        follower = asyncio.create_task(join(flights, "follower"))
+        await until_waiting(flights, 1)
+        await end
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert follower.done()
