@@ -36,7 +36,8 @@ class Behaviour:
     """All input, cache reads and writes included. `None`: counted from the messages, and at least what the cache
     has of it; see `FakeProvider`."""
     cache_read_tokens: int = 0
-    """Included in the input, as are those that are written."""
+    """Included in the input, as are those that are written. What an API does not tell apart, as most do not tell of
+    writes, is input like the rest of it; see `Speech.buckets`."""
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
     """Included in `cache_write_tokens`: those with the longer lifetime."""

@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 
@@ -46,6 +46,7 @@ NOWHERE: Final = re.compile(r"(?!)")
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
 
+Bucket = Literal["cache_read", "cache_write", "cache_write_1h", "reasoning"]
 Troubles = Mapping[Trouble, tuple[int, str | None, str]]
 """Status, code and message of each."""
 
@@ -99,6 +100,8 @@ class Speech(ABC):
     platform: ClassVar[str] = ""
     free: ClassVar[bool] = False
     """Whether it generates nothing, and is not a call."""
+    buckets: ClassVar[frozenset[Bucket]] = frozenset({"cache_read", "cache_write", "cache_write_1h", "reasoning"})
+    """What the API tells apart, and so prices apart: other parts of input and output are like the rest of it."""
     id_prefix: ClassVar[str] = ""
     id_header: ClassVar[str] = ""
     """Where an answer's id stands; empty: nowhere."""
@@ -122,13 +125,14 @@ class Speech(ABC):
 
     def consumed(self, sale: Sale) -> Usage:
         """What has been used so far, to be billed."""
+        behaviour, buckets = sale.behaviour, self.buckets
         return Usage(
             input_tokens=sale.input_tokens,
             output_tokens=sale.produced + sale.reasoning_tokens,
-            cache_read_tokens=sale.behaviour.cache_read_tokens,
-            cache_write_tokens=sale.behaviour.cache_write_tokens,
-            cache_write_1h_tokens=sale.behaviour.cache_write_1h_tokens,
-            reasoning_tokens=sale.reasoning_tokens,
+            cache_read_tokens=behaviour.cache_read_tokens if "cache_read" in buckets else 0,
+            cache_write_tokens=behaviour.cache_write_tokens if "cache_write" in buckets else 0,
+            cache_write_1h_tokens=behaviour.cache_write_1h_tokens if "cache_write_1h" in buckets else 0,
+            reasoning_tokens=sale.reasoning_tokens if "reasoning" in buckets else 0,
             model=sale.model,
         )
 

@@ -78,6 +78,7 @@ class BedrockConverse(Bedrock):
     """The same words for every model. The answer does not name the model; a stream says last what it used."""
 
     dialect = "bedrock_converse"
+    buckets = frozenset({"cache_read", "cache_write", "cache_write_1h"})
     path = re.compile(r"/model/(?P<model>.+)/(?P<method>converse|converse-stream)")
     broken = frame(b'{"delta":', {":event-type": "contentBlockDelta", ":message-type": "event"})
 
@@ -240,6 +241,7 @@ class BedrockLlama(_Invoke):
     """InvokeModel of a Llama, and of whatever else is no Claude: a prompt, and what follows it."""
 
     dialect = "bedrock_llama"
+    buckets = frozenset()
     path = re.compile(r"/model/(?P<model>.+)/(?P<method>invoke|invoke-with-response-stream)")
 
     def read(self, call: Call) -> FakeRequest:

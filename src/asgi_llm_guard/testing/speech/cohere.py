@@ -49,6 +49,7 @@ class Cohere(Speech):
 
 class CohereChat(Cohere, Streaming):
     dialect = "cohere_chat"
+    buckets = frozenset({"cache_read"})
     path = re.compile(r"/v2/chat")
     broken = b'event: content-delta\ndata: {"type":\n\n'
 

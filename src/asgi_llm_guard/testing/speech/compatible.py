@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from asgi_llm_guard.testing.sale import Sale
-from asgi_llm_guard.testing.speech.base import CREATED, NOWHERE, Fault, event
+from asgi_llm_guard.testing.speech.base import CREATED, NOWHERE, Fault, Troubles, event
 from asgi_llm_guard.testing.speech.openai_chat import OpenAIChat
 from asgi_llm_guard.usage import Usage
 
@@ -70,6 +70,15 @@ class OpenRouterChat(OpenAIChat):
     path = re.compile(r"/api/v1/chat/completions")
     shared_path = OpenAIChat.path
     platform = "openrouter"
+    troubles: ClassVar[Troubles] = {
+        **OpenAIChat.troubles,
+        "quota": (402, "openrouter_credits", "This account has no credits left."),
+        "context": (
+            400,
+            None,
+            "This endpoint's maximum context length is 8192 tokens. However, you requested about 9000",
+        ),
+    }
     id_prefix = "gen-"
 
     def tells(self, sale: Sale) -> bool:
@@ -91,7 +100,7 @@ class OpenRouterChat(OpenAIChat):
         return event({**self.chunk(sale, 0, {"content": ""}, finish="error"), "error": error})
 
     def error_body(self, fault: Fault) -> dict[str, object]:
-        return {"error": {"code": fault.status, "message": fault.message, "metadata": {"reason": fault.code}}}
+        return {"error": {"code": fault.status, "message": fault.message, "metadata": {"limit_source": fault.code}}}
 
 
 class VllmChat(OpenAIChat):
@@ -121,6 +130,7 @@ class GeminiCompatibleChat(OpenAIChat):
     """Gemini behind OpenAI's paths: reasoning is in the total alone, and errors come in a list."""
 
     dialect = "gemini_chat"
+    buckets = frozenset({"cache_read", "reasoning"})
     path = re.compile(
         r"/v1(?:beta|alpha)?/(?:projects/.+/endpoints/)?openapi/chat/completions|/v1beta/openai/chat/completions"
     )

@@ -54,6 +54,7 @@ class GeminiContent(Streaming):
     """Every chunk of a stream says what was used so far. Thoughts are counted apart from the answer."""
 
     dialect = "gemini_content"
+    buckets = frozenset({"cache_read", "reasoning"})
     path = re.compile(_MODEL + r":(?P<method>generateContent|streamGenerateContent)")
     id_prefix = "gemini-"
     broken = b'data: {"candidates":\r\n\r\n'

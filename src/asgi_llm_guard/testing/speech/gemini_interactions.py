@@ -52,6 +52,7 @@ def _texts(body: Mapping[str, Any]) -> tuple[str, ...]:
 
 class GeminiInteractions(Streaming):
     dialect = "gemini_interactions"
+    buckets = frozenset({"cache_read", "reasoning"})
     path = re.compile(r"/v1\w*/interactions")
     id_prefix = "interaction-"
     broken = b'event: step.delta\ndata: {"event_type":\n\n'

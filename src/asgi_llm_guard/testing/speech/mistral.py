@@ -15,6 +15,7 @@ __all__ = ["MistralChat"]
 
 class MistralChat(OpenAIChat):
     dialect = "mistral_chat"
+    buckets = frozenset({"cache_read"})
     path = NOWHERE
     shared_path = OpenAIChat.path
     platform = "mistral"

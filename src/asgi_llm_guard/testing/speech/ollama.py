@@ -30,6 +30,7 @@ class Ollama(Streaming):
     """What both have in common."""
 
     stream_type = "application/x-ndjson"
+    buckets = frozenset()
     id_prefix = "ollama-"
     broken = b'{"model":\n'
     troubles: ClassVar[Troubles] = {

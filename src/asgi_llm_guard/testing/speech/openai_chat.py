@@ -41,6 +41,7 @@ class OpenAI(Speech):
     """What OpenAI's APIs have in common."""
 
     id_header = "x-request-id"
+    buckets = frozenset({"cache_read", "cache_write", "reasoning"})
     troubles: ClassVar[Troubles] = {
         "rate_limit": (429, "rate_limit_exceeded", "Too many tokens per minute. Try again in a moment."),
         "quota": (429, "insufficient_quota", "The quota of this account is used up. See your plan."),

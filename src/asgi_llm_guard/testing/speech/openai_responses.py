@@ -33,6 +33,7 @@ def _item(item: Mapping[str, Any]) -> str:
 
 class OpenAIResponses(OpenAI, Streaming):
     dialect = "openai_responses"
+    buckets = Streaming.buckets
     path = re.compile(r"(?:/openai)?(?:/v1)?/responses")
     id_prefix = "resp_"
     broken = b'event: response.created\ndata: {"type":\n\n'
