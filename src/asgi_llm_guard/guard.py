@@ -49,6 +49,7 @@ from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Guard:
         max_overage: a reported usage of more than so many times what was held is not believed: that much is
             charged, and a `UsageAnomaly` tells of it. Where the hold was an assumption, what the model can take and
             give is believed in any case. `None`: every report is.
+        streams: what holds for streamed answers (`docs/streams.md`): deadlines, and what becomes of one that is longer
+            than what can be held for it. `None`: there are none, and it goes on.
         disclose: `owned`: refusals show limits and counts of scopes that the caller owns; `all`: of all.
         on_data_loss: what to do when the storage was flushed or rolled back (`docs/outages.md`): `deny` every
             call until `accept_data_loss`, `accept` and begin at zero, or `rebuild` from what this process knows.
@@ -125,6 +128,7 @@ class Guard:
         hold_wait_s: float = 0.25,
         max_waiting: int = 1000,
         max_overage: int | None = 10,
+        streams: StreamRules | None = None,
         disclose: Literal["owned", "all"] = "owned",
         on_data_loss: OnDataLoss = "deny",
         statuses: Mapping[str, int] | None = None,
@@ -159,6 +163,9 @@ class Guard:
             _whole("assumed_output_tokens", assumed_output_tokens)
         if max_overage is not None:
             _whole("max_overage", max_overage)
+        if streams is not None and not isinstance(streams, StreamRules):
+            raise ConfigurationError(f"streams: expected StreamRules such as StreamRules(cut=True), got {streams!r}")
+        self.streams = streams or StreamRules()
         if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
             raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
         self.clock = clock or SystemClock()

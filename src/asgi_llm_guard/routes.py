@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.idempotency import ttl_ms
 from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.stream_rules import StreamRules
 
 __all__ = ["Route", "RouteTable", "normalise", "route_path"]
 
@@ -59,7 +60,14 @@ class Route:
     """Give the answer again to a verified caller that repeats its request with the same `Idempotency-Key`: for a day,
     or for a time such as `"1h"`. Requests with a key are read as a whole."""
 
+    streams: StreamRules | None = None
+    """What holds for streamed answers; `None`: the guard's."""
+
     def __post_init__(self) -> None:
+        if self.streams is not None and not isinstance(self.streams, StreamRules):
+            raise ConfigurationError(
+                f"Route {self.path}: streams must be StreamRules such as StreamRules(cut=True), got {self.streams!r}"
+            )
         if not isinstance(self.path, str) or not self.path.startswith("/"):
             raise ConfigurationError(f"Route: the path must start with '/', got {self.path!r}")
         if re.search(r"[{}*]", _PARAMETER.sub("", self.path)):

@@ -72,6 +72,7 @@ from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.routes import Route, RouteTable
 from asgi_llm_guard.storage import open_storage
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.wire import dialect_named
 
 __all__ = [
@@ -221,6 +222,19 @@ class PolicySettings(_Arguments):
         return cast("Policy", policy.shadow() if self.shadow else policy)
 
 
+class StreamSettings(_Arguments):
+    """`[streams]`, or `streams` of a route: the arguments of `StreamRules`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StreamSettings:
+        self.build()
+        return self
+
+    def build(self) -> StreamRules:
+        """The rules."""
+        return cast("StreamRules", _construct(StreamRules, self.arguments()))
+
+
 class RouteSettings(_Arguments):
     """One `[[routes]]` table: the arguments of `Route`."""
 
@@ -228,6 +242,7 @@ class RouteSettings(_Arguments):
     """As `Route`; `none` for routes whose bodies are not read."""
     extra: list[PolicySettings] = []
     session: _Sources | None = None
+    streams: StreamSettings | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RouteSettings:
@@ -243,10 +258,11 @@ class RouteSettings(_Arguments):
             _construct(
                 Route,
                 self.arguments(),
-                also=("dialect", "extra", "session"),
+                also=("dialect", "extra", "session", "streams"),
                 dialect=None if self.dialect == "none" else self.dialect,
                 extra=[policy.build(book) for policy in self.extra],
                 session=None if self.session is None else _extractor(self.session),
+                streams=None if self.streams is None else self.streams.build(),
             ),
         )
 
@@ -506,6 +522,7 @@ class GuardSettings(BaseSettings):
     identity: Annotated[_IdentitySettings, Field(discriminator="kind")] | None = None
     session: _Sources | None = None
     prices: PriceSettings | None = None
+    streams: StreamSettings | None = None
     cache: CacheSettings | None = None
     routes: list[RouteSettings] | None = None
     exempt: list[str] = []
@@ -630,6 +647,8 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
             arguments["identity"] = settings.identity.build(settings.directory)
     if settings.session is not None:
         arguments["session"] = _extractor(settings.session)
+    if settings.streams is not None:
+        arguments["streams"] = settings.streams.build()
     if settings.prices is not None:
         with _named(settings, "prices"):
             arguments["prices"] = settings.prices.build(settings.directory)

@@ -32,6 +32,16 @@ class StreamRules:
     """When the client leaves, or the stream was cut: `close` it, and charge what was counted; or `read` it to its end
     in the background, to charge what it reports. Within `total_s`, which `read` must have."""
 
+    @property
+    def timed(self) -> bool:
+        """Whether there is a deadline."""
+        return self.idle_s is not None or self.total_s is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is more to do than to meter a stream and to hold for it."""
+        return self.cut or self.timed
+
     def __post_init__(self) -> None:
         for name in ("idle_s", "total_s"):
             value = getattr(self, name)

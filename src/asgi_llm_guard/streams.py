@@ -86,7 +86,7 @@ class StreamGuard:
         self._call = call
         self._ending = ending
         self._time = time
-        self._timed = rules.idle_s is not None or rules.total_s is not None
+        self._timed = rules.timed
         self._began = self._last = time() if self._timed else 0.0
         self._reports = False
         self._at = _NEVER

@@ -29,6 +29,7 @@ from asgi_llm_guard.identity import (
 from asgi_llm_guard.settings import GuardSettings, build_guard_arguments, build_middleware_arguments, load_settings
 from asgi_llm_guard.storage.entries import Bounds
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.stream_rules import StreamRules
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 SECRET = "canary: a pepper that is long enough"
@@ -104,6 +105,8 @@ def test_example(tmp_path: Path) -> None:
     assert (chat.path, chat.methods, chat.dialect, chat.clamp) == ("/v1/chat/completions", ["POST"], "auto", True)
     assert (agents.path, agents.dialect, agents.session) == ("/agents/{name}", None, first_of(header("x-run-id")))
     assert [policy.name for policy in agents.extra] == ["agent_iterations"]
+    assert arguments["streams"] == StreamRules(idle_s=60, total_s=600, drain="close")
+    assert (chat.streams, agents.streams) == (StreamRules(cut=True), None)
     assert middleware == {"exempt": ["/health"], "unlisted": "pass", "rate_limit_headers": True}
 
 
@@ -484,7 +487,7 @@ def test_one_book(tmp_path: Path) -> None:
         ("[[routes]]\nclamp = true", r"routes\[0\].path: is missing"),
         (
             '[[routes]]\npath = "/"\ncolour = 1',
-            r"routes\[0\].colour: unknown key; expected one of dialect, extra, session, path",
+            r"routes\[0\].colour: unknown key; expected one of dialect, extra, session, streams, path",
         ),
         ('[[routes]]\npath = "/"\ndialect = "klingon"', r"routes\[0\]: .*klingon"),
         (

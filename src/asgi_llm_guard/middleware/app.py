@@ -204,8 +204,11 @@ class GuardMiddleware:
         plan = self._plans.get(id(route))  # the table keeps every route alive
         if plan is None:
             plan = Plan(
-                route, self.guard.engine.bind(route.extra), route.session is not None or self.guard.session_declared,
+                route,
+                self.guard.engine.bind(route.extra),
+                route.session is not None or self.guard.session_declared,
                 ttl_ms(route.idempotency, name=f"Route {route.path}"),
+                route.streams or self.guard.streams,
             )
             self._plans[id(route)] = plan
         return plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -24,13 +26,18 @@ from asgi_llm_guard.middleware.answers import (
     refuse,
     unidentified,
 )
+from asgi_llm_guard.middleware.relay import Relay, is_cut_off
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.replays import Lead
 from asgi_llm_guard.routes import Route
+from asgi_llm_guard.stream_rules import StreamRules
+from asgi_llm_guard.streams import StreamGuard
 from asgi_llm_guard.wire import is_readable
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
 from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.meters import Opaque
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.refusals import container_of, stream_error
 
 if TYPE_CHECKING:
     from asgi_llm_guard.middleware.app import GuardMiddleware
@@ -40,6 +47,7 @@ __all__ = ["STATE_KEY", "ClientLeft", "GuardedRequest", "Plan", "finished", "is_
 STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
 
+_STREAMS: Final = re.compile(rb"text/event-stream|application/(x-)?(ndjson|jsonl)|.*eventstream", re.IGNORECASE)
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -51,6 +59,7 @@ class Plan(msgspec.Struct, frozen=True):
     session_declared: bool
     replay_ms: int | None
     """How long answers are kept for their idempotency keys; `None`: not at all."""
+    streams: StreamRules
 
 
 class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
@@ -80,10 +89,12 @@ class GuardedRequest:
         "middleware",
         "plan",
         "receive",
+        "relay",
         "replayed",
         "scope",
         "send",
         "status",
+        "stream",
         "strip",
         "view",
     )
@@ -115,6 +126,8 @@ class GuardedRequest:
         self.status = 0
         self.strip = False
         self.meter: Meter | None = None
+        self.relay: Relay | None = None
+        self.stream: StreamGuard | None = None
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.left: int | None = None
         self.fed = False
@@ -254,9 +267,11 @@ class GuardedRequest:
         try:
             if self.ask is not None and (self.plan.route.clamp or self.plan.route.inject_usage):
                 self._rewrite(wants_usage=self.ask.wants_usage, stream=self.ask.stream)
-            await self.middleware.app(self.scope, receive, page.send)
+            await self._run(receive, page.send)
             await page.flush()
         except Exception as error:
+            if self.relay is not None and self.relay.gone and is_cut_off(error):
+                return
             refusal = refusal_behind(error)
             if refusal is None or page.started:
                 await page.flush()
@@ -274,6 +289,15 @@ class GuardedRequest:
             finally:
                 await finished(self.guard, admission)
 
+    async def _run(self, receive: Receive, send: Send) -> None:
+        app, rules = self.middleware.app, self.plan.streams
+        if not rules.watches:
+            await app(self.scope, receive, send)
+            return
+        self.relay = Relay(rules, self.send, self._settle)
+        watched = self.relay.receive_from(receive)
+        await self.relay.run(lambda: app(self.scope, watched, send))
+
     async def _replay(self) -> Message:
         if self.replayed:
             return await self.receive()
@@ -283,8 +307,15 @@ class GuardedRequest:
     async def _send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.body":
-            if self.meter is not None:
-                message = self._metered(message)
+            if self.stream is not None:
+                if self.relay is not None:
+                    await self.relay.pass_on(message)
+                    return
+                message = self._metered(message, self.stream)
+                if self.stream.wants_growth:
+                    await self.stream.grow()
+            elif self.meter is not None:
+                message = self._metered(message, self.meter)
             if not self.done and (not message.get("more_body", False) or self._is_whole(message)):
                 # Handed over before the client can see the end: its next request finds this one settled.
                 self._end()
@@ -300,17 +331,44 @@ class GuardedRequest:
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
         headers = list(message.get("headers", ()))
-        if self.dialect is not None and (self.strip or not admission.seen):
+        streamed = self._is_streamed(headers)
+        if self.dialect is not None and (self.strip or not admission.seen or (streamed and self.relay is not None)):
             self._start_meter(headers)
-            if self.strip and self.meter is not None:
-                headers = [header for header in headers if header[0].lower() != b"content-length"]
-                message["headers"] = headers
+        if streamed:
+            self._start_stream(headers, admission)
+        if (self.strip and self.meter is not None) or (self.stream is not None and self.relay is not None):
+            headers = [header for header in headers if header[0].lower() != b"content-length"]
+            message["headers"] = headers  # it may come to have another length
         if self.middleware.sends_fields and admission.receipts:
             headers += rate_limit_headers(
                 admission.receipts, self.guard.clock.now_ms(), disclose=self.guard.engine.disclose
             )
             message["headers"] = headers
         self.headers = headers
+
+    def _is_streamed(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        if self.ask is not None:
+            return self.ask.stream
+        if self.relay is None:
+            return False
+        return any(name.lower() == b"content-type" and _STREAMS.match(value) for name, value in headers)
+
+    def _start_stream(self, headers: Sequence[tuple[bytes, bytes]], admission: Admission) -> None:
+        call = admission.root
+        if call is None or (self.meter is None and self.relay is None):
+            return
+        meter = self.meter or Opaque(Answer(kind="success"))
+        dialect = self.dialect.name if self.dialect is not None else None
+        container = container_of(Head(self.status, headers).header(b"content-type"))
+        self.stream = StreamGuard(
+            call,
+            meter,
+            self.plan.streams,
+            lambda denied: stream_error(denied, dialect, container),
+            time=asyncio.get_running_loop().time,
+        )
+        if self.relay is not None:
+            self.relay.begin(self.stream)
 
     def _is_whole(self, message: Message) -> bool:
         """Whether the client has all of a body whose length it was told, though the end is still to be sent."""
@@ -330,23 +388,26 @@ class GuardedRequest:
         if is_readable(head.header(b"content-type")):
             self.meter = self.dialect.meter(head, strip_usage=self.strip)
 
-    def _metered(self, message: Message) -> Message:
-        assert self.meter is not None  # noqa: S101 - asked for by `_send` only
+    def _metered(self, message: Message, meter: Meter | StreamGuard) -> Message:
         body: bytes = message.get("body", b"")
         self.fed |= bool(body)
-        forward = self.meter.feed(body)
+        forward = meter.feed(body)
         if not message.get("more_body", False):
-            forward += self.meter.finish()
+            forward += meter.finish()
         return message if forward is body else {**message, "body": forward}
 
-    def _answer(self) -> Answer | None:
-        return self.meter.answer() if self.meter is not None and self.fed else None
+    def _settle(self, complete: bool) -> None:
+        self._end(complete=complete)
 
-    def _end(self) -> None:
+    def _answer(self) -> Answer | None:
+        fed = self.fed or (self.stream is not None and self.stream.fed)
+        return self.meter.answer() if self.meter is not None and fed else None
+
+    def _end(self, *, complete: bool = True) -> None:
         self.done = True
         admission = self.admission
         assert admission is not None  # noqa: S101 - `admit` granted it
-        admission.end(self._answer(), status=self.status)
+        admission.end(self._answer(), status=self.status, complete=complete)
 
     async def replay(self, kept: KeptResponse) -> None:
         """Give an answer again."""
