@@ -89,7 +89,7 @@ class Client(ABC):
     async def stream(self, text: str, *, most: int | None = None) -> str:
         """A streamed answer; `most`: left after so many chunks."""
         if self.mode == "sync":
-            return await in_thread(lambda: self._stream(text, most))
+            return str(await in_thread(lambda: self._stream(text, most)))
         parts: list[str] = []
         stream = self.chunks(text)
         stream = await stream if asyncio.iscoroutine(stream) else stream
