@@ -120,7 +120,8 @@ def test_cut_is_at_the_border_of_an_event(sizes: list[int]) -> None:
         async with guard.open(CONTEXT):
             call = await opened(guard)
             guarded = stream(call)
-            chunks, at = [], 0
+            chunks: list[bytes] = []
+            at = 0
             while at < len(body):
                 size = sizes[len(chunks) % len(sizes)]
                 chunks.append(body[at : at + size])

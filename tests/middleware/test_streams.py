@@ -119,7 +119,7 @@ async def serve(
     """Serve one streamed answer; gives what the client got, and the record. Nothing is held afterwards."""
     server = server or Server()
     guard = Guard(
-        policies or [Budget("$1/1d"), Concurrency(1)],
+        policies or (Budget("$1/1d"), Concurrency(1)),
         storage=MemoryStorage(),
         prices=PRICES,
         hold_wait_s=0,
