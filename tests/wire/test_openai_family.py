@@ -572,3 +572,13 @@ def test_predictions_are_billed_beside_the_limit() -> None:
     assert not asked.limits_output
     assert ask("openai", prediction=prediction).max_output_tokens is None
     assert ask("openai", max_tokens=100, prediction=None) == ask("openai", max_tokens=100)
+
+
+def test_embeddings_write_nothing() -> None:
+    """Whatever a report says of output, nothing is generated; where only the total is told, it is the input."""
+    body = {"object": "list", "data": [], "usage": {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}}
+    embeddings = dialect_named("openai_embeddings")
+    for report, entered in (({"completion_tokens_details": {"reasoning_tokens": 5}}, 3), ({"prompt_tokens": None}, 11)):
+        usage = {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11, **report}
+        answer = embeddings.read_response(200, msgspec.json.encode({**body, "usage": usage}))
+        assert answer.usage == Usage(input_tokens=entered, output_tokens=0)

@@ -16,6 +16,7 @@ __all__ = ["MAX_BODY_BYTES", "Opaque", "Splitter", "Streamed", "Tally", "Whole"]
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """A body longer than this is forwarded unread."""
+_LARGE: Final = 16 * 1024
 
 
 class Splitter(Protocol):
@@ -132,21 +133,29 @@ class Streamed:
 class Whole:
     """The meter of a body that is read as one piece."""
 
-    __slots__ = ("_kept", "_read", "ended")
+    __slots__ = ("_kept", "_read", "_size", "_small", "ended")
 
     text_bytes: Final = 0
 
     def __init__(self, read: Callable[[bytes], Answer]) -> None:
-        self._kept: bytearray | None = bytearray()
+        self._kept: list[bytes] | None = []
+        self._small = bytearray()
+        self._size = 0
         self._read = read
         self.ended = False
 
     def feed(self, chunk: bytes) -> bytes:
         if self._kept is not None:
-            if len(self._kept) + len(chunk) > MAX_BODY_BYTES:
+            self._size += len(chunk)
+            if self._size > MAX_BODY_BYTES:
                 self._kept = None
-            else:
-                self._kept += chunk
+            elif len(chunk) >= _LARGE and not self._small:
+                self._kept.append(bytes(chunk))  # not copied
+            else:  # a list of very many small ones would take several times their bytes
+                self._small += chunk
+                if len(self._small) >= _LARGE:
+                    self._kept.append(bytes(self._small))
+                    self._small = bytearray()
         return chunk
 
     def cut(self, ending: bytes) -> bytes:  # noqa: ARG002 - see Meter: there is no place for it in a whole body
@@ -158,7 +167,7 @@ class Whole:
     def answer(self) -> Answer:
         if self._kept is None:
             return Answer(kind="success", finished=True, unread=1)
-        return self._read(bytes(self._kept))
+        return self._read(b"".join([*self._kept, self._small]))
 
 
 class Opaque:

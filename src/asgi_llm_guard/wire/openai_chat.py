@@ -13,7 +13,7 @@ import msgspec
 from asgi_llm_guard.wire.base import Answer, Ask
 from asgi_llm_guard.wire.openai_errors import classify, error_of, is_error
 from asgi_llm_guard.wire.openai_family import Family, FamilyTally, asking_for_usage, deployment, text_in, wants_usage
-from asgi_llm_guard.wire.openai_usage import completion_usage, usage_of
+from asgi_llm_guard.wire.openai_usage import completion_usage, milliseconds, usage_of
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import (
     LONGEST_NAME,
@@ -196,8 +196,8 @@ class _Report(msgspec.Struct):
     total_tokens: _Tokens | None = None
     prompt_tokens_details: _OfInput | None = None
     completion_tokens_details: _OfOutput | None = None
-    num_cached_tokens: None = None
-    prompt_audio_seconds: None = None
+    num_cached_tokens: _Tokens | None = None
+    prompt_audio_seconds: float | None = None
     cost: None = None
 
 
@@ -255,11 +255,12 @@ def _of_plain(completion: _Plain) -> Answer:
         report.prompt_tokens,
         report.completion_tokens,
         total=report.total_tokens,
-        cached=of_input.cached_tokens,
+        cached=report.num_cached_tokens if of_input.cached_tokens is None else of_input.cached_tokens,
         stored=of_input.cache_write_tokens,
         reasoning=of_output.reasoning_tokens,
         audio=(of_input.audio_tokens, of_output.audio_tokens),
         images=(of_input.image_tokens, of_output.image_tokens),
+        audio_ms=None if report.prompt_audio_seconds is None else milliseconds(report.prompt_audio_seconds),
         model=name_of(completion.model),
         tier=name_of(completion.service_tier),
     )

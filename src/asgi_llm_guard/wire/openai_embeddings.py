@@ -85,5 +85,12 @@ class _Tally(FamilyTally):
         entered = first_count(pick(report, "prompt_tokens"), pick(report, "total_tokens"))
         usage = completion_usage(report) or Usage()
         if entered is not None:
-            self.take_usage(msgspec.structs.replace(usage, input_tokens=entered, output_tokens=0))
+            self.take_usage(
+                Usage(
+                    input_tokens=entered,
+                    output_tokens=0,
+                    cache_read_tokens=usage.cache_read_tokens,
+                    reported_nanousd=usage.reported_nanousd,
+                )
+            )
         return True
