@@ -437,6 +437,8 @@ def test_stream_error_of_bedrock_is_a_frame() -> None:
         b":exception-type": b"throttlingException",
         b":content-type": b"application/json",
         b":message-type": b"exception",
+        b":error-code": b"ThrottlingException",
+        b":error-message": BUSY.message.encode(),
     }
     assert json.loads(frame[12 + head : -4])["message"] == BUSY.message
 

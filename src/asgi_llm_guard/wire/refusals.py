@@ -39,6 +39,8 @@ _JSON: Final = b"application/json"
 _PROBLEM: Final = b"application/problem+json"
 _TYPES: Final = "https://iana.org/assignments/http-problem-types#"
 _URI_SAFE: Final = "/:?#[]@!$&'()*+,;=%~"
+_HEADER_LETTERS: Final = 1024
+"""Of a message within an event stream's header, which has room for 32,767 bytes."""
 _REASON_BYTES: Final = 123
 """RFC 6455 §5.5: a control frame carries at most 125 bytes, two of which are the code."""
 
@@ -119,6 +121,9 @@ def stream_error(denied: Denied, dialect: str | None, container: Container | Non
 def _frame(denied: Denied) -> bytes:
     """An exception message of AWS's binary event streams.
 
+    Code and message are said in headers too: clients take them from there for exceptions that they do not expect in
+    a stream, such as that of a quota.
+
     Source: the Amazon event stream encoding: lengths, their CRC-32, headers (type 7 is text), payload, CRC-32.
     """
     kind = _BEDROCK_TYPES[_kind(denied.code)]
@@ -126,10 +131,12 @@ def _frame(denied: Denied) -> bytes:
         (":exception-type", kind[0].lower() + kind[1:]),
         (":content-type", "application/json"),
         (":message-type", "exception"),
+        (":error-code", kind),
+        (":error-message", denied.message[:_HEADER_LETTERS]),
     )
     headers = b"".join(
-        struct.pack(f">B{len(name)}sBH", len(name), name.encode("ascii"), 7, len(text)) + text.encode("ascii")
-        for name, text in texts
+        struct.pack(f">B{len(name)}sBH", len(name), name.encode("ascii"), 7, len(encoded)) + encoded
+        for name, encoded in ((name, text.encode("utf-8", "replace")) for name, text in texts)
     )
     payload = _json(_bedrock(denied, None))
     prelude = struct.pack(">II", 16 + len(headers) + len(payload), len(headers))
