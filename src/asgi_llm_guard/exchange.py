@@ -324,7 +324,7 @@ class Exchange:
                 return denied
         parent = self._scope if isinstance(self._scope, ActiveCall) else None
         policies = admission.policies if parent is None else parent.policies
-        clamps = _CLAMPS if self._hook.clamp else 0
+        clamps = _CLAMPS if self._hook.clamp and not self._signed else 0
         failed = admission.attempts.find(self._key)
         while True:
             if failed is not None:
@@ -378,8 +378,8 @@ class Exchange:
         more = hook.prompt_cache(self._admission.context)
         if not include and limit is None and not more:
             return
-        if self._outgoing.header(b"authorization").startswith(b"AWS4-"):
-            return  # the signature is of the body as it is
+        if self._signed:
+            return
         body = self._dialect.rewrite(view, include_usage=include, max_output_tokens=limit)
         self._strip = include and not ask.wants_usage and body is not self.body
         if more:
@@ -387,6 +387,11 @@ class Exchange:
         if body is not self.body:
             self.body = body
             self.rewritten = True
+
+    @property
+    def _signed(self) -> bool:
+        """The request is signed together with its body, which has to stay as it is."""
+        return self._outgoing.header(b"authorization").startswith(b"AWS4-")
 
     @property
     def plain(self) -> bool:
