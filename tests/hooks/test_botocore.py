@@ -11,6 +11,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError, EventStreamError
 from tests.exits.kit import CONTEXT, MAX_TOKENS, SLOTS, Settlements, Stage
@@ -18,13 +19,15 @@ from tests.hooks.kit import in_thread
 from tests.hooks.test_sdks import counted, ledger
 from urllib3.exceptions import ProtocolError
 
-from asgi_llm_guard import Budget, Concurrency, Guard, Iterations, ModelAllow, RateLimit
+from asgi_llm_guard import Budget, CacheScope, Concurrency, Context, Guard, Iterations, ModelAllow, RateLimit
+from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.integrations.botocore import guard_botocore
 from asgi_llm_guard.outcomes import refusal_of
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.testing import Behaviour, FakeProvider, FrozenClock, Price
 
 pytestmark = pytest.mark.anyio
@@ -74,7 +77,7 @@ STREAMS: tuple[Way, ...] = (converse_stream, invoke_stream)
 every_way = pytest.mark.parametrize("way", [*PLAIN, *STREAMS])
 
 
-def made(base_url: str, *, mode: str = "standard", attempts: int = 2) -> Any:
+def made(base_url: str, *, mode: str = "standard", attempts: int = 2, signature: Any = None) -> Any:
     """A client that is not guarded."""
     return boto3.client(
         "bedrock-runtime",
@@ -82,24 +85,26 @@ def made(base_url: str, *, mode: str = "standard", attempts: int = 2) -> Any:
         endpoint_url=base_url.removesuffix("/v1"),
         aws_access_key_id="any",
         aws_secret_access_key="any",
-        config=Config(retries={"mode": mode, "total_max_attempts": attempts}, proxies={}),
+        config=Config(retries={"mode": mode, "total_max_attempts": attempts}, proxies={}, signature_version=signature),
     )
 
 
 @asynccontextmanager
-async def on_stage(**options: Any) -> AsyncIterator[tuple[Stage, Any]]:
+async def on_stage(hook: Any = None, cache: Cache | None = None, **options: Any) -> AsyncIterator[tuple[Stage, Any]]:
     """A stage, and a guarded client of its provider."""
     clock = FrozenClock(1_800_000_000_000)
     provider = FakeProvider(prices=BILL)
     settlements = Settlements()
-    policies = (Iterations(1_000), Budget("$10/1d", per="global"), Concurrency(SLOTS, per="global", counts="calls"))
+    slots = Concurrency(SLOTS, per="global", counts="calls")
+    policies: list[Policy] = [Iterations(1_000), Budget("$10/1d", per="global"), slots]
+    if cache is not None:
+        policies.append(CacheScope())
+    storage = MemoryStorage(clock=clock)
     async with (
         provider.serve() as base_url,
-        Guard(
-            policies, storage=MemoryStorage(clock=clock), clock=clock, prices=PRICES, observers=[settlements]
-        ) as guard,
+        Guard(policies, storage=storage, clock=clock, prices=PRICES, observers=[settlements], cache=cache) as guard,
     ):
-        client = guard_botocore(guard, made(base_url, **options))
+        client = guard_botocore(guard, made(base_url, **options), **(hook or {}))
         try:
             yield Stage(guard.storage, provider, base_url, guard, settlements), client
         finally:
@@ -390,6 +395,97 @@ async def test_outside_an_admission() -> None:
             elsewhere = guard_botocore(stage.guard, made(stage.base_url), context=CONTEXT, hosts=["bedrock.example"])
             await in_thread(lambda: converse(elsewhere))
         assert len(await ledger(stage)) == 1
+
+
+ROOM = Budget("$0.001/1d", name="room")  # 500 tokens
+
+
+@pytest.mark.parametrize("signature", [None, UNSIGNED])
+async def test_clamped(signature: Any) -> None:
+    """A limit is lowered to what fits where the body is not signed; a signed one is sent as it is, or refused."""
+    limit = {"maxTokens": 5_000}
+
+    def ask(client: Any) -> str:
+        answer = client.converse(modelId=MODEL, messages=MESSAGES, inferenceConfig=limit)
+        return str(answer["output"]["message"]["content"][0]["text"])
+
+    async with on_stage({"clamp": True}, signature=signature) as (stage, client):
+        if signature is None:
+            with pytest.raises(ClientError, match="room"):
+                await asked(stage, client, ask, (ROOM,))
+            assert stage.provider.calls == 0
+        else:
+            assert await asked(stage, client, ask, (ROOM,)) == f"Echo: {TEXT}"
+            (sent,) = stage.provider.requests
+            assert 0 < sent.body["inferenceConfig"]["maxTokens"] < 500
+        await ledger(stage)
+
+
+def unlimited(client: Any) -> str:
+    with closing(client.converse_stream(modelId=MODEL, messages=MESSAGES)["stream"]) as events:
+        return "".join(event["contentBlockDelta"]["delta"]["text"] for event in events if "contentBlockDelta" in event)
+
+
+async def test_stream_that_is_cut() -> None:
+    """A stream that has used up what can be held for it ends with an exception of Bedrock's, and is charged."""
+    hook = {"assumed_output_tokens": 100, "streams": StreamRules(cut=True)}
+    async with on_stage(hook) as (stage, client):
+        stage.provider.script(Behaviour.answer(output_tokens=4_000))
+        with pytest.raises(EventStreamError, match=r"\(ServiceQuotaExceededException\).*room"):
+            await asked(stage, client, unlimited, (ROOM,))
+
+        await gone(stage)
+        (record,) = await stage.storage.records()
+        assert record.outcome == "estimated"
+        assert await stage.storage.open_holds() == 0
+
+
+async def test_stream_that_grows() -> None:
+    """A stream that lasts longer than expected holds more while it lasts, and is charged what it used."""
+    async with on_stage({"assumed_output_tokens": 100, "streams": StreamRules(cut=True)}) as (stage, client):
+        stage.provider.script(Behaviour.answer(output_tokens=2_000))
+        assert len((await asked(stage, client, unlimited)).split()) == 2_000
+        await ledger(stage)
+
+
+async def test_deadline() -> None:
+    """A deadline shows with the next part that comes: an exception of Bedrock's ends the stream."""
+    async with on_stage({"streams": StreamRules(total_s=1e-6)}) as (stage, client):
+        with pytest.raises(EventStreamError, match=r"\(serviceUnavailableException\).*ended"):
+            await asked(stage, client, converse_stream)
+        await gone(stage)
+        await ledger(stage, exact=False)
+
+
+async def test_left_and_read_to_its_end() -> None:
+    """With `drain="read"` a stream that its client leaves is read to its end, and charged what it reports."""
+
+    def first(client: Any) -> str:
+        with closing(stream_of(client)) as events:
+            return str(next(iter(events)))
+
+    async with on_stage({"streams": StreamRules(drain="read", total_s=30)}) as (stage, client):
+        stage.provider.script(Behaviour.slow())
+        stage.provider.release(2)
+        await asked(stage, client, first)
+        stage.provider.release()
+        await gone(stage)
+
+        (record,) = await ledger(stage)
+        assert record.outcome == "measured"
+        assert stage.provider.disconnects == 0
+
+
+@pytest.mark.parametrize("way", PLAIN)
+async def test_kept(way: Way) -> None:
+    """C14: what was answered once is given again to the same caller: nothing is sent, and nothing is charged."""
+    async with on_stage(cache=Cache(ttl="1h", streams=True)) as (stage, client):
+        for _ in range(2):
+            async with stage.guard.open(Context(caller="ada", session="s")):
+                assert await in_thread(lambda: way(client)) == f"Echo: {TEXT}"
+
+        assert stage.provider.calls == 1
+        assert [record.outcome for record in await ledger(stage)] == ["measured", "cached"]
 
 
 async def test_free_operations_pass() -> None:

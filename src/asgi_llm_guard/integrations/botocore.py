@@ -8,52 +8,49 @@ Source: botocore 1.44 (2026-11): `endpoint.Endpoint`, `httpsession.URLLib3Sessio
 
 from __future__ import annotations
 
+import io
+import logging
+import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 from botocore.awsrequest import AWSResponse
 
 from asgi_llm_guard import background
-from asgi_llm_guard.context import Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.exchange import Exchange, Hook, Outgoing
+from asgi_llm_guard.exchange import Exchange, Hook, HookOptions, Outgoing
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.outcomes import REFUSED
+from asgi_llm_guard.wire.base import Headers
+from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.refusals import render
 
 __all__ = ["guard_botocore"]
 
+_log = logging.getLogger("asgi_llm_guard")
+
 _SERVICE: Final = "bedrock-runtime"
-_KIND: Final = "x-amzn-errortype"
-_THROTTLED: Final = "ThrottlingException"
-_EXHAUSTED: Final = "ServiceQuotaExceededException"
+_KIND: Final = b"x-amzn-errortype"
+_THROTTLED: Final = b"ThrottlingException"
+_EXHAUSTED: Final = b"ServiceQuotaExceededException"
 _NOT_REPEATED: Final = 400
 
 C = TypeVar("C")
 
 
-def guard_botocore(
-    guard: Guard,
-    client: C,
-    *,
-    context: Context | Callable[[], Context] | None = None,
-    hosts: Collection[str] | None = None,
-    assumed_output_tokens: int | None = None,
-) -> C:
+def guard_botocore(guard: Guard, client: C, **options: Unpack[HookOptions]) -> C:
     """Guard what a client of `bedrock-runtime` sends, and give the client back.
 
-    Bodies are signed before they pass, and are sent as they are: nothing is clamped. Of refusals botocore
-    repeats only those that are worth it, at its own pace. Streams are settled at their end, or where they are
-    closed or left.
+    Bodies that are signed are sent as they are: `clamp` works with API keys only. Of refusals botocore repeats
+    those that are worth it, at its own pace. Streams are settled at their end, or where they are closed or left.
 
     Args:
         guard: decides, and settles.
         client: made by boto3 or botocore; other clients stay as they are.
-        context: see `Hook`.
-        hosts: see `Hook`.
-        assumed_output_tokens: see `Hook`.
+        options: see `HookOptions`.
 
     Raises:
         ConfigurationError: an argument is wrong, or the client is of another service, or guarded already.
@@ -68,8 +65,7 @@ def guard_botocore(
         raise ConfigurationError("client: it is guarded already")
     if not callable(getattr(session, "send", None)):
         raise ConfigurationError(f"client: its transport is not known: expected an HTTP session, got {session!r}")
-    hook = Hook(guard, context=context, hosts=hosts, include_usage=False, assumed_output_tokens=assumed_output_tokens)
-    endpoint.http_session = _Session(session, hook)
+    endpoint.http_session = _Session(session, Hook(guard, caches=True, **options))
     client.meta.events.register_first(f"needs-retry.{_SERVICE}", _tell_of_refusal)  # type: ignore[attr-defined]
     return client
 
@@ -98,6 +94,13 @@ class _Session:
         denied = exchange.too_large() if body is None else exchange.admit_sync(body)
         if denied is not None:
             return self._refusal(denied, outgoing)
+        if exchange.kept is not None:
+            kept = exchange.kept
+            headers = [(_bytes(name), _bytes(value)) for name, value in kept.headers]
+            return _said(request.url, kept.status, headers, kept.body)
+        if exchange.rewritten:
+            request.body = exchange.body
+            request.headers["Content-Length"] = str(len(exchange.body))
         try:
             return _answered(self._session.send(request), exchange, stream=request.stream_output)
         except BaseException as error:
@@ -108,13 +111,22 @@ class _Session:
         self._session.close()
 
     def _refusal(self, denied: Denied, outgoing: Outgoing) -> Any:
-        rendered = self._hook.rendered(denied, outgoing)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in rendered.headers}
-        if not denied.retry and headers.get(_KIND) == _THROTTLED:
-            headers[_KIND] = _EXHAUSTED  # botocore repeats the other, whatever the status
-        response = AWSResponse(outgoing.url, rendered.status, headers, _Said(rendered.body))
+        fields = rate_limit_headers(denied.receipts, denied.now_ms, disclose=self._hook.guard.engine.disclose)
+        rendered = render(denied, dialect="bedrock", fields=fields)
+        headers = [
+            # Botocore repeats what is called throttled, whatever else is said.
+            (name, _EXHAUSTED if (name, value, denied.retry) == (_KIND, _THROTTLED, False) else value)
+            for name, value in rendered.headers
+        ]
+        response = _said(outgoing.url, rendered.status, headers, rendered.body)
         setattr(response, REFUSED, denied)
         return response
+
+
+def _said(url: str, status: int, headers: Headers, body: bytes) -> Any:
+    """An answer that is there already."""
+    texts = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+    return AWSResponse(url, status, texts, _Said(body))
 
 
 def _tell_of_refusal(response: Any = None, **_: Any) -> None:
@@ -165,21 +177,26 @@ class _Said:
     """A body that is there already, as urllib3 gives bodies."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data = io.BytesIO(data)
 
-    def stream(self) -> Iterator[bytes]:
-        yield self._data
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def stream(self, *_: Any, **__: Any) -> Iterator[bytes]:
+        yield self._data.read()
 
 
 class _Body:
-    """The body of an answer, metered as it is read, in whichever way. All else is as with the body inside."""
+    """The body of an answer, metered as it is read, in whichever way. All else is as with the body inside.
+
+    Nobody can stop waiting for it: a deadline that has passed shows when the next part has come.
+    """
 
     def __init__(self, raw: Any, exchange: Exchange) -> None:
         self._raw = raw
         self._exchange = exchange
+        self._parts: Iterator[bytes] | None = None
+        self._over = False
         self._abandoned = weakref.finalize(self, background.later, exchange.close)
         self._abandoned.atexit = False
 
@@ -187,33 +204,25 @@ class _Body:
         return getattr(self._raw, name)
 
     def stream(self, *args: Any, **options: Any) -> Iterator[bytes]:
-        """The chunks as they come."""
-        chunks = self._raw.stream(*args, **options)
-        while True:
-            try:
-                chunk = next(chunks, None)
-            except BaseException as error:
-                self._exchange.fail(error)
-                raise
-            forward = self._ended() if chunk is None else self._exchange.feed(chunk)
+        """The parts as they come."""
+        parts = self._parts = self._raw.stream(*args, **options)
+        while not self._over:
+            forward = self._pull(lambda: next(parts, b""))
             if forward:
                 yield forward
-            if chunk is None:
-                return
 
     def read(self, amt: int | None = None, *args: Any, **options: Any) -> bytes:
         """So many bytes, or all that are left."""
-        data = self._read(lambda: self._raw.read(amt, *args, **options))
-        forward = self._exchange.feed(data) if data else b""
-        return forward + self._ended() if amt is None or (amt and not data) else forward
+        if self._over or amt == 0:
+            return b""
+        forward = self._pull(lambda: self._raw.read(amt, *args, **options))
+        return forward if self._over or amt is not None else forward + self._ended()
 
     def readinto(self, buffer: Any) -> int:
         """As many bytes as have room."""
-        count: int = self._read(lambda: self._raw.readinto(buffer))
-        self._exchange.feed(bytes(memoryview(buffer)[:count]))
-        if not count:
-            self._ended()
-        return count
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def readlines(self) -> list[bytes]:
         """All lines that are left."""
@@ -224,17 +233,59 @@ class _Body:
 
     def close(self) -> None:
         """Nobody reads it any more."""
+        if not self._over:
+            self._leave()
+        elif not self._exchange.drains:
+            self._raw.close()
+
+    def _pull(self, read: Callable[[], bytes]) -> bytes:
+        """What to give of the next part; an empty one is the end."""
+        exchange = self._exchange
+        try:
+            part = read()
+            if not part:
+                return self._ended()
+            late = exchange.wait_s() == 0
+            forward = exchange.feed(part)
+            if late:
+                forward = exchange.expire()
+            elif exchange.wants_growth:
+                forward += exchange.grow_sync()
+        except BaseException as error:
+            self._over = True
+            exchange.fail(error)
+            raise
+        if late or exchange.cut:
+            self._leave()
+        return forward
+
+    def _ended(self) -> bytes:
+        self._over = True
         self._abandoned.detach()
+        return self._exchange.finish()
+
+    def _leave(self) -> None:
+        """The client gets nothing more: close the answer, or read it to its end in the background."""
+        self._over = True
+        self._abandoned.detach()
+        if self._exchange.drains:
+            threading.Thread(target=self._drain, name="llm-guard-drain", daemon=True).start()
+            return
         self._exchange.close()
         self._raw.close()
 
-    def _read(self, read: Callable[[], Any]) -> Any:
+    def _drain(self) -> None:
+        exchange = self._exchange
         try:
-            return read()
-        except BaseException as error:
-            self._exchange.fail(error)
-            raise
-
-    def _ended(self) -> bytes:
-        self._abandoned.detach()
-        return self._exchange.finish()
+            for part in self._raw.stream() if self._parts is None else self._parts:
+                late = exchange.wait_s() == 0
+                exchange.feed(part)
+                if late:
+                    break
+            else:
+                exchange.finish()
+        except Exception:  # noqa: BLE001 - nobody waits for it: what was counted until then is charged
+            _log.debug("an answer that was read to its end for its usage broke off", exc_info=True)
+        finally:
+            exchange.close()
+            self._raw.close()
