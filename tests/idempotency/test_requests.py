@@ -165,6 +165,16 @@ async def test_what_is_not_kept(serve: Serve, kind: str) -> None:
     assert "idempotency-replayed" not in answers[1].headers
 
 
+@pytest.mark.parametrize("status", [199, 301, 404, 500])
+async def test_only_successes_are_kept(serve: Serve, status: int) -> None:
+    """On routes whose answers are not read, the status alone tells a success."""
+    provider = Provider([b"page"], status=status)
+    app = serve(provider, routes=[Route("/raw", idempotency=True, dialect=None)])
+    for _ in range(2):
+        await ask(app, headers=keyed(), path="/raw")
+    assert len(provider.bodies) == 2
+
+
 async def test_refusals_are_not_kept(serve: Serve, clock: FrozenClock) -> None:
     """A refusal of ours is no answer to keep: the same key passes once there is room."""
     provider = Provider()

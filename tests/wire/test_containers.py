@@ -121,3 +121,10 @@ def test_what_is_too_long_is_passed_over(splitter: Lines | Elements, data: bytes
     assert splitter.passed_over == 1
     assert all(block.data is None for block in blocks if block.partial)
     assert any(block.partial for block in blocks)
+
+
+def test_a_long_line_behind_a_short_one() -> None:
+    """What is too long is let go of at once, also where it begins behind the end of another line."""
+    lines = Lines(longest=10)
+    assert [block.data for block in lines.feed(b'{"a":1}\n' + b"x" * 50)] == [b'{"a":1}\n', None]
+    assert (lines.pending, lines.passed_over) == (1, 1)

@@ -270,6 +270,8 @@ def test_the_same_by_shape() -> None:
     ("report", "expected"),
     [
         ({"promptTokenCount": 5}, (5, None)),
+        ({"promptTokenCount": 5, "candidatesTokenCount": 3, "thoughtsTokenCount": 4}, (5, 7)),
+        ({"promptTokenCount": 5, "thoughtsTokenCount": 4}, (5, 4)),
         ({"promptTokenCount": 5, "totalTokenCount": 5}, (5, 0)),
         ({"promptTokenCount": 5, "candidatesTokenCount": 3, "totalTokenCount": 20}, (5, 15)),
         ({"promptTokenCount": 5, "candidatesTokenCount": 3, "totalTokenCount": 2}, (5, 3)),
