@@ -636,11 +636,16 @@ class ActiveCall:
         failure: Outcome | None = None
         if error is not None:
             unsent = not self._dispatched and (not self.admission.opaque or self._is_idle())
-            failure = outcome_of(error, of_client=self.function, refused="not_dispatched" if unsent else "unknown")
+            failure = outcome_of(
+                error,
+                of_client=self.function,
+                refused="not_dispatched" if unsent else "unknown",
+                refusals=self.admission.refusals,
+            )
         charge = charge_of(self.call, answer, self._cost, complete=complete, released=self._released, failure=failure)
         if charge.outcome == "measured" and charge.usage is not None and self.call is not None:
             charge = self._believed(charge, self.call)
-            if charge.doubted is None:
+            if charge.doubted is None and charge.usage is not None:
                 self.admission.engine.describer.learn(self.admission.context.route, self.call, charge.usage)
         if charge.doubted is not None:
             self._tell_doubt(charge, charge.doubted)

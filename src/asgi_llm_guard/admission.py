@@ -37,6 +37,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Engine, Hold
 from asgi_llm_guard.errors import ContextError, StorageError
+from asgi_llm_guard.outcomes import Refusals
 from asgi_llm_guard.policies.base import CacheDirective, Policy
 from asgi_llm_guard.scope import current_scope, enter, leave
 from asgi_llm_guard.storage.base import Pending
@@ -73,6 +74,7 @@ class Admission:
         "opaque",
         "policies",
         "receipts",
+        "refusals",
         "refused",
         "release_on_4xx",
         "root",
@@ -105,6 +107,8 @@ class Admission:
         self.refused = False
         """A call was refused inside it."""
         self._attempts: Attempts | None = None
+        self.refusals: Refusals | None = None
+        """What client hooks have answered inside it."""
         self._lock = threading.Lock()
         self._deferred: list[Deferred] = []
         self._ended = False
@@ -151,6 +155,12 @@ class Admission:
             if self._attempts is None:
                 self._attempts = Attempts()
             return self._attempts
+
+    def refusal_token(self, denied: Denied) -> str:
+        """What the answer of a client hook says so that a refusal is recognised in what a library makes of it."""
+        if self.refusals is None:
+            self.refusals = Refusals()
+        return self.refusals.token(denied)
 
     def refusal_answered(self) -> None:
         """The response to this request is a refusal of a call inside it: nothing was sent that nobody saw."""

@@ -34,6 +34,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.outcomes import REFUSAL_HEADER
 from asgi_llm_guard.scope import current_scope
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
@@ -198,6 +199,10 @@ class Hook:
         """The answer that tells of a refusal, in the words of the API that was called."""
         dialect = dialect_for(outgoing.path, outgoing.host.lower())
         fields = rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
+        scope = current_scope()
+        if scope is not None:
+            admission = scope.admission if isinstance(scope, ActiveCall) else scope
+            fields.append((REFUSAL_HEADER.encode("ascii"), admission.refusal_token(denied).encode("ascii")))
         return render(
             denied,
             dialect=None if dialect is None else dialect.name,

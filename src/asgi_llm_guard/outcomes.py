@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -11,10 +13,23 @@ from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.usage import Outcome, Usage
 from asgi_llm_guard.wire.base import Answer
 
-__all__ = ["REFUSED", "error_status", "outcome_of", "refusal_of", "says_nothing", "together"]
+__all__ = [
+    "REFUSAL_HEADER",
+    "REFUSED",
+    "Refusals",
+    "error_status",
+    "outcome_of",
+    "refusal_of",
+    "says_nothing",
+    "together",
+]
 
 REFUSED: Final = "asgi_llm_guard"
 """Where a response that a client hook made says so: in its extensions, which no provider can reach."""
+REFUSAL_HEADER: Final = "x-llm-guard-refusal"
+"""The header of the same answer, for client libraries that drop everything else."""
+
+_MOST_TOLD: Final = 100
 
 
 def together(before: Answer | None, answer: Answer) -> Answer:
@@ -54,7 +69,37 @@ _NEVER_SENT: Final = frozenset(
 )
 
 
-def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Outcome:
+class Refusals:
+    """The last refusals that client hooks have answered in one admission, by the tokens that stand in the answers.
+
+    Some client libraries keep of an answer only its headers. A token cannot be guessed, and is good for one admission.
+    """
+
+    __slots__ = ("_told",)
+
+    def __init__(self) -> None:
+        self._told: dict[str, Denied] = {}
+
+    def token(self, denied: Denied) -> str:
+        """What the header `REFUSAL_HEADER` of the answer to a refusal says."""
+        token = secrets.token_hex(16)
+        self._told[token] = denied
+        while len(self._told) > _MOST_TOLD:
+            self._told.pop(next(iter(self._told)), None)
+        return token
+
+    def find(self, headers: object) -> Denied | None:
+        """The refusal that headers which an error has kept tell of."""
+        if not self._told or not isinstance(headers, Mapping):
+            return None
+        for name in (REFUSAL_HEADER, REFUSAL_HEADER.title()):
+            token = headers.get(name)
+            if isinstance(token, str) and token in self._told:
+                return self._told[token]
+        return None
+
+
+def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome, refusals: Refusals | None = None) -> Outcome:
     """What an exception says about the call that raised it, by its shape; `unknown` unless it says so.
 
     A status of 400 or above is the provider's answer. A connection that was never made means that
@@ -65,7 +110,7 @@ def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Ou
     for _ in range(8):  # causes may form a ring
         if seen is None:
             break
-        if refusal_of(seen) is not None:
+        if refusal_of(seen, refusals) is not None:
             return refused
         if type(seen).__name__ in _NEVER_SENT and (not of_client or seen is not error):
             return "not_dispatched"  # client libraries raise their own error from it
@@ -79,11 +124,16 @@ def outcome_of(error: BaseException, *, of_client: bool, refused: Outcome) -> Ou
     return "unknown"
 
 
-def refusal_of(error: BaseException) -> Denied | None:
-    """The refusal of ours that an exception tells of: one of ours, or a client library's for an answer of a hook."""
+def refusal_of(error: BaseException, refusals: Refusals | None = None) -> Denied | None:
+    """The refusal of ours that an exception tells of: one of ours, or a client library's for an answer of a hook.
+
+    `refusals`: those of the admission in which it was raised.
+    """
     if isinstance(error, LimitExceeded):
         return error.denied
     told = _refusal_in(error)
+    if told is None and refusals is not None:
+        told = refusals.find(getattr(error, "headers", None))
     if told is None and error.__suppress_context__ and error_status(error) and error.__context__ is not None:
         told = _refusal_in(error.__context__)  # raised `from None` out of the error that has the response
     return told

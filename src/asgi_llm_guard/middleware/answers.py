@@ -77,16 +77,16 @@ def unidentified(error: IdentityError) -> Refusal:
     return Refusal(policy="identity", code=code, message=str(error), status=status)
 
 
-def refusal_behind(error: BaseException, depth: int = 0) -> Denied | None:
+def refusal_behind(error: BaseException, admission: Admission, depth: int = 0) -> Denied | None:
     """The refusal of ours that an exception was raised from; of a group, if it consists of nothing else."""
     seen: BaseException | None = error
     while seen is not None and depth < _CAUSES:  # causes may form a ring
-        refusal = refusal_of(seen)
+        refusal = refusal_of(seen, admission.refusals)
         if refusal is not None:
             return refusal
         depth += 1
         if isinstance(seen, BaseExceptionGroup):
-            refusals = [refusal_behind(each, depth) for each in seen.exceptions]
+            refusals = [refusal_behind(each, admission, depth) for each in seen.exceptions]
             return refusals[0] if None not in refusals else None
         seen = seen.__cause__
     return None

@@ -153,7 +153,7 @@ class GuardMiddleware:
             await self.app(scope, receive, page.send)
             await page.flush()
         except Exception as error:
-            refusal = refusal_behind(error)
+            refusal = refusal_behind(error, admission)
             if refusal is None or page.started:
                 await page.flush()
                 raise
@@ -275,7 +275,7 @@ class GuardMiddleware:
         try:
             await self.app(scope, watch_receive, watch_send)
         except Exception as error:
-            refusal = refusal_behind(error)
+            refusal = refusal_behind(error, admission)
             if refusal is None or closed:
                 raise
             admission.refusal_answered()

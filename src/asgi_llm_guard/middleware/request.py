@@ -35,8 +35,9 @@ from asgi_llm_guard.streams import StreamGuard
 from asgi_llm_guard.wire import is_readable
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
 from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.forms import read_any
 from asgi_llm_guard.wire.meters import Opaque
-from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding
 from asgi_llm_guard.wire.refusals import container_of, stream_error
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class GuardedRequest:
             if dialect is not None or (self.plan.session_declared and session.needs_body):
                 check_encoding(self.scope["headers"])
                 self.body = await self._read_body()
-                self.view = read_body(self.body)
+                self.view = read_any(self.body, self.scope["headers"])
             context = self.middleware.context(self.scope, self.view, session, route)
             ask = None
             if dialect is not None and self.view is not None:
@@ -181,7 +182,7 @@ class GuardedRequest:
         if guard.cache is not None:
             fields = [value for name, value in self.scope["headers"] if name == b"cache-control"]
             admission.cache_control = b",".join(fields).decode("latin-1")
-        denied = await admission.open(self.call, clamp=route.clamp)
+        denied = await admission.open(self.call, clamp=route.clamp and (ask is None or ask.limits_output))
         if denied is not None:
             return denied
         self.admission = admission
@@ -241,7 +242,8 @@ class GuardedRequest:
         root, route = self.admission.root, self.plan.route
         held = root.call if root is not None else None
         limit = None
-        if route.clamp and held is not None and self.call is not None:
+        lowers = route.clamp and self.ask is not None and self.ask.limits_output
+        if lowers and held is not None and self.call is not None:
             if held.max_output_tokens != self.call.max_output_tokens:
                 limit = held.max_output_tokens
             elif held.max_output_tokens is None and held.output_tokens:
@@ -272,7 +274,7 @@ class GuardedRequest:
         except Exception as error:
             if self.relay is not None and self.relay.gone and is_cut_off(error):
                 return
-            refusal = refusal_behind(error)
+            refusal = refusal_behind(error, admission)
             if refusal is None or page.started:
                 await page.flush()
                 raise
