@@ -100,6 +100,7 @@ UNFIT: dict[str, dict[str, Any]] = {
     "cohere, cut": cohere("MAX_TOKENS"),
     "ollama, tool": ollama(message={"content": "", "tool_calls": [{"function": {}}]}),
     "ollama, not done": ollama(done=False),
+    "choices that are none": {"choices": [1, None], "finish_reason": None},
     "images": {"created": 1, "data": [{"url": "https://example.com/1.png"}]},
     "models": {"object": "list", "data": [{"id": "gpt-4o"}]},
     "nothing": {},
@@ -222,6 +223,15 @@ def test_no_cut_stream_is_kept(data: st.DataObject) -> None:
 def test_streams_with_errors_or_tools_are_not_kept(events: list[Any]) -> None:
     """C13, T8: a stream that has an error or a tool call anywhere, or no text, is not kept."""
     assert unfit(sse(*events), stream=True)
+
+
+def test_values_that_are_nested_too_deeply() -> None:
+    """T8: a value that exhausts the stack when it is judged is not kept."""
+    value: dict[str, Any] = {"choices": []}
+    for _ in range(100_000):
+        value = {"choices": value}
+    assert unfit_value(value) == "it is nested too deeply"
+    assert unfit(sse({"choices": [1]}), stream=True)
 
 
 def test_lines_and_arrays() -> None:

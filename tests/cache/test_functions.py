@@ -316,6 +316,21 @@ async def test_a_value_of_another_release_is_made_anew() -> None:
     assert made == [1, 1, 1, 2, 2]
 
 
+async def test_a_type_that_is_never_defined() -> None:
+    """A function whose annotation means nothing may return what JSON says by itself."""
+
+    async def lost(n: int) -> Nowhere:  # type: ignore[name-defined]  # noqa: F821 - that is the point
+        made.append(n)
+        return VALUES[0] if n else {"n": n}
+
+    guard = caching()
+    function = guarded(cache=lambda n: n)(lost)
+    async with guard.open(ADA):
+        for n in (0, 0, 1, 1):
+            await function(n)
+    assert made == [0, 1, 1]
+
+
 async def test_what_fails_is_not_kept() -> None:
     """T8: an error is raised, and the next call runs."""
 
@@ -343,6 +358,9 @@ def test_what_cannot_be_cached_is_told_at_once() -> None:
     async def respond() -> JSONResponse:
         return JSONResponse({})
 
+    async def either() -> Title | Later:
+        return Title("t")
+
     outer = 1
 
     async def closed() -> int:
@@ -357,6 +375,7 @@ def test_what_cannot_be_cached_is_told_at_once() -> None:
         (stream_sync, "streams"),
         (respond, "JSONResponse"),
         (closed, "depends on more"),
+        (either, "Title | .*Later"),
         (functools.partial(anything, 1), "depends on more"),
         (Called(), "depends on more"),
     ):

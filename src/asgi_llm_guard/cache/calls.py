@@ -113,8 +113,8 @@ class OpenCachedCall:
     ) -> None:
         if self._token is not None:
             leave(self._token)
-        if self._cached is not None:
-            await self._cached.end(error)
+        assert self._cached is not None  # noqa: S101 - it was entered
+        await self._cached.end(error)
 
 
 class OpenCachedCallSync:
@@ -141,8 +141,8 @@ class OpenCachedCallSync:
     ) -> None:
         if self._token is not None:
             leave(self._token)
-        if self._cached is not None:
-            background.run(self._cached.end(error))
+        assert self._cached is not None  # noqa: S101 - it was entered
+        background.run(self._cached.end(error))
 
 
 async def _opened(call: ActiveCall, cache: ResponseCache, key: Key) -> CachedCall:

@@ -62,7 +62,6 @@ STATEFUL: Final = {
 
 _HEADERS: Final = ("anthropic-", "openai-", "x-goog-", "x-amzn-bedrock-", "api-", "x-api-", "http-referer", "helicone-")
 _WRITTEN: Final = (bytes, date, datetime, time, timedelta, Decimal, UUID)
-_MAX_NESTED: Final = "the body is nested too deeply"
 
 
 class CacheRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,8 +114,6 @@ def read_body(body: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
-    except RecursionError:
-        raise Unfit(_MAX_NESTED) from None
     except Unfit:
         raise
     except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
@@ -132,12 +129,16 @@ def request_digest(request: CacheRequest, call: Call | None, ignored: frozenset[
     Raises:
         Unfit: it cannot be looked up.
     """
-    body = read_body(request.body)
+    try:
+        body = read_body(request.body)
+        counted = {field: value for field, value in body.items() if field not in IRRELEVANT and field not in ignored}
+        fields = canonical(counted)
+    except RecursionError:
+        raise Unfit("the body is nested too deeply") from None
     for field, why in STATEFUL.items():
         if body.get(field):
             raise Unfit(f"{field}: {why}")
     stream = bool(body.get("stream")) if request.stream is None else request.stream
-    fields = {field: value for field, value in body.items() if field not in IRRELEVANT and field not in ignored}
     digest = digest_of(
         "request",
         request.host.lower(),
@@ -146,7 +147,7 @@ def request_digest(request: CacheRequest, call: Call | None, ignored: frozenset[
         None if call is None else call.provider,
         None if call is None else call.model,
         "stream" if stream else "whole",
-        canonical(fields),
+        fields,
         *_relevant(request.headers),
     )
     return digest, stream
@@ -156,13 +157,11 @@ def canonical(fields: Mapping[str, Any]) -> bytes:
     """The fields in a fixed order, each as it is.
 
     Raises:
-        Unfit: they are nested too deeply.
+        Unfit: a number of them is larger than any that a reader would take.
     """
+    ordered = {field: fields[field] for field in sorted(fields)}
     try:
-        ordered = {field: fields[field] for field in sorted(fields)}
         return json.dumps(ordered, separators=(",", ":"), allow_nan=False).encode()
-    except RecursionError:
-        raise Unfit(_MAX_NESTED) from None
     except ValueError as error:
         raise Unfit("a number is too large") from error
 

@@ -54,6 +54,9 @@ class Target(msgspec.Struct, frozen=True):
     stream: bool = False
 
 
+_NOWHERE: Final = Target("", "", b"", (), 0)
+
+
 class Keeper(Protocol):
     """The cache."""
 
@@ -72,7 +75,7 @@ class Keeper(Protocol):
 class Lookup:
     """What a look-up has found. As a block (`with lookup:`), a lead is let go of at the end, unless an answer was stored."""
 
-    def __init__(self, cache: Keeper, call: ActiveCall, target: Target | None) -> None:
+    def __init__(self, cache: Keeper, call: ActiveCall, target: Target = _NOWHERE) -> None:
         self.state: State = "pass"
         self._leading = False
         self.answer: ProviderAnswer | None = None
@@ -85,7 +88,7 @@ class Lookup:
         self._call = call
         self._target = target
         self._token = call.admission.engine.new_id()
-        self._stop: Callable[[], object] = _nothing
+        self._stop: Callable[[], object]
         self._pieces: list[bytes] = []
         self._length = 0
         self._head = (0, "")
@@ -106,7 +109,7 @@ class Lookup:
 
         Never raises for the cache's sake: what is not stored is counted, with the reason.
         """
-        if self._target is None or not self.leads:
+        if not self.leads:
             return False
         reason = unfit(answer, stream=self._target.stream)
         if reason is not None:
@@ -117,7 +120,7 @@ class Lookup:
     async def store_judged(self, answer: ProviderAnswer) -> bool:
         """As `store`, of what is known to be complete."""
         target = self._target
-        if target is None or not self.leads:
+        if not self.leads:
             return False
         self._end()
         entry = Entry(
@@ -185,12 +188,13 @@ class Lookup:
 
     # ------------------------------------------------------------------------- for the cache
 
-    async def join(self, target: Target, *, wait_s: float, fresh: bool) -> Kept | Leading | InFlight:
+    async def join(self, *, wait_s: float, fresh: bool) -> Kept | Leading | InFlight:
         """Ask the storage, and wait for who leads.
 
         Raises:
             StorageError: it does not answer.
         """
+        target = self._target
         try:
             return await self._cache.flights.join(
                 *(target.key, self._token),
@@ -214,7 +218,7 @@ class Lookup:
 
     async def prolong(self) -> None:
         """Say that the leader lives."""
-        if self._target is not None and self.leads:
+        if self.leads:
             with contextlib.suppress(StorageError):  # the next time may do
                 found = await self._cache.flights.entries.begin(
                     *(self._target.key, self._token),
@@ -225,8 +229,7 @@ class Lookup:
 
     def forget(self) -> None:
         """What is kept here is of no use."""
-        if self._target is not None:
-            self._cache.soon(_forgotten(self._cache.flights, self._target.key))
+        self._cache.soon(_forgotten(self._cache.flights, self._target.key))
 
     def give(self, entry: Entry, age_ms: int) -> None:
         """It is a hit."""
@@ -240,8 +243,7 @@ class Lookup:
         self._stop()
 
     def _let_go(self) -> None:
-        if self._target is not None:
-            self._cache.soon(_abandoned(self._cache.flights, self._target.key, self._token))
+        self._cache.soon(_abandoned(self._cache.flights, self._target.key, self._token))
 
 
 async def _abandoned(flights: Flights, key: str, token: str) -> None:
@@ -254,10 +256,10 @@ async def _forgotten(flights: Flights, key: str) -> None:
         await flights.entries.forget(key)
 
 
-async def _renew(lookup: weakref.ref[Lookup]) -> None:
+async def _renew(lookup: weakref.ref[Lookup], pause_s: float = CLAIM_MS / 3000) -> None:
     # By a weak reference: a look-up that nobody has any more is not kept alive, and its claim ends.
     while True:
-        await asyncio.sleep(CLAIM_MS / 3000)
+        await asyncio.sleep(pause_s)
         leader = lookup()
         if leader is None or not leader.leads:
             return
@@ -271,7 +273,3 @@ def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
     else:
         with contextlib.suppress(RuntimeError):  # that loop was closed, and the task with it
             loop.call_soon_threadsafe(task.cancel)
-
-
-def _nothing() -> None:
-    pass

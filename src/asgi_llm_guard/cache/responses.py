@@ -199,9 +199,9 @@ class ResponseCache:
         limit_ms = target.ttl_ms if control.max_age_s is None else min(target.ttl_ms, control.max_age_s * 1000)
         # What another call has begun before this request is not fresh enough for one that wants no kept answer.
         wait_s = self.settings.wait_s if control.give else 0.0
-        found = await lookup.join(target, wait_s=wait_s, fresh=not control.give)
+        found = await lookup.join(wait_s=wait_s, fresh=not control.give)
         if isinstance(found, Kept) and found.age_ms >= limit_ms:
-            found = await lookup.join(target, wait_s=wait_s, fresh=True)
+            found = await lookup.join(wait_s=wait_s, fresh=True)
         return found
 
     def _agreeing(self, found: Kept, target: Target) -> Entry | None:
@@ -266,7 +266,7 @@ class ResponseCache:
         self._counts["passed"] += 1
         self._count_reason(reason)
         self._tell_miss(call, reason)
-        return Lookup(self, call, None)
+        return Lookup(self, call)
 
     def _tell_miss(self, call: ActiveCall, reason: str) -> None:
         self._counts["misses"] += not reason
