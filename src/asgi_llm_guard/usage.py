@@ -58,6 +58,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Searches that the provider made for the answer."""
     search_units: int | None = None
     """What Cohere bills a ranking by."""
+    billed_input_tokens: int | None = None
+    """What the provider bills for, where it says that this is another number than `input_tokens`."""
+    billed_output_tokens: int | None = None
+    """The same of `output_tokens`."""
     reported_nanousd: int | None = None
     """The cost that the provider itself reports."""
     service_tier: str | None = None

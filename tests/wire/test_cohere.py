@@ -12,17 +12,18 @@ import pytest
 from cohere.core.api_error import ApiError
 from tests.wire.harness import fixture, read
 
+from asgi_llm_guard.pricing.book import PriceBook
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire import dialect_for, item_meter, meter_object
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind
-from asgi_llm_guard.wire.cohere import Cohere
+from asgi_llm_guard.wire.cohere import Cohere, usage_of
 from asgi_llm_guard.wire.cohere_embed import CohereEmbed
 from asgi_llm_guard.wire.cohere_rerank import CohereRerank
 from asgi_llm_guard.wire.peek import BodyError, read_body
 
 HELLO: Any = [{"role": "user", "content": "?"}]
 CHAT, EMBED, RERANK = Cohere(), CohereEmbed(), CohereRerank()
-USAGE = Usage(input_tokens=340, output_tokens=45, cache_read_tokens=320)
+USAGE = Usage(input_tokens=340, output_tokens=45, cache_read_tokens=320, billed_input_tokens=9, billed_output_tokens=41)
 TEXT_BYTES = len("FerriesUm 7:40 ⛴.".encode())
 TOOL_BYTES = len('I will look it uptimetable{"from":"Havneby"}')
 
@@ -31,7 +32,9 @@ def success(usage: Usage | None, text_bytes: int = 0) -> Answer:
     return Answer(kind="success", usage=usage, text_bytes=text_bytes, finished=True)
 
 
-OLDER = success(Usage(input_tokens=70, output_tokens=9), len("Um 7:40 ⛴.".encode()))
+OLDER = success(
+    Usage(input_tokens=70, output_tokens=9, billed_input_tokens=7, billed_output_tokens=8), len("Um 7:40 ⛴.".encode())
+)
 CHATS: dict[str, Answer] = {
     "response.json": success(USAGE, TEXT_BYTES),
     "response_tools.json": success(USAGE, TOOL_BYTES),
@@ -215,3 +218,16 @@ def test_odd_counts_are_unknown(count: object) -> None:
     body = {"message": {"role": "assistant"}, "finish_reason": "COMPLETE", "id": "x", "usage": report}
     answer = CHAT.read_response(200, json.dumps(body).encode())
     assert answer.usage == Usage(output_tokens=3)
+
+
+def test_price_is_of_what_is_billed() -> None:
+    """Tokens are counted as the model saw them, and money as Cohere bills it; the same numbers are told once."""
+    book = PriceBook.snapshot(overrides={"command-nova": {"input": 1, "output": 10}})  # dollars for a million
+    assert book.cost("cohere", "command-nova", USAGE, 0).nanousd == 9 * 1_000 + 41 * 10_000
+    one = Usage(input_tokens=340, output_tokens=45, billed_output_tokens=41)
+    assert book.cost("cohere", "command-nova", one, 0).nanousd == 340 * 1_000 + 41 * 10_000
+    same = {
+        "billed_units": {"input_tokens": 5.0, "output_tokens": 1.0},
+        "tokens": {"input_tokens": 5, "output_tokens": 1},
+    }
+    assert usage_of(same) == Usage(input_tokens=5, output_tokens=1)

@@ -23,6 +23,8 @@ def picousd(card: RateCard, usage: Usage, at_ms: int) -> int | None:
     """Pico-USD for a usage at `at_ms`; `None`: it is unknown, or contradicts itself. What is in `extra` is left out."""
     if card.by_unit:
         return _of_units(card, usage, 0)
+    if usage.billed_input_tokens is not None or usage.billed_output_tokens is not None:
+        usage = _as_billed(usage)
     sheet = card.steady
     if sheet is None or usage.service_tier is not None:
         sheet = card.sheet(at_ms, tier_name(usage.service_tier))
@@ -33,6 +35,17 @@ def picousd(card: RateCard, usage: Usage, at_ms: int) -> int | None:
         units = _of_units(card, usage, (usage.input_tokens or 0) + (usage.output_tokens or 0))
         return None if units is None else tokens + units
     return tokens
+
+
+def _as_billed(usage: Usage) -> Usage:
+    """The usage with the tokens that are billed. They have been relieved of what was cached."""
+    if usage.billed_input_tokens is not None:
+        usage = msgspec.structs.replace(
+            usage, input_tokens=usage.billed_input_tokens, cache_read_tokens=None, cache_write_tokens=None
+        )
+    if usage.billed_output_tokens is not None:
+        usage = msgspec.structs.replace(usage, output_tokens=usage.billed_output_tokens, reasoning_tokens=None)
+    return usage
 
 
 def _of_units(card: RateCard, usage: Usage, tokens: int) -> int | None:

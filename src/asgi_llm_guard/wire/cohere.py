@@ -297,7 +297,7 @@ def usage_of(report: object) -> Usage | None:
     """The counts of a `usage` or `meta` object; `None` when it tells none.
 
     `tokens` is what the model read and wrote; where it is missing, `billed_units` stands in for it. What is billed
-    is less: the provider's own prompt around a message, and what it had cached, are left out there.
+    is often less: the provider's own prompt around a message, and what it had cached, are left out there.
     """
     if report is None:
         return None
@@ -314,6 +314,8 @@ def usage_of(report: object) -> Usage | None:
         input_tokens=entered,
         output_tokens=written,
         cache_read_tokens=within(whole_number(pick(report, "cached_tokens")), entered),
+        billed_input_tokens=None if charged_input == entered else charged_input,
+        billed_output_tokens=None if charged_output == written else charged_output,
         search_units=searches,
     )
 
