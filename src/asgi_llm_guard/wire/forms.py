@@ -25,7 +25,7 @@ _DISPOSITION: Final = re.compile(
 )
 _MOST_HEADER_BYTES: Final = 4_096
 _PLAIN: Final = frozenset({b"7bit", b"8bit", b"binary"})
-_DIGITS: Final = re.compile(r"\d{1,18}")
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
 
 class FormFile(msgspec.Struct, frozen=True):
@@ -58,7 +58,7 @@ class FormView(BodyView):
         name, *inner = path.split(".")
         return self._texts.get(name + "".join(f"[{part}]" for part in inner))
 
-    def inside(self, name: str) -> None:  # noqa: ARG002 - a form has no objects
+    def inside(self, name: str) -> BodyView | None:  # noqa: ARG002 - a form has no objects
         return None
 
     def whole(self, name: str, *, least: int, most: int) -> int | None:
