@@ -26,7 +26,8 @@ from tests.wire.harness import (
     read,
 )
 
-from asgi_llm_guard.wire import DIALECTS, dialect_for
+from asgi_llm_guard.wire import dialect_for
+from asgi_llm_guard.wire.registry import DIALECTS
 from asgi_llm_guard.wire.sse import MAX_EVENT_BYTES
 
 LONG_INPUTS = 250_000  # of each dialect; millions in all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.wire.harness import every_fixture
 
-from asgi_llm_guard.wire import DIALECTS
+from asgi_llm_guard.wire.registry import DIALECTS
 from asgi_llm_guard.wire.surfaces import surface_of
 
 GOOGLE = "generativelanguage.googleapis.com"
