@@ -52,7 +52,9 @@ def together(before: Answer | None, answer: Answer) -> Answer:
     )
 
 
-_TOTALS: Final = frozenset({"input_tokens", "output_tokens", "reported_nanousd"})
+_TOTALS: Final = frozenset(
+    {"input_tokens", "output_tokens", "billed_input_tokens", "billed_output_tokens", "reported_nanousd"}
+)
 _COUNTS: Final = tuple(name for name in Usage.__struct_fields__ if name not in {"service_tier", "model", "extra"})
 
 
