@@ -118,12 +118,12 @@ class _Lengths:
         return self._known
 
     def _work_out(self, may_be_longer: int) -> int | None:
-        """The longest of the lengths but for so many."""
-        for bucket in range(_CUT, -1, -1):
+        """The longest of the lengths but for so many, which are fewer than all."""
+        bucket = _CUT + 1
+        while may_be_longer >= 0:
+            bucket -= 1
             may_be_longer -= self._counts[bucket] + self._before[bucket]
-            if may_be_longer < 0:
-                return None if bucket == _CUT else _longest(bucket)
-        return None
+        return None if bucket == _CUT else _longest(bucket)
 
     def _turn(self, now_ms: int) -> None:
         period = now_ms // _PERIOD_MS

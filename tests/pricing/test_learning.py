@@ -86,6 +86,28 @@ def test_what_was_seen_is_forgotten() -> None:
     assert other.output_tokens("/chat", CALL, week_ms + 2 * WEEK_MS) is None
 
 
+def test_what_is_forgotten_is_learned_anew() -> None:
+    """After a time without answers nothing is left of those before, and so many are needed as in the beginning."""
+    week_ms = NOW_MS // WEEK_MS * WEEK_MS
+    found = learned("p50", [1_000] * 10, at_ms=week_ms)
+    for number in range(4):
+        assert found.output_tokens("/chat", CALL, week_ms + 3 * WEEK_MS) is None, number
+        found.observe("/chat", CALL, Usage(output_tokens=7), week_ms + 3 * WEEK_MS)
+    assert found.output_tokens("/chat", CALL, week_ms + 3 * WEEK_MS) == 7
+    unasked = learned("p50", [1_000] * 10, at_ms=week_ms)
+    for _ in range(4):
+        unasked.observe("/chat", CALL, Usage(output_tokens=7), week_ms + 3 * WEEK_MS)
+    assert unasked.output_tokens("/chat", CALL, week_ms + 3 * WEEK_MS) == 7
+
+
+@pytest.mark.parametrize("tokens", [*range(70), 127, 128, 1_023, 1_024, 4_095, 100_000, 2**24 - 1])
+def test_every_length_is_within_its_bucket(tokens: int) -> None:
+    """W4: answers of one length are held for by at least that, and at most an eighth more."""
+    held = learned("p50", [tokens] * 4).output_tokens("/chat", CALL, NOW_MS)
+    assert held is not None
+    assert tokens <= held <= tokens + tokens // 8
+
+
 def test_what_changes_is_noticed() -> None:
     """A quantile follows what is seen, without being worked out for every answer."""
     found = learned("p90", [10] * 1_000)
