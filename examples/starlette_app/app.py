@@ -20,7 +20,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from asgi_llm_guard import Guard, GuardMiddleware
-from asgi_llm_guard.admission import ActiveCall
 from asgi_llm_guard.identity import Identity, IdentityError, Resolver
 from asgi_llm_guard.settings import build_guard_arguments, build_middleware_arguments, load_settings
 
@@ -29,46 +28,39 @@ PASSED_ON = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x
 
 
 class ChatCompletions:
-    """Hands a request on to the provider, and the answer back as it comes."""
+    """Hands a request on to the provider, and the answer back as it comes.
 
-    def __init__(self, guard: Guard, provider: httpx2.AsyncClient) -> None:
-        self.guard = guard
+    The middleware has read the body, and admitted the call that it describes. The provider's client is guarded,
+    and takes that over: it meters what passes, and settles it however the request ends.
+    """
+
+    def __init__(self, provider: httpx2.AsyncClient) -> None:
         self.provider = provider
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The middleware has read the body, and admitted the call that it describes: `guard.call` stands for it.
-        # However this block is left, the call is settled and the provider's connection is let go.
         body = await Request(scope, receive).body()
         try:
-            async with (
-                self.guard.call() as call,
-                self.provider.stream("POST", "chat/completions", content=body) as answer,
-            ):
-                response = await respond(call, answer)
+            async with self.provider.stream("POST", "chat/completions", content=body) as answer:
+                response = await respond(answer)
                 await response(scope, receive, send)
         except httpx2.TransportError as error:
             await failure(error)(scope, receive, send)
 
 
-async def respond(call: ActiveCall, answer: httpx2.Response) -> Response:
-    """The provider's answer as a response of ours, recorded on its call."""
+async def respond(answer: httpx2.Response) -> Response:
+    """The provider's answer as a response of ours."""
     headers = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
     if headers.get("content-type", "").startswith("text/event-stream"):
-        return StreamingResponse(events(call, answer), answer.status_code, headers)
-    content = await answer.aread()
-    call.record(answer)  # an error says that nothing was generated: it costs no money
-    call.end()
-    return Response(content, answer.status_code, headers)
+        return StreamingResponse(events(answer), answer.status_code, headers)
+    return Response(await answer.aread(), answer.status_code, headers)
 
 
-async def events(call: ActiveCall, answer: httpx2.Response) -> AsyncIterator[bytes]:
-    """The provider's events, metered as they pass."""
+async def events(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """The provider's events, and an event that says so if they break off."""
     try:
-        async for chunk in call.stream(answer.aiter_raw()):
+        async for chunk in answer.aiter_bytes():
             yield chunk
-        call.end()  # before the caller sees the end, so that its next call finds this one settled
     except httpx2.TransportError as error:
-        call.end(error)
         yield b"\n\ndata: " + failure(error).body + b"\n\n"
 
 
@@ -109,7 +101,7 @@ def create_app(guard: Guard, provider: httpx2.AsyncClient, **guarding: Any) -> S
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(guard, provider), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(provider), methods=["POST"]),
             Route("/health", health),
         ],
         middleware=[Middleware(GuardMiddleware, guard=guard, **guarding)],
@@ -119,16 +111,11 @@ def create_app(guard: Guard, provider: httpx2.AsyncClient, **guarding: Any) -> S
     return app
 
 
-def provider_client(url: str, key: str) -> httpx2.AsyncClient:
-    """A client of the provider's OpenAI-compatible API."""
-    return httpx2.AsyncClient(
+def provider_client(guard: Guard, url: str, key: str) -> httpx2.AsyncClient:
+    """A guarded client of the provider's OpenAI-compatible API."""
+    return guard.httpx_client(
         base_url=url,
-        headers={
-            "authorization": f"Bearer {key}",
-            "content-type": "application/json",
-            "accept-encoding": "identity",  # what is compressed cannot be metered as it passes
-        },
-        timeout=httpx2.Timeout(600, connect=5),
+        headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
         trust_env=False,
     )
 
@@ -139,5 +126,5 @@ def from_environment() -> Starlette:
     arguments = build_guard_arguments(settings)
     guard = Guard(**{**arguments, "identity": key_required(arguments["identity"])})
     url = os.environ.get("PROVIDER_URL", "https://api.openai.com/v1")
-    provider = provider_client(url, os.environ["PROVIDER_KEY"])
+    provider = provider_client(guard, url, os.environ["PROVIDER_KEY"])
     return create_app(guard, provider, **build_middleware_arguments(settings))

@@ -141,8 +141,8 @@ async def example(storage: str, *policies: Policy, provider_url: str | None = No
     provider = FakeProvider(prices=PRICES)
     guard = Guard(policies, storage=storage, identity=ApiKeys([RECORD], secret=SECRET))
     async with provider.serve() as served:
-        route = Route("/v1/chat/completions", ["POST"], dialect="openai", inject_usage=True)
-        app = create_app(guard, provider_client(provider_url or served, "any"), routes=[route], unlisted="deny")
+        route = Route("/v1/chat/completions", ["POST"], dialect="openai")
+        app = create_app(guard, provider_client(guard, provider_url or served, "any"), routes=[route], unlisted="deny")
         requests = InFlight(app)
         async with serve(requests) as url:
             yield Service(guard, provider, requests, url)

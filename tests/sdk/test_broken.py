@@ -147,7 +147,7 @@ async def test_provider_that_does_not_answer_in_time() -> None:
         raise httpx2.ReadTimeout("too slow", request=request)
 
     guard = Guard(policies(), identity=ApiKeys([RECORD], secret=SECRET))
-    provider = httpx2.AsyncClient(transport=httpx2.MockTransport(slow), base_url="http://provider/v1")
+    provider = guard.httpx_client(transport=httpx2.MockTransport(slow), base_url="http://provider/v1")
     app = create_app(guard, provider, routes=[Route("/v1/chat/completions")])
     async with guard, provider, asgi_client(app) as client:
         response = await client.post(
