@@ -310,7 +310,7 @@ def rewrite(dialect: str, body: bytes, most: int | None = None, *, include_usage
     ],
 )
 def test_multiplicity_of_completions(body: dict[str, Any], limit: int | None, choices: int) -> None:
-    """T9: each prompt is completed as often as the larger of `n` and `best_of` says, 16 tokens where no limit is set."""
+    """T4: each prompt is completed as often as the larger of `n` and `best_of` says, 16 tokens where no limit is set."""
     asked = ask("openai_completions", **body)
     assert (asked.max_output_tokens, asked.choices) == (limit, choices)
 
@@ -357,7 +357,7 @@ def test_usage_is_asked_for_where_it_must_be() -> None:
     ],
 )
 def test_bounds_of_images(body: dict[str, Any], tokens: int, count: int) -> None:
-    """Images are bounded by their number, size, quality, frames and partial images."""
+    """T4: images are bounded by their number, size, quality, frames and partial images."""
     asked = ask("openai_images", **body)
     assert (asked.max_output_tokens, asked.images, asked.choices) == (tokens, count, count)
 
@@ -564,7 +564,7 @@ def test_fallbacks_of_openrouter() -> None:
 
 
 def test_predictions_are_billed_beside_the_limit() -> None:
-    """T9: tokens of a prediction that were rejected are billed as output, so the limit alone is no bound."""
+    """T4: tokens of a prediction that were rejected are billed as output, so the limit alone is no bound."""
     prediction = {"type": "content", "content": "x" * 500}
     asked = ask("openai", max_tokens=100, prediction=prediction)
     assert asked.max_output_tokens is not None

@@ -120,7 +120,7 @@ UNKNOWN: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("host", "path", "dialect"), METERED)
 def test_metered(host: str, path: str, dialect: str) -> None:
-    """T18: what is billed by its answer is read by its dialect, whoever's host it is."""
+    """What is billed by its answer is read by its dialect, whoever's host it is."""
     surface = surface_of("POST", host, path)
     assert surface.kind == "metered"
     assert surface.dialect is not None
@@ -135,7 +135,7 @@ def test_free(host: str, path: str) -> None:
 
 @pytest.mark.parametrize(("host", "path"), UNMETERABLE)
 def test_unmeterable(host: str, path: str) -> None:
-    """T18: work that is billed later or elsewhere is known for it, and does not pass for free."""
+    """Work that is billed later or elsewhere is known for it, and does not pass for free."""
     surface = surface_of("POST", host, path)
     assert surface.kind == "unmeterable"
     assert surface.provider is not None
