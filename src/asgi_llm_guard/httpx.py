@@ -426,6 +426,8 @@ class _AsyncBody:
         self._abandoned.detach()
         if self._exchange.drains:
             task = asyncio.get_running_loop().create_task(self._drain())
+            if self._exchange.call is not None:
+                self._exchange.call.task = task  # it goes on when the request that asked for it has ended
             _draining.add(task)
             task.add_done_callback(_draining.discard)
             return
@@ -434,8 +436,6 @@ class _AsyncBody:
 
     async def _drain(self) -> None:
         exchange = self._exchange
-        if exchange.call is not None:
-            exchange.call.task = asyncio.current_task()  # it goes on when the request that made it has ended
         try:
             while True:
                 exchange.feed(await self._next())

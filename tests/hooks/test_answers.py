@@ -105,6 +105,18 @@ async def test_tool_call(stage: Stage, way: Way) -> None:
     await stage.settled(calls=2)
 
 
+async def test_stream_is_not_compressed(stage: Stage, way: Way) -> None:
+    """A stream from which something has to be taken out is asked for without compression."""
+    stage.provider.script(Behaviour.answer().zipped())
+    async with admitted(stage, way) as client:
+        seen = await client.chunks(asked(stream=True))
+
+    assert stage.provider.requests[0].headers["accept-encoding"] == "identity"
+    assert text_of(seen) == "Echo: one two three"
+    assert b'"prompt_tokens"' not in b"".join(seen)
+    await stage.settled(calls=1)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_encoded(stage: Stage, way: Way, stream: bool) -> None:
     """What the provider compresses reaches the client compressed, and is metered."""
@@ -183,8 +195,14 @@ async def test_large_body_of_few_bytes(offline: Stage, way: Way) -> None:
         return library_of(way).Response(200, headers=headers, content=pieces(way, [body]))
 
     async with over(offline, way, provider) as client:
-        assert len(await raw(client.client, way)) == len(body)
+        tracemalloc.start()
+        try:
+            assert len(await raw(client.client, way)) == len(body)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
 
+    assert peak < 25_000_000
     assert await outcomes(offline) == [("unmetered", await the_hold(offline))]
 
 

@@ -110,6 +110,20 @@ async def test_left_and_read_to_its_end(stage: Stage, way: Way) -> None:
     assert stage.provider.disconnects == 0
 
 
+async def test_read_on_when_its_admission_has_ended(stage: Stage, way: Way) -> None:
+    """What is read to its end goes on when the request that asked for it is over, as it is when its client leaves."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    async with hooked(stage, way, streams=StreamRules(drain="read", total_s=30)) as client:
+        async with stage.guard.open(CONTEXT):
+            await client.chunks(asked(stream=True), most=2)
+        stage.provider.release()
+        await stage.settlements.until(1)
+
+    (record,) = await stage.settled(calls=1)
+    assert record.outcome == "measured"
+
+
 @pytest.mark.parametrize("library", ["httpx", "httpx2"])
 async def test_left_and_not_read_for_ever(stage: Stage, library: str) -> None:
     """What is read to its end has an end, whatever the provider does."""
