@@ -8,15 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tests.decorator.values import ledger
 from tests.idempotency.conftest import ROUTES, Serve
 from tests.middleware.asgi import JSON_HEADERS, Exchange
 from tests.middleware.values import ASK, CHAT, EVENTS, SSE_HEADERS, Provider, ask, raises
 
-from asgi_llm_guard import Context, GuardMiddleware, RateLimit, Route
+from asgi_llm_guard import Context, GuardMiddleware, QuotaBook, RateLimit, Route
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.idempotency import entry_key, fingerprint
 from asgi_llm_guard.replays import CLAIM_MS, Replays
+from asgi_llm_guard.settings import RouteSettings
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.entries import Entries
 from asgi_llm_guard.storage.memory import MemoryStorage
@@ -398,3 +400,11 @@ async def test_worker_that_died(clock: FrozenClock, serve: Serve) -> None:
     assert (await ask(app, headers=keyed())).status == 429
     clock.advance(ms=CLAIM_MS)
     assert (await ask(app, headers=keyed())).status == 200
+
+
+def test_settings() -> None:
+    """A route in a settings file asks for it as one in code does."""
+    route = RouteSettings.model_validate({"path": CHAT, "idempotency": "1h"}).build(QuotaBook())
+    assert route.idempotency == "1h"
+    with pytest.raises(ValidationError, match="idempotency"):
+        RouteSettings.model_validate({"path": CHAT, "idempotency": "soon"})
