@@ -6,6 +6,10 @@ from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from typing import assert_type
 
+import anthropic
+import httpx
+import httpx2
+import openai
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
@@ -36,8 +40,10 @@ from asgi_llm_guard import (
 )
 from asgi_llm_guard.admission import Admission
 from asgi_llm_guard.events import Event, SettledCall
+from asgi_llm_guard.httpx import AsyncGuardTransport, GuardTransport
 from asgi_llm_guard.identity import ApiKeys, ScopeUser, TrustedHeaders, baggage, body, first_of, header
 from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.testing import FakeProvider, FrozenClock
 
 # ---------------------------------------------------------------------------------- guards
@@ -169,3 +175,20 @@ def use_sync() -> None:
 key, record = ApiKeys.generate("team-a", secret="a pepper that is long enough")
 assert_type(key, str)
 assert_type(ApiKeys([record], secret="a pepper that is long enough"), ApiKeys)
+
+
+# ------------------------------------------------------------------------------------ hooks
+
+
+def hooked_clients(guard: Guard) -> None:
+    assert_type(guard.httpx_client(), httpx2.AsyncClient)
+    assert_type(guard.httpx_client(library="httpx"), httpx.AsyncClient)
+    assert_type(guard.httpx_client_sync(), httpx2.Client)
+    assert_type(guard.httpx_client_sync(library="httpx"), httpx.Client)
+    openai.AsyncOpenAI(http_client=guard.httpx_client())
+    openai.OpenAI(http_client=guard.httpx_client_sync())
+    anthropic.AsyncAnthropic(http_client=guard.httpx_client())
+    httpx.AsyncClient(transport=AsyncGuardTransport(guard, clamp=True, context=Context(caller="job")))
+    httpx2.AsyncClient(transport=AsyncGuardTransport(guard, hosts=["api.openai.com"]))
+    httpx.Client(transport=GuardTransport(guard, httpx.HTTPTransport()))
+    httpx2.Client(transport=GuardTransport(guard, streams=StreamRules(cut=True)))
