@@ -234,7 +234,7 @@ class _Late:
 def _outer_scope(scope: Scope | None) -> Scope | None:
     """The nearest scope that is no call of a callback's: such a one runs beside this, or left its scope behind."""
     while isinstance(scope, _Told):
-        scope = scope.parent or scope.admission
+        scope = scope.parent if isinstance(scope.parent, ActiveCall) else scope.admission
     return scope
 
 
