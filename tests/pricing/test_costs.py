@@ -220,7 +220,7 @@ def test_the_model_that_answered_is_billed() -> None:
 
 
 def test_a_model_without_a_price() -> None:
-    """67, M9: unpriced is unknown, or 0 and marked as unpriced, or what another model costs: never silently free."""
+    """Conformance 67, M9: unpriced is unknown, or 0 and marked as unpriced, or what another model costs: never silently free."""
     usage = Usage(input_tokens=1_000, output_tokens=1_000)
     call = Call(provider="openai", model="gpt-99", input_tokens=1_000, output_tokens=1_000)
     allowing = PriceBook.snapshot(unknown="allow")

@@ -58,7 +58,7 @@ def test_a_body_for_gemini_is_held_at_what_it_can_cost(part: dict[str, Any], nan
 
 
 def test_what_a_request_asks_for_besides_tokens_is_held() -> None:
-    """31, T4: images, characters, audio and searches that the request tells of are in its bound."""
+    """Conformance 31, T4: images, characters, audio and searches that the request tells of are in its bound."""
     searching = described(
         "claude-sonnet-4-5",
         "anthropic",

@@ -284,9 +284,17 @@ def test_how_often_the_provider_may_search(more: dict[str, Any], searches: int) 
     ],
 )
 def test_units_of_a_ranking(query: str, documents: object, units: int) -> None:
-    """31, T4: a ranking is held for by hundreds of documents, and long ones count as several."""
+    """Conformance 31, T4: a ranking is held for by hundreds of documents, and long ones count as several."""
     body = json.dumps({"model": "rerank-v3.5", "query": query, "documents": documents}).encode()
     assert needs(body).search_units == units
+
+
+@pytest.mark.parametrize(
+    "body", [b'["query", "documents"]', b'{"x": ["query"], "y": "documents"', b'"query" "documents"']
+)
+def test_what_only_looks_like_a_ranking(body: bytes) -> None:
+    """A body that is no object ranks nothing, and nothing raises."""
+    assert needs(body).search_units == 0
 
 
 @pytest.mark.parametrize(

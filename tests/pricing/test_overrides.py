@@ -66,7 +66,7 @@ def test_the_most_exact_key_wins() -> None:
 
 
 def test_an_explicit_zero_is_free() -> None:
-    """67: a model priced at 0 costs nothing in every bucket, known usage or not; a model without a price does not."""
+    """Conformance 67: a model priced at 0 costs nothing in every bucket, known usage or not; a model without a price does not."""
     book = PriceBook.snapshot(overrides={"claude-sonnet-4-5": {"input": 0, "output": 0}})
     everything = Usage(
         input_tokens=900, output_tokens=80, cache_read_tokens=100, cache_write_tokens=200, reasoning_tokens=7
@@ -79,7 +79,7 @@ def test_an_explicit_zero_is_free() -> None:
 
 
 def test_a_whole_price_leaves_no_fee_behind() -> None:
-    """67: a model that the list charges a fee for each call is free when the service says so."""
+    """Conformance 67: a model that the list charges a fee for each call is free when the service says so."""
     free = PriceBook.snapshot(overrides={"perplexity/sonar-pro": {"input": 0, "output": 0}})
     dear = PriceBook.snapshot(overrides={"perplexity/sonar-pro": {"input": 6}})
     assert cost(free, "perplexity", "sonar-pro") == 0
@@ -95,7 +95,7 @@ def test_fractions_are_rounded_up() -> None:
 
 
 def test_a_price_edit_takes_effect_at_once() -> None:
-    """67: free, then paid: the next quote costs money, and the old book still answers as before."""
+    """Conformance 67: free, then paid: the next quote costs money, and the old book still answers as before."""
     free = PriceBook.snapshot(overrides={"gpt-4o": {"input": 0, "output": 0}})
     paid = free.with_overrides({"gpt-4o": {"input": 1, "output": 1}})
     call = Call(provider="openai", model="gpt-4o", input_tokens=1_000, output_tokens=1_000)
@@ -105,7 +105,7 @@ def test_a_price_edit_takes_effect_at_once() -> None:
 
 
 def test_a_thousandfold_price_is_a_thousandfold_estimate() -> None:
-    """63: a changed price changes the estimate at once, in every bucket alike."""
+    """Conformance 63: a changed price changes the estimate at once, in every bucket alike."""
     book = PriceBook.snapshot()
     dear = book.with_overrides({"claude-sonnet-4-5": {"input": 3_000, "output": 15_000}})
     call = Call(provider="anthropic", model="claude-sonnet-4-5", input_tokens=1_000, output_tokens=100)
@@ -167,7 +167,7 @@ def test_an_override_that_is_not_whole_prices_nothing_that_no_list_has() -> None
 
 
 def test_an_override_of_what_was_asked_for_holds_for_the_dated_answer() -> None:
-    """63: a request for `gpt-4o` is charged at its override though the answer names a dated snapshot of it."""
+    """Conformance 63: a request for `gpt-4o` is charged at its override though the answer names a dated snapshot of it."""
     book = PriceBook.snapshot(overrides={"gpt-4o": {"input": 1, "output": 1}})
     usage = Usage(input_tokens=1_000, output_tokens=0, model="gpt-4o-2024-08-06")
     assert cost(book, "openai", "gpt-4o", usage) == 1_000_000
@@ -291,7 +291,7 @@ def test_prices_of_other_units() -> None:
 
 
 def test_what_is_free_is_free_in_every_unit() -> None:
-    """67: a model priced at 0 costs nothing for searches, images or audio either, unless those have a stated price."""
+    """Conformance 67: a model priced at 0 costs nothing for searches, images or audio either, unless those have a stated price."""
     everything = Usage(
         input_tokens=9, output_tokens=9, images=1, audio_ms=1, characters=1, web_searches=1, search_units=1
     )

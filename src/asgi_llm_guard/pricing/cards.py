@@ -69,13 +69,6 @@ class Fees(msgspec.Struct, frozen=True, gc=False):
     web_search: int | None = None
     search_unit: int | None = None
 
-    @property
-    def any(self) -> bool:
-        """Whether something that a model can be billed by instead of tokens has a price."""
-        return not (
-            self.image is None and self.audio_ms is None and self.character is None and self.search_unit is None
-        )
-
 
 Sheet = tuple[tuple[int, Rates], ...]
 """What holds at one instant on one tier: rates by the size of input above which they hold, ascending from 0."""
