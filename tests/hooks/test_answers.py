@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 from tests.exits.kit import Stage
-from tests.hooks.kit import Way, admitted, asked, library_of, over, pieces, text_of
+from tests.hooks.kit import Way, admitted, asked, in_thread, library_of, over, pieces, text_of
 
 from asgi_llm_guard.testing import Behaviour
 
@@ -227,14 +227,39 @@ async def test_answer_that_was_read_below(offline: Stage, way: Way, stream: bool
     assert await outcomes(offline) == [("measured", COST)]
 
 
-async def test_stream_is_not_waited_for(stage: Stage, way: Way) -> None:
-    """The first chunk is there before the provider has begun the second one."""
+async def test_no_event_waits_for_another_one(stage: Stage, way: Way) -> None:
+    """Each event is there before the provider has begun the next one, the first one too."""
     stage.provider.script(Behaviour.slow())
-    stage.provider.release(1)
-    async with admitted(stage, way) as client:
-        seen = await client.chunks(asked(stream=True), most=1)
+    async with admitted(stage, way, timeout=10) as client:
+        words = await one_by_one(client.client, way, stage)
 
-    assert text_of(seen) == "Echo: "
+    assert words == ["Echo: ", "one ", "two ", "three"]
+    await stage.settled(calls=1)
+
+
+async def one_by_one(client: Any, way: Way, stage: Stage) -> list[str]:
+    """The words of a streamed answer, each of which is generated when the one before has arrived."""
+    words: list[str] = []
+    options: Any = {"json": asked(stream=True)}
+
+    def take(chunk: bytes) -> None:
+        words.extend(filter(None, [text_of([chunk])]))
+        stage.provider.release(1)
+
+    stage.provider.release(1)
+    if way.endswith("async"):
+        async with client.stream("POST", "/chat/completions", **options) as response:
+            async for chunk in response.aiter_bytes():
+                take(chunk)
+        return words
+
+    def ask() -> None:
+        with client.stream("POST", "/chat/completions", **options) as response:
+            for chunk in response.iter_bytes():
+                take(chunk)
+
+    await in_thread(ask)
+    return words
 
 
 @pytest.mark.parametrize("path", ["/models", "/files"])
