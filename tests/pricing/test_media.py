@@ -315,3 +315,61 @@ def test_what_is_held_by_the_provider_still_counts() -> None:
     """A request with marks for a cache that goes on with a stored conversation counts that, too."""
     body = json.dumps({"input": "x", "previous_response_id": "r", "prompt_cache_retention": "24h"}).encode()
     assert needs(body).input_tokens == FRAMING_TOKENS + len(body) + HELD_TOKENS
+
+
+names = st.sampled_from(
+    [
+        "type",
+        "source",
+        "data",
+        "url",
+        "uri",
+        "text",
+        "content",
+        "parts",
+        "output",
+        "outputs",
+        "result",
+        "image",
+        "image_url",
+        "images",
+        "input_audio",
+        "audio",
+        "file",
+        "file_data",
+        "fileData",
+        "inlineData",
+        "mimeType",
+        "document",
+        "video",
+        "tools",
+        "max_uses",
+        "name",
+        "id",
+        "web_search",
+        "query",
+        "documents",
+        "messages",
+        "contents",
+        "input",
+        "instances",
+        "requests",
+        "bytes",
+        "detail",
+        "functionResponse",
+        "toolResult",
+    ]
+)
+leaves = st.none() | st.booleans() | st.integers(-9, 2**60) | st.floats(allow_nan=False) | st.text(max_size=9) | names
+bodies = st.dictionaries(
+    names, st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4))
+)
+
+
+@given(request=bodies, model=st.sampled_from(["gpt-4o-mini", "claude", ""]))
+def test_nothing_raises(request: dict[str, Any], model: str) -> None:
+    """T23: whatever a body holds under the names of media and tools, it is bounded by at least its text, and nothing raises."""
+    body = json.dumps(request).encode()
+    found = needs(body, model=model)
+    assert found.input_tokens >= FRAMING_TOKENS + len(body)  # nothing in it is long enough to be a picture
+    assert min(found.audio_ms, found.web_searches, found.search_units) >= 0
