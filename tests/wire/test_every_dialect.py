@@ -81,9 +81,10 @@ def test_cutting(case: Fixture) -> None:
 
 
 @given(data=st.data())
-@every_answer
-def test_any_chunks(case: Fixture, data: st.DataObject) -> None:
+@every_dialect
+def test_any_chunks(name: str, data: st.DataObject) -> None:
     """However a body is cut into chunks, what is said of it is the same."""
+    case = data.draw(st.sampled_from(answers_of(name)))
     ends = data.draw(st.lists(st.integers(0, len(case.data)), max_size=12))
     assert read(case.meter(), pieces(case.data, ends)) == (case.data, read(case.meter(), [case.data])[1])
 
@@ -141,7 +142,9 @@ def objects_of(case: Fixture) -> list[object]:
     return [json.loads(case.data)] if Path(case.name).suffix == ".json" else []
 
 
-@every_stream
+@pytest.mark.parametrize(
+    "case", {(case.dialect, Path(case.name).suffix): case for case in fixtures("stream")}.values(), ids=str
+)
 def test_memory_is_flat(case: Fixture) -> None:
     """Neither a stream that goes on for long nor an event without an end takes more memory than one long event."""
     events = case.data * max(1, 65_536 // len(case.data))
