@@ -23,7 +23,7 @@ LAYERS = {
     "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache engine exchange guard loss moment outage replays scope streams",
+    "engine": "active_call admission attempts background cache claimed engine exchange guard loss moment outage replays scope streams",
     "skins": "admin decorator gateway httpx integrations middleware",
     "roots": "__init__ cli settings testing",
 }

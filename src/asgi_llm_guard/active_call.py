@@ -1,202 +1,47 @@
-"""One LLM call while it lasts: what it claims, what is recorded of it, and how it is settled.
+"""One LLM call while it lasts: what is recorded of it, and how it is settled.
 
-Its rules are in `admission.py`.
+Its rules are in `admission.py`; what it holds is in `claimed.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from typing import Final, TypeVar
 
-import msgspec
-
-from asgi_llm_guard.attempts import Siblings, Turns
-from asgi_llm_guard.charge import FIRST, Attempt, Charge, actuals, believed, charge_of, draft, finished
+from asgi_llm_guard.charge import Charge, actuals, believed, charge_of, draft, finished
+from asgi_llm_guard.claimed import Claimed, State, request_settlement
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
-from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.engine import Asking, Hold
-from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.engine import Hold
 from asgi_llm_guard.events import UsageAnomaly, emit
-from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.outcomes import error_status, outcome_of, says_nothing, together
 from asgi_llm_guard.plan import ask
-from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import Cost
 from asgi_llm_guard.scope import current_scope
 from asgi_llm_guard.storage.base import Completed, Pending
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 from asgi_llm_guard.wire import item_meter, meter_object
-from asgi_llm_guard.wire.base import Answer, ItemMeter
+from asgi_llm_guard.wire.base import Answer
 
-if TYPE_CHECKING:
-    from asgi_llm_guard.admission import Admission
-
-__all__ = ["NOTHING", "ActiveCall", "request_settlement"]
+__all__ = ["NOTHING", "ActiveCall"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
 T = TypeVar("T")
 
-
-class _State(Enum):
-    OPEN = "open"
-    ADOPTED = "adopted"
-    ENDED = "ended"
-
-
-# Kept, because looking a member up costs more than what is done with it, and every request does.
-_OPEN: Final = _State.OPEN
-_ENDED: Final = _State.ENDED
-_ADOPTED: Final = _State.ADOPTED
-_SLOTS: Final = Unit.SLOTS
-
-_ANSWER_MS: Final = 5
-"""What takes longer may have been a provider's answer, in code that blocks the event loop."""
-
 NOTHING: Final = Completed(())
-_NONE: Final[AbstractSet[str]] = frozenset()
+_OPEN: Final = State.OPEN
+_ADOPTED: Final = State.ADOPTED
+_ENDED: Final = State.ENDED
 
 
-class ActiveCall:
+class ActiveCall(Claimed):
     """One LLM call while it lasts. Record what came back; leaving its block settles it."""
 
-    __slots__ = (
-        "_adopter",
-        "_answer",
-        "_began_ms",
-        "_dispatched",
-        "_donated_by",
-        "_first_ms",
-        "_hit",
-        "_idle",
-        "_items",
-        "_left",
-        "_lock",
-        "_moment",
-        "_released",
-        "_started_ms",
-        "_state",
-        "_turns",
-        "admission",
-        "attempt_number",
-        "call",
-        "failed",
-        "function",
-        "hold",
-        "outcome",
-        "parent",
-        "policies",
-        "siblings",
-        "side",
-        "stacked",
-        "taken",
-        "task",
-    )
+    __slots__ = ()
 
-    def __init__(
-        self, admission: Admission, parent: ActiveCall | None, policies: Sequence[Policy], call: Call | None
-    ) -> None:
-        self.admission = admission
-        self.parent = parent
-        self.policies = tuple(policies)
-        self.call = None if call is None else admission.engine.describer.held(admission.context.route, call)
-        """What is known of the call; `None`: it was not described."""
-        self.hold: Hold | None = None
-        self.side: Hold | None = None
-        """Rates and slots of a `@guarded` function, which last as long as the call."""
-        self.taken: frozenset[str] = frozenset()
-        """The meters of rates and slots that this scope and those around it hold."""
-        self.task: asyncio.Task[Any] | None = None
-        """The task in which it was claimed."""
-        self.function = False
-        """It stands for a function, which may do more than make its call: an error need not be the provider's."""
-        self.stacked = False
-        """It stands for a function that is itself guarded: all that it does is to ask for the call inside."""
-        self.siblings: Siblings | None = None
-        """What it has in common with other attempts of the same call, once there is another one."""
-        self.attempt_number: Attempt = FIRST
-        self.outcome: Outcome | None = None
-        """What became of it, once it has ended."""
-        self.failed = False
-        """It was refused, or has ended in an error: whoever makes it again repeats it."""
-        self._adopter: ActiveCall | None = None
-        self._donated_by: ActiveCall | None = None
-        self._turns: Turns | None = None
-        self._left = False
-        self._idle = False
-        self._moment: Moment | None = None
-        self._began_ms = 0
-        self._state = _OPEN
-        self._dispatched = False
-        self._released = False
-        self._hit: Charge | None = None
-        self._answer: Answer | None = None
-        self._items: ItemMeter | None = None
-        self._started_ms = admission.engine.clock.now_ms()
-        self._first_ms: int | None = None
-        self._lock = threading.Lock()
-
-    # -------------------------------------------------------------------------------- claim
-
-    async def claim(self, *, requests: bool = False) -> None:
-        """Adopt the nearest enclosing hold, or claim an own one.
-
-        `requests`: also claim the policies that count requests, where no scope around holds them.
-
-        Raises:
-            LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
-        """
-        if self.siblings is None:
-            await self._claim(requests)
-            return
-        async with self.siblings.turns.take():
-            await self._claim(requests)
-
-    async def _claim(self, requests: bool) -> None:
-        admission, engine = self.admission, self.admission.engine
-        outer = self.parent.taken if self.parent is not None else frozenset()
-        if admission.hold is not None and not admission.ended:
-            outer |= {claim.meter.key for claim in admission.hold.claims}
-        self.taken = outer
-        donor = self._donor()
-        try:
-            if donor is not None and await self._adopt(donor, requests=requests):
-                return
-            requests = requests and self.side is None
-            if self.siblings is not None:
-                self.attempt_number = self.siblings.next
-                outer = outer.union(self.siblings.taken())
-            answer = await engine.reserve(
-                *(self.policies, admission.context, self.call),
-                requests=requests, taken=outer, shared=admission.shared, attempt=self.attempt_number,
-            )  # fmt: skip
-            if isinstance(answer, Denied):
-                raise LimitExceeded(answer)  # noqa: TRY301 - handled as one of `_adopt`'s
-        except BaseException as error:
-            self._state = _ENDED
-            self.failed = True
-            if self.side is not None:
-                admission.settle([request_settlement(self.side)])
-                self.side = None
-            admission.refused |= isinstance(error, LimitExceeded)
-            raise
-        self._begin(answer.call)
-        if self.siblings is not None and answer.call is not None:
-            self.siblings.granted(self, answer.call, self._wanted() & self.siblings.taken(self))
-        if requests:
-            self._keep_side(answer.request)
-
-    def _wanted(self) -> AbstractSet[str]:
-        """The meters that this call claims on by itself."""
-        context, now_ms = self.admission.context, self.admission.engine.clock.now_ms()
-        asked = ask(self.policies, context, self.call, now_ms, requests=False)
-        return {claim.meter.key for claim in asked.calls}
+    parent: ActiveCall | None
 
     def attempt(self, call: Call | None = None) -> ActiveCall:
         """Another attempt of the same call, which has claimed nothing yet; `call`: what it asks for, if that differs.
@@ -207,7 +52,7 @@ class ActiveCall:
         Raises:
             ContextError: this call was never claimed.
         """
-        if self._adopter is not None:
+        if isinstance(self._adopter, ActiveCall):
             return self._adopter.attempt(call)
         siblings = self._with_siblings()
         scope = current_scope()
@@ -215,265 +60,6 @@ class ActiveCall:
         again = type(self)(self.admission, self.parent if parent is self else parent, self.policies, call or self.call)
         again.siblings = siblings
         return again
-
-    def _with_siblings(self) -> Siblings:
-        with self._lock:
-            if self.siblings is None:
-                if self._state is _OPEN and self.hold is None:
-                    raise ContextError(
-                        "attempt: this call has claimed nothing yet; only what was asked for can be repeated"
-                    )
-                siblings = Siblings()
-                if self._state is _OPEN and self.hold is not None:
-                    siblings.granted(self, self.hold)
-                elif self.hold is not None and self.outcome not in (None, "not_dispatched"):
-                    siblings.was_charged(self.hold)
-                self.siblings = siblings
-        for donor in self._donors():
-            donor.siblings = self.siblings
-        return self.siblings
-
-    def _donors(self) -> Iterator[ActiveCall]:
-        """Those that the hold was adopted from, one after the other: they stand for the same attempt."""
-        donor = self._donated_by
-        while donor is not None:
-            yield donor
-            donor = donor._donated_by  # noqa: SLF001 - another one of this class
-
-    async def amend(self, call: Call) -> None:
-        """Hold what `call` may cost in place of what is held: before it is sent to another model, for example.
-
-        Raises:
-            LimitExceeded: refused; what is held is as it was.
-            ContextError: the call is not open, or one inside it has taken its hold over.
-        """
-        answer = await self._change(call)
-        if answer is None:  # it expired, and is charged: nothing can be put in its place but more
-            raise ContextError("amend: the hold of this call has expired and is charged; make another attempt")
-        if isinstance(answer, Denied):
-            raise LimitExceeded(answer)
-
-    async def grow(self, call: Call) -> Denied | None:
-        """As `amend`, for a stream that goes on longer than expected: nobody is waited for, and a refusal is a value."""
-        answer = await self._change(call, growing=True)
-        return answer if isinstance(answer, Denied) else None
-
-    async def _change(self, call: Call, *, growing: bool = False) -> Hold | Denied | None:
-        with self._lock:
-            turns = self._turns = self._turns or Turns()
-        async with turns.take():
-            with self._lock:
-                hold = self.hold
-                if self._state is not _OPEN or hold is None:
-                    raise ContextError("amend: this call is not open, or one inside it has taken its hold over")
-                # Should it end meanwhile, nobody knows which of the two it has.
-                pending = self.hold = msgspec.structs.replace(hold, uncertain=True)
-            asking = Asking()
-            answer: Hold | Denied | None = None
-            try:
-                answer = await self.admission.engine.amend(
-                    *(hold, self.policies, self.admission.context, call),
-                    taken=self.siblings.taken(self) if self.siblings is not None else _NONE,
-                    shared=self.admission.shared, asking=asking, attempt=self.attempt_number, growing=growing,
-                )  # fmt: skip
-            finally:
-                self._changed(pending, hold, answer, call, unknown=asking.unknown)
-            return answer
-
-    def _changed(self, pending: Hold, hold: Hold, answer: Hold | Denied | None, call: Call, *, unknown: bool) -> None:
-        late: Hold | None = None
-        with self._lock:
-            if self.hold is not pending or self._state is not _OPEN:  # it ended meanwhile, and was settled as uncertain
-                late = answer if isinstance(answer, Hold) and answer.call_id != hold.call_id else None
-            elif isinstance(answer, Hold):
-                self.hold, self.call = answer, call
-                self.admission.degraded |= answer.degraded
-                if self.siblings is not None:
-                    self.siblings.amended(self, answer)
-            elif not unknown and not hold.uncertain:
-                self.hold = hold
-        if late is not None:  # decided here, under an id of its own, while the storage was away
-            self.admission.settle([Settlement(late.call_id, (), None, late.receipts)])
-
-    async def claim_hit(self, usage: Usage | None, *, requests: bool = False) -> None:
-        """Take what an answer costs that is kept: rates, and nothing else. `usage`: what the kept one had used.
-
-        The nearest enclosing hold that is free is not needed, and given back. `requests`: as `claim`.
-
-        Raises:
-            LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
-        """
-        admission = self.admission
-        outer = self.parent.taken if self.parent is not None else frozenset()
-        if admission.hold is not None and not admission.ended:
-            outer |= {claim.meter.key for claim in admission.hold.claims}
-        donor = self._donor()
-        lent = None if donor is None else donor.hold
-        taken = outer if lent is None else outer | {claim.meter.key for claim in lent.claims}
-        if self.siblings is not None:
-            taken = taken.union(self.siblings.taken())
-        try:
-            answer = await admission.engine.reserve(
-                *(self.policies, admission.context, self.call),
-                requests=requests, taken=taken, shared=admission.shared, rates=True,
-            )  # fmt: skip
-            if isinstance(answer, Denied):
-                raise LimitExceeded(answer)  # noqa: TRY301 - handled like being cancelled
-        except BaseException as error:
-            self._state = _ENDED
-            if donor is not None:
-                donor._take_back()  # noqa: SLF001 - another one of this class
-            admission.refused |= isinstance(error, LimitExceeded)
-            raise
-        self._hit = Charge(outcome="cached", usage=usage, tokens=0, cost_nanousd=0)
-        self.taken = outer
-        self._begin(answer.call)
-        if self.siblings is not None and answer.call is not None:
-            self.siblings.granted(self, answer.call)
-        if requests:
-            self._keep_side(answer.request)
-        if donor is not None and lent is not None:
-            if donor.siblings is not None:
-                donor.siblings.lost(donor, charged=False)
-            admission.settle([donor._settlement(self._hit, recorded=False)])  # noqa: SLF001 - as above
-
-    def _begin(self, hold: Hold | None) -> None:
-        self.hold = hold
-        self.admission.degraded |= hold is not None and hold.degraded
-        self.admission.seen = True
-        self.task = _current_task()
-        self._begin_moment()
-        self.admission.calls.add(self)
-
-    def _begin_moment(self) -> None:
-        if not self.admission.opaque:
-            return  # nobody will ask
-        self._moment = this_moment()
-        self._began_ms = self.admission.engine.clock.now_ms()
-
-    def _is_idle(self) -> bool:
-        """Whether this has not waited, nor blocked, since it was granted: nothing was sent in it."""
-        moment = self._moment
-        if moment is None or moment.over:
-            return False
-        return 0 <= self.admission.engine.clock.now_ms() - self._began_ms < _ANSWER_MS
-
-    def _keep_side(self, side: Hold | None) -> None:
-        self.side = side
-        if side is not None:
-            self.taken |= {claim.meter.key for claim in side.claims}
-
-    def _donor(self) -> ActiveCall | None:
-        scope = self.parent
-        while scope is not None:
-            if scope.lend():
-                return scope
-            scope = scope.parent
-        return None
-
-    def lend(self) -> bool:
-        """Let a call inside take over the hold, if it is free. True for exactly one of those who ask."""
-        with self._lock:
-            if self._state is not _OPEN or self._dispatched or self.hold is None or self.admission.ended:
-                return False
-            self._state = _ADOPTED
-        self._idle = self._is_idle()
-        return True
-
-    def _take_back(self) -> None:
-        """The adopter was refused: this call has its hold again, and settles it if its admission is over."""
-        if self.stacked:
-            self.release()  # the function did not run
-        elif self._idle and _current_task() is self.task:
-            self._begin_moment()  # the refused call is all that it has waited for
-        with self._lock:
-            self._state = _OPEN
-            left, self._left = self._left, False
-        if left:  # its block was left meanwhile
-            self.admission.settle(self.settlements(None, complete=False))
-        elif self.admission.ended:
-            settlements = self.close_unseen(None, status=None, complete=False)
-            if settlements:
-                self.admission.settle(settlements)
-
-    async def _adopt(self, donor: ActiveCall, *, requests: bool) -> bool:
-        engine, context = self.admission.engine, self.admission.context
-        hold = donor.hold
-        assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it
-        side: Hold | None = None
-        asking = Asking()
-        try:
-            if requests:
-                answer = await engine.reserve(
-                    self.policies,
-                    context,
-                    self.call,
-                    requests=True,
-                    calls=False,
-                    taken=self.taken,
-                    shared=self.admission.shared,
-                )
-                if isinstance(answer, Denied):
-                    donor._take_back()
-                    raise LimitExceeded(answer)  # noqa: TRY301 - and it passes the handler below
-                side = answer.request
-            if self.call is None:
-                self.call = donor.call
-            taken = _NONE
-            if donor.siblings is not None:  # it is the same attempt
-                self.siblings, self.attempt_number = donor.siblings, donor.attempt_number
-                taken = donor.siblings.taken(donor)
-            elif self.siblings is not None:
-                self.attempt_number = self.siblings.next
-                taken = self.siblings.taken()
-            amended = await engine.amend(
-                *(hold, self.policies, context, self.call),
-                taken=taken, shared=self.admission.shared, asking=asking, attempt=self.attempt_number,
-            )  # fmt: skip
-        except LimitExceeded:
-            raise
-        except BaseException:
-            # Cancelled on the way: this call was not sent.
-            back = [] if side is None else [Settlement(side.call_id, (), None, side.receipts)]
-            if not asking.unknown:
-                donor._take_back()
-            else:
-                # Whether the hold has this call's claims already is not known, so nobody can go on with it: it is
-                # given back whole. What it stood for may have made a call of its own, unless all calls are seen;
-                # that is charged as it was held.
-                with donor._lock:
-                    donor._state = _ENDED
-                if donor.siblings is not None:
-                    donor.siblings.lost(donor, charged=True)
-                if donor.parent is None and not self.admission.opaque:
-                    back.append(Settlement(hold.call_id, ()))
-                else:
-                    lost = donor._record(hold, Charge(outcome="unknown"), engine.clock.now_ms())
-                    back.append(Settlement(hold.call_id, (), lost, (), hold.claims))
-            if back:
-                self.admission.settle(back)
-            raise
-        if isinstance(amended, Denied):
-            if asking.unknown:
-                donor.hold = msgspec.structs.replace(hold, uncertain=True)
-            donor._take_back()
-            if side is not None:
-                self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
-            raise LimitExceeded(amended)
-        self._keep_side(side)
-        if amended is None:  # it expired meanwhile and is charged; this call claims its own
-            with donor._lock:
-                donor._state = _ENDED
-            if donor.siblings is not None:
-                donor.siblings.lost(donor, charged=True)
-            return False
-        self._begin(amended)
-        self._donated_by, donor._adopter = donor, self
-        if donor.siblings is not None:
-            donor.siblings.adopted(donor, self, amended)
-        elif self.siblings is not None:
-            self.siblings.granted(self, amended, self._wanted() & self.siblings.taken(self))
-        return True
 
     # ------------------------------------------------------------------------------- record
 
@@ -733,16 +319,3 @@ _MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
 def _debit(receipt: Receipt, amount: int | None) -> Claim:
     claim = receipt.claim
     return Claim(claim.meter, claim.amount if amount is None else amount, claim.member)
-
-
-def request_settlement(hold: Hold) -> Settlement:
-    """Rates stay as they were taken; slots are free again."""
-    amounts = tuple([0 if claim.meter.unit is _SLOTS else None for claim in hold.claims])
-    return Settlement(hold.call_id, amounts, None, hold.receipts)
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop is running
-        return None

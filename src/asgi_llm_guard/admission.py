@@ -30,8 +30,9 @@ import threading
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from asgi_llm_guard.active_call import NOTHING, ActiveCall, request_settlement
+from asgi_llm_guard.active_call import NOTHING, ActiveCall
 from asgi_llm_guard.attempts import Attempts
+from asgi_llm_guard.claimed import Claimed, request_settlement
 from asgi_llm_guard.claims import Receipt, Settled, Settlement
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
@@ -113,7 +114,7 @@ class Admission:
         self._deferred: list[Deferred] = []
         self._ended = False
         self._pending: Pending[tuple[Settled, ...]] = NOTHING
-        self.calls: set[ActiveCall] = set()
+        self.calls: set[Claimed] = set()
         """Those inside it that hold something."""
         self._handed: list[Pending[tuple[Settled, ...]]] = []
 

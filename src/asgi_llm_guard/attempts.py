@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Final
 from asgi_llm_guard.claims import Settlement, Unit
 
 if TYPE_CHECKING:
-    from asgi_llm_guard.admission import ActiveCall
+    from asgi_llm_guard.active_call import ActiveCall
     from asgi_llm_guard.charge import Attempt
+    from asgi_llm_guard.claimed import Claimed
     from asgi_llm_guard.engine import Hold
 
 __all__ = ["MOST_ATTEMPTS", "Attempts", "Siblings", "Turns"]
@@ -167,7 +168,7 @@ class Siblings:
         self.turns = Turns()
         """In which they are granted."""
         self._lock = threading.Lock()
-        self._parts: dict[ActiveCall, _Part] = {}
+        self._parts: dict[Claimed, _Part] = {}
         self._charged: set[str] = set()
         self._first: str | None = None
         self._sent = False
@@ -179,7 +180,7 @@ class Siblings:
         """What the next attempt is."""
         return self._first, self.number + 1
 
-    def taken(self, besides: ActiveCall | None = None) -> AbstractSet[str]:
+    def taken(self, besides: Claimed | None = None) -> AbstractSet[str]:
         """The meters of what is the call's that an attempt finds taken; `besides` what this one has taken."""
         with self._lock:
             taken = set(self._charged)
@@ -188,7 +189,7 @@ class Siblings:
                     taken |= part.own | part.slots
             return taken
 
-    def granted(self, call: ActiveCall, hold: Hold, shares: AbstractSet[str] = frozenset()) -> None:
+    def granted(self, call: Claimed, hold: Hold, shares: AbstractSet[str] = frozenset()) -> None:
         """`call` holds something from now on. `shares`: meters that it needs as well, which another one has taken."""
         part = _Part(shares)
         part.own, part.slots = _of_the_call(hold)
@@ -198,13 +199,13 @@ class Siblings:
                 self._first = hold.call_id
             self.number += 1
 
-    def amended(self, call: ActiveCall, hold: Hold) -> None:
+    def amended(self, call: Claimed, hold: Hold) -> None:
         """What `call` holds was changed."""
         with self._lock:
             part = self._parts[call]
             part.own, part.slots = _of_the_call(hold)
 
-    def adopted(self, call: ActiveCall, by: ActiveCall, hold: Hold) -> None:
+    def adopted(self, call: Claimed, by: Claimed, hold: Hold) -> None:
         """What `call` held is another one's now, which is the same attempt."""
         with self._lock:
             part = self._parts[by] = self._parts.pop(call)
@@ -217,7 +218,7 @@ class Siblings:
         self._sent = True
         self.number = 1
 
-    def lost(self, call: ActiveCall, *, charged: bool) -> None:
+    def lost(self, call: Claimed, *, charged: bool) -> None:
         """What `call` held is settled already; `charged`: or given back."""
         with self._lock:
             part = self._parts.pop(call)
@@ -227,7 +228,7 @@ class Siblings:
             else:
                 self._restart()
 
-    def ended(self, call: ActiveCall, ending: Settlement, kept: Settlement | None) -> list[Settlement]:
+    def ended(self, call: Claimed, ending: Settlement, kept: Settlement | None) -> list[Settlement]:
         """What to hand over now that `call` has ended: what it holds for others that still run comes after theirs.
 
         `kept`: it was not sent, and this is handed over instead of `ending` if one that shares what it holds was.

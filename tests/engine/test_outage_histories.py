@@ -48,7 +48,8 @@ class World:
             RateLimit("1000000/hour", per="caller", lease=10 if leased else None),
         )
         self.guards = [
-            Guard(self.policies, storage=link, clock=self.clock, prices=PRICES, **options) for link in self.links
+            Guard(self.policies, storage=link, clock=self.clock, prices=PRICES, max_overage=None, **options)
+            for link in self.links
         ]
         self.open: list[tuple[Admission, ActiveCall]] = []
         self.requests = 0
