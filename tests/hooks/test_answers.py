@@ -354,3 +354,17 @@ async def test_host_sends_the_bill(offline: Stage, way: Way) -> None:
         ("openrouter", "openai/gpt-4o"),
         ("openai", "gpt-4o"),
     ]
+
+
+async def test_answer_that_is_too_long_to_be_read(stage: Stage, way: Way) -> None:
+    """A body beyond what is read passes whole, and is charged what was held; a stream of any length is read."""
+    stage.provider.script(Behaviour.big(9_000_000), Behaviour.big(9_000_000))
+    async with admitted(stage, way) as client:
+        whole = await client.post(asked())
+        streamed = await client.chunks(asked(stream=True))
+
+    assert len(whole.content) > 9_000_000
+    assert len(b"".join(streamed)) > 9_000_000
+    records = await stage.storage.records()
+    assert [record.outcome for record in records] == ["unmetered", "measured"]
+    assert await stage.storage.open_holds() == 0
