@@ -36,6 +36,34 @@ def test_error_events_are_told() -> None:
     assert [block.error for block in blocks] == [True, True, False]
 
 
+def test_an_event_that_is_a_chunk() -> None:
+    """Events that come one to a chunk, as servers flush them, are read as any other, names and errors included."""
+    named, error = b"event: delta\ndata: a\n\n", b"event: error\ndata: b\n\n"
+    chunks = [
+        b": hello\n\n",
+        named,
+        error,
+        b"data: c\n\n",
+        b"event: x\n\n",
+        b"data:d\n\n",
+        b"data: e\r\n\r\n",
+        b"data: f\n\n\n",
+    ]
+    blocks, _ = read(*chunks)
+    assert [(block.data, block.error) for block in blocks] == [
+        (None, False),
+        (b"a", False),
+        (b"b", True),
+        (b"c", False),
+        (None, False),
+        (b"d", False),
+        (b"e", False),
+        (b"f", False),
+        (None, False),
+    ]
+    assert b"".join(block.raw for block in blocks) == b"".join(chunks)
+
+
 def test_byte_order_mark() -> None:
     """A mark at the start of the stream is not part of the first field's name; later it is."""
     assert events(b"\xef\xbb", b"\xbfdata: a\n\n\xef\xbb\xbfdata: b\n\n") == [b"a", None]
