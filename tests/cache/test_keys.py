@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cache.kit import ask_for
 
+from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.cache.control import CacheControl, read_control
 from asgi_llm_guard.cache.keys import (
     IRRELEVANT,
@@ -115,6 +116,10 @@ def test_where_it_is_sent_counts() -> None:
         ("x-goog-api-key", True),
         ("x-api-key", True),
         ("api-key", True),
+        ("x-portkey-config", True),
+        ("cookie", True),
+        ("accept", True),
+        ("unknown-to-us", True),
         ("user-agent", False),
         ("x-stainless-retry-count", False),
         ("traceparent", False),
@@ -127,6 +132,15 @@ def test_headers_that_change_answers_count(name: str, counts: bool) -> None:
     request is not."""
     assert (key(ask_for(headers=[(name, "1")])) != SAME) == counts
     assert (key(ask_for(headers=[(name, "1")])) != key(ask_for(headers=[(name, "2")]))) == counts
+
+
+def test_headers_count_in_any_order_and_letter_case() -> None:
+    """C11: two requests with the same headers are the same, however they are written; none runs into another."""
+    one = key(ask_for(headers=[("X-A", "1"), ("x-b", "2"), ("traceparent", "3")]))
+    assert one == key(ask_for(headers=[("x-B", "2"), ("User-Agent", "4"), ("x-a", "1")]))
+    assert one != key(ask_for(headers=[("x-a", "1"), ("x-b", "1")]))
+    assert one != key(ask_for(headers=[("x-a", "1x-b"), ("", "2")]))
+    assert one != key(ask_for(headers=[("x-a", "1"), ("x-a", "1"), ("x-b", "2")]))
 
 
 def test_a_signature_stands_for_its_account() -> None:
@@ -163,6 +177,9 @@ def test_fields_that_an_operator_names_do_not_count() -> None:
     ignored = frozenset({"metadata"})
     assert key(ask_for(metadata={"request": "1"}), ignored=ignored) == key(ask_for(), ignored=ignored) == SAME
     assert key(ask_for(user="1"), ignored=ignored) != SAME
+    ignored = Cache(ignore=["X-Run-Id"]).ignore
+    assert key(ask_for(headers=[("X-Run-ID", "1")]), ignored=ignored) == SAME
+    assert key(ask_for(headers=[("x-run", "1")]), ignored=ignored) != SAME
 
 
 texts = st.text(max_size=4)

@@ -4,7 +4,7 @@
 |---|---|
 | kind, host, path with its query | who is asked for what; the API's version is in the query of some |
 | dialect, provider, model | as they were recognised; a route may stand for another model than the body says |
-| headers that change answers | `anthropic-*`, `openai-*`, `x-goog-*` and such; the provider's credentials, because two accounts may have two models of one name |
+| headers, but those of the connection, of traces and of repeats | versions, beta features, what gateways are told; and the provider's credentials, because two accounts may have two models of one name |
 | whether the answer is streamed | the bytes differ |
 | every field of the body | but those in `IRRELEVANT` |
 
@@ -60,7 +60,17 @@ STATEFUL: Final = {
 }
 """Fields of a body with which a request does more than to be answered, so that a kept answer would not do."""
 
-_HEADERS: Final = ("anthropic-", "openai-", "x-goog-", "x-amzn-bedrock-", "api-", "x-api-", "http-referer", "helicone-")
+_UNRELATED: Final = frozenset({
+    # of the connection and the client
+    "accept-encoding", "cache-control", "connection", "content-length", "date", "expect", "host", "keep-alive",
+    "te", "transfer-encoding", "user-agent", "x-goog-api-client",
+    # of this one request: repeats, traces, and signatures, whose account is told by the credential
+    "amz-sdk-invocation-id", "amz-sdk-request", "b3", "baggage", "idempotency-key", "request-id", "sentry-trace",
+    "traceparent", "tracestate", "x-amz-content-sha256", "x-amz-date", "x-amz-security-token", "x-amzn-trace-id",
+    "x-client-request-id", "x-cloud-trace-context", "x-correlation-id", "x-request-id",
+})  # fmt: skip
+_UNRELATED_PREFIXES: Final = ("x-b3-", "x-datadog-", "x-stainless-")
+"""Headers that change no answer. All others count, whether they are known or not."""
 _WRITTEN: Final = (bytes, date, datetime, time, timedelta, Decimal, UUID)
 
 
@@ -148,7 +158,7 @@ def request_digest(request: CacheRequest, call: Call | None, ignored: frozenset[
         None if call is None else call.model,
         "stream" if stream else "whole",
         fields,
-        *_relevant(request.headers),
+        *_relevant(request.headers, ignored),
     )
     return digest, stream
 
@@ -208,15 +218,14 @@ def _plain(value: Any) -> Any:
     return ["model", name, _plain(fields)]
 
 
-def _relevant(headers: Iterable[tuple[str, str]]) -> list[str]:
+def _relevant(headers: Iterable[tuple[str, str]], ignored: frozenset[str]) -> list[str]:
     relevant = []
     for name, value in headers:
         lower = name.lower()
-        if lower == "authorization":
-            relevant += [lower, _credential(value)]
-        elif lower.startswith(_HEADERS):
-            relevant += [lower, value]
-    return relevant
+        if lower in _UNRELATED or lower in ignored or lower.startswith(_UNRELATED_PREFIXES):
+            continue
+        relevant.append((lower, _credential(value) if lower == "authorization" else value))
+    return [text for header in sorted(relevant) for text in header]
 
 
 def _credential(authorization: str) -> str:

@@ -20,7 +20,8 @@ class Cache:
         streams: keep answers that were streamed, once they are complete, and give them again in one piece.
         wait: how long a call waits for another one that asks the same just now, before it is made, too.
         storage: where answers are kept; `None`: where the guard counts.
-        ignore: fields of a request's body that do not count, because they change no answer of yours: `metadata`.
+        ignore: fields of a request's body, and headers, that do not count, because they change no answer of yours:
+            `metadata`, `x-run-id`.
         version: a part of every key. With another one, answers of before are not found.
         max_value_bytes: longer answers are not kept.
         max_bytes, max_entries: what is kept in memory or SQLite at most; the oldest answers go first. Redis and
@@ -57,7 +58,7 @@ class Cache:
         self.streams = streams
         self.wait_s = 0.0 if wait in ("0", "0s") else duration_ms(wait, name="cache.wait") / 1000
         self.storage = storage
-        self.ignore = frozenset(ignore)
+        self.ignore = frozenset(ignore) | {name.lower() for name in ignore}
         self.version = version
         self.bounds = Bounds(max_value_bytes=max_value_bytes, max_bytes=max_bytes, max_entries=max_entries)
 
