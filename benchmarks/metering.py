@@ -21,8 +21,9 @@ from typing import Final
 
 from benchmarks._harness import Result, compare, duration, percentile
 
-from asgi_llm_guard.wire import DIALECTS, dialect_named
+from asgi_llm_guard.wire import dialect_named
 from asgi_llm_guard.wire.base import Head, Meter
+from asgi_llm_guard.wire.registry import DIALECTS
 
 EVENT_BYTES: Final = 200
 EVENT_LIMIT_S: Final = 3e-6
@@ -216,7 +217,10 @@ def bodies() -> Mapping[str, tuple[str, bytes]]:
             INVOKE,
             {"type": "message", "role": "assistant", "model": "m", "content": part, "usage": token_usage()},
         ),
-        "gemini": (GEMINI, {"candidates": [{"content": {"parts": [{"text": prose}]}}], "usageMetadata": gemini}),
+        "gemini": (
+            "/v1beta/models/gemini-nova:generateContent",
+            {"candidates": [{"content": {"parts": [{"text": prose}]}}], "usageMetadata": gemini},
+        ),
         "cohere": (
             "/v2/chat",
             {

@@ -61,7 +61,7 @@ class Blocks:
     def feed(self, chunk: bytes) -> list[Block]:
         """The blocks that `chunk` completes."""
         tail = self._tail
-        if not tail and self._begun and not self._passing and chunk[-2:] == b"\n\n" and len(chunk) <= self._longest:
+        if not tail and self._begun and not self._passing and len(chunk) <= self._longest:
             data = _only_event(chunk)  # as servers flush nearly every one
             if data is not None:
                 return [Block(chunk, data)]
@@ -117,6 +117,11 @@ class Blocks:
 def _only_event(chunk: bytes) -> bytes | None:
     """The data of the event that a chunk is: one line of it, perhaps after one with a name; `None`: it is not."""
     end = len(chunk) - 2
+    if chunk[end:] != b"\n\n":
+        end -= 2
+        if chunk[end:] == b"\r\n\r\n" and chunk.startswith(b"data: ") and chunk.find(b"\r") == end:
+            return chunk[6:end] if chunk.find(b"\n") == end + 1 else None
+        return None
     line = chunk.find(b"\n")
     start = 0
     if line != end and chunk.startswith(b"event: ") and not chunk.startswith(b"event: error"):
