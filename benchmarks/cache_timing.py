@@ -117,11 +117,11 @@ async def main(samples: int) -> int:
             guard = Guard(
                 [CacheScope(), RateLimit("1000000/hour", per="caller", counts="calls")], storage=storage, cache=Cache()
             )
-            for attempt in range(2):  # one in a hundred is below by chance
-                times = await measure(guard, samples, attempt)
+            times = await measure(guard, samples, 1)
+            distance, p = kolmogorov_smirnov(times["foreign"], times["novel"])
+            if p < TOLD_APART:  # one in a hundred is, by chance
+                times = await measure(guard, samples, 2)
                 distance, p = kolmogorov_smirnov(times["foreign"], times["novel"])
-                if p >= TOLD_APART:
-                    break
             own_distance, own_p = kolmogorov_smirnov(times["own"], times["novel"])
             apart += p < TOLD_APART
             rows.append(f"| {name} | {distance:.3f} | {p:.3f} | {own_distance:.3f} | {own_p:.2g} |")
