@@ -6,7 +6,7 @@ Its rules are in `admission.py`; what it holds is in `claimed.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final, TypeVar
 
 from asgi_llm_guard.charge import Charge, actuals, believed, charge_of, draft, finished
@@ -116,6 +116,10 @@ class ActiveCall(Claimed):
         if self._first_ms is None:
             self._first_ms = self.admission.engine.clock.now_ms()
 
+    def seen_by(self, seen: Callable[[], Answer | None]) -> None:
+        """`seen` tells what has come of the answer so far, should this call end before it was `answered`."""
+        self._seen = seen
+
     def answered(self, answer: Answer) -> None:
         """Take what a meter has read of the answer, in place of what was recorded before."""
         self._dispatched = True
@@ -219,6 +223,9 @@ class ActiveCall(Claimed):
         answer = self._answer
         if answer is None and self._items is not None:
             answer = self._items.answer()
+        seen, self._seen = self._seen, None  # it knows this call, too
+        if answer is None and seen is not None:
+            answer = seen()
         failure: Outcome | None = None
         if error is not None:
             unsent = not self._dispatched and (not self.admission.opaque or self._is_idle())
@@ -229,23 +236,19 @@ class ActiveCall(Claimed):
                 refusals=self.admission.refusals,
             )
         charge = charge_of(self.call, answer, self._cost, complete=complete, released=self._released, failure=failure)
-        if charge.outcome == "measured" and charge.usage is not None and self.call is not None:
-            charge = self._believed(charge, self.call)
-            if charge.doubted is None and charge.usage is not None:
-                self.admission.engine.describer.learn(self.admission.context.route, self.call, charge.usage)
+        call, usage, engine = self.call, charge.usage, self.admission.engine
+        if usage is not None and call is not None and charge.outcome == "measured":
+            times = engine.max_overage
+            if times is not None and (
+                (charge.tokens or 0) > times * call.total_tokens
+                or (charge.cost_nanousd or 0) > times * (call.cost_nanousd or 0)
+            ):
+                charge = believed(charge, engine.describer.most(call, times))
+            if charge.doubted is None:
+                engine.describer.learn(self.admission.context.route, call, usage)
         if charge.doubted is not None:
             self._tell_doubt(charge, charge.doubted)
         return charge
-
-    def _believed(self, charge: Charge, call: Call) -> Charge:
-        engine = self.admission.engine
-        times = engine.max_overage
-        if times is None or (
-            (charge.tokens or 0) <= times * call.total_tokens
-            and (charge.cost_nanousd or 0) <= times * (call.cost_nanousd or 0)
-        ):
-            return charge
-        return believed(charge, engine.describer.most(call, times))
 
     def _tell_doubt(self, charge: Charge, usage: Usage) -> None:
         _log.warning("a usage was reported that cannot be, and is not charged as it is: %s", usage)
@@ -255,9 +258,11 @@ class ActiveCall(Claimed):
     def _ended(self, charge: Charge) -> list[Settlement]:
         """What to hand over for a call that has just ended like this."""
         self.outcome = charge.outcome
-        for donor in self._donors():
+        donor = self._donated_by
+        while donor is not None:
             donor.outcome, donor.failed, donor.hold = charge.outcome, self.failed, self.hold
-            donor._adopter = None  # noqa: SLF001 - as above
+            donor._adopter = None  # noqa: SLF001 - it is of the same class
+            donor = donor._donated_by  # noqa: SLF001 - as above
         settlement = self._settlement(charge)
         if self.siblings is None:
             return [settlement]

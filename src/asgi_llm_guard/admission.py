@@ -220,7 +220,10 @@ class Admission:
             for call in tuple(self.calls):
                 task = call.task
                 if task is not None and (task is this or (task.done() and task.get_loop() is loop)):
-                    call.end(complete=False)
+                    if call.leave is not None:
+                        call.leave()
+                    if call.task is task:  # else its answer is read on, in a task of its own
+                        call.end(complete=False)
         if isinstance(sys.exception(), GeneratorExit):
             return  # a coroutine that is being closed must not wait
         for pending in self._handed:
@@ -239,6 +242,8 @@ class Admission:
         self.end(complete=False)
         for call in tuple(self.calls):
             call.end(complete=False)
+            if call.leave is not None:
+                call.leave()
 
 
 async def _over(pending: Awaitable[object]) -> None:

@@ -71,18 +71,14 @@ def charge_of(
     `complete`: nothing more was to come. `released`: nothing was sent. `failure`: it ended with an error, which says this.
     """
     usage = answer.usage if answer is not None else None
-    if usage is not None and not _can_be(usage):
-        return Charge(outcome="unmetered", doubted=usage)
-    if (
-        answer is not None
-        and usage is not None
-        and answer.text_bytes
-        and usage.output_tokens == 0
-        and not _in_units(usage)
-    ):
-        usage = None  # text that cost no tokens: some servers fill in zeros where they do not count
-    if usage is not None and (usage.total_tokens is not None or _in_units(usage) or usage.reported_nanousd is not None):
-        return _measured(call, usage, price(usage))
+    if answer is not None and usage is not None:
+        tokens = usage.total_tokens
+        if answer.text_bytes and usage.output_tokens == 0 and not _in_units(usage):
+            pass  # text that cost no tokens: some servers fill in zeros where they do not count
+        elif tokens is not None or usage.reported_nanousd is not None or _in_units(usage):
+            return _measured(call, usage, tokens, price(usage))
+        elif not _can_be(usage):
+            return Charge(outcome="unmetered", doubted=usage)
     if released and answer is None:
         return Charge(outcome="not_dispatched")
     if answer is not None:
@@ -133,8 +129,9 @@ def believed(charge: Charge, most: Call) -> Charge:
     )
 
 
-def _measured(call: Call | None, usage: Usage, cost: Cost) -> Charge:
-    tokens = usage.total_tokens
+def _measured(call: Call | None, usage: Usage, tokens: int | None, cost: Cost) -> Charge:
+    if (cost.nanousd is None or (usage.reported_nanousd or 0) < 0) and not _can_be(usage):
+        return Charge(outcome="unmetered", doubted=usage)
     if cost.nanousd is None and (call is None or call.cost_nanousd is not None):
         # Its price is not known: tokens as measured, money as held.
         return Charge(outcome="measured", usage=usage, tokens=tokens)
@@ -231,6 +228,7 @@ def draft(call_id: str, context: Context, call: Call | None, at_ms: int, attempt
         outcome="expired",
         attempt_of=attempt_of,
         attempt=number,
+        deployment=call.deployment,
     )
 
 

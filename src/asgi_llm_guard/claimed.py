@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -55,7 +54,7 @@ _ANSWER_MS: Final = 5
 _NONE: Final[AbstractSet[str]] = frozenset()
 
 
-class Claimed(ABC):
+class Claimed:
     """One LLM call, as far as what it holds is concerned."""
 
     __slots__ = (
@@ -72,6 +71,7 @@ class Claimed(ABC):
         "_lock",
         "_moment",
         "_released",
+        "_seen",
         "_started_ms",
         "_state",
         "_turns",
@@ -81,6 +81,7 @@ class Claimed(ABC):
         "failed",
         "function",
         "hold",
+        "leave",
         "outcome",
         "parent",
         "policies",
@@ -106,6 +107,8 @@ class Claimed(ABC):
         """The meters of rates and slots that this scope and those around it hold."""
         self.task: asyncio.Task[Any] | None = None
         """The task in which it was claimed."""
+        self.leave: Callable[[], None] | None = None
+        """Reads no more of its answer: for when nobody can go on with it. Called in an event loop."""
         self.function = False
         """It stands for a function, which may do more than make its call: an error need not be the provider's."""
         self.stacked = False
@@ -130,6 +133,7 @@ class Claimed(ABC):
         self._hit: Charge | None = None
         self._answer: Answer | None = None
         self._items: ItemMeter | None = None
+        self._seen: Callable[[], Answer | None] | None = None
         self._started_ms = admission.engine.clock.now_ms()
         self._first_ms: int | None = None
         self._lock = threading.Lock()
@@ -203,16 +207,11 @@ class Claimed(ABC):
                 elif self.hold is not None and self.outcome not in (None, "not_dispatched"):
                     siblings.was_charged(self.hold)
                 self.siblings = siblings
-        for donor in self._donors():
-            donor.siblings = self.siblings
-        return self.siblings
-
-    def _donors(self) -> Iterator[Claimed]:
-        """Those that the hold was adopted from, one after the other: they stand for the same attempt."""
         donor = self._donated_by
-        while donor is not None:
-            yield donor
+        while donor is not None:  # those that the hold was adopted from stand for the same attempt
+            donor.siblings = self.siblings
             donor = donor._donated_by  # noqa: SLF001 - another one of this class
+        return self.siblings
 
     async def amend(self, call: Call) -> None:
         """Hold what `call` may cost in place of what is held: before it is sent to another model, for example.
@@ -449,25 +448,25 @@ class Claimed(ABC):
             self.siblings.granted(self, amended, self._wanted() & self.siblings.taken(self))
         return True
 
-    # ------------------------------------------------------------------- what the end of it is
+    # ---------------------------------------------------------------- what `ActiveCall` does
 
-    @abstractmethod
-    def release(self) -> None: ...
+    def release(self) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
-    def end(self, error: BaseException | None = None, *, complete: bool = True) -> Pending[tuple[Settled, ...]]: ...
+    def end(self, error: BaseException | None = None, *, complete: bool = True) -> Pending[tuple[Settled, ...]]:
+        raise NotImplementedError
 
-    @abstractmethod
-    def settlements(self, error: BaseException | None, *, complete: bool = True) -> list[Settlement]: ...
+    def settlements(self, error: BaseException | None, *, complete: bool = True) -> list[Settlement]:
+        raise NotImplementedError
 
-    @abstractmethod
-    def close_unseen(self, answer: Answer | None, *, status: int | None, complete: bool) -> list[Settlement]: ...
+    def close_unseen(self, answer: Answer | None, *, status: int | None, complete: bool) -> list[Settlement]:
+        raise NotImplementedError
 
-    @abstractmethod
-    def _settlement(self, charge: Charge, *, recorded: bool = True, keep_calls: bool = False) -> Settlement: ...
+    def _settlement(self, charge: Charge, *, recorded: bool = True, keep_calls: bool = False) -> Settlement:
+        raise NotImplementedError
 
-    @abstractmethod
-    def _record(self, hold: Hold, charge: Charge, now_ms: int) -> UsageRecord: ...
+    def _record(self, hold: Hold, charge: Charge, now_ms: int) -> UsageRecord:
+        raise NotImplementedError
 
 
 def request_settlement(hold: Hold) -> Settlement:
