@@ -69,6 +69,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
     provider: str | None = None
     """Who is called: `openai`, `anthropic`, … `None`: not known."""
+    deployment: str | None = None
+    """The name of the gateway's deployment that it goes to; `None`: it goes to none."""
     model: str
     """The resolved model, without the provider's prefix."""
     requested: str | None = None

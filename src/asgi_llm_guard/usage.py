@@ -125,3 +125,5 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The call id of the first attempt, if this is another one of the same call."""
     attempt: int = 1
     """Which attempt of its call this is, counted from 1."""
+    deployment: str | None = None
+    """The name of the gateway's deployment that it went to; `None`: it went to none."""

@@ -102,6 +102,7 @@ CREATE TABLE ledger (
     latency_ms INTEGER,
     attempt_of TEXT,
     attempt INTEGER NOT NULL,
+    deployment TEXT,
     has_usage INTEGER NOT NULL,
     input_tokens INTEGER,
     output_tokens INTEGER,

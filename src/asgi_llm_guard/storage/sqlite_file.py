@@ -21,7 +21,7 @@ __all__ = ["SCHEMA_VERSION", "QueueLock", "Synchronous", "connect", "file_system
 
 Synchronous = Literal["NORMAL", "FULL"]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Counts up with every change of sqlite.sql."""
 
 APPLICATION_ID: Final = 0x4C4C4D47
