@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+import msgspec
+
 from asgi_llm_guard.wire.meters import Streamed, Tally
 from asgi_llm_guard.wire.sse import MAX_EVENT_BYTES, Block
 
@@ -20,6 +22,7 @@ _TOKEN: Final = re.compile(
     rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+(?:[{}\[\]]|"(?:[^"\\]++|\\.)*+(\\?)\Z|\Z)', re.DOTALL
 )
 _REST: Final = re.compile(rb'(?:[^"\\]++|\\.)*+(?:"|(\\?)\Z)', re.DOTALL)
+_ANY: Final = msgspec.json.Decoder(msgspec.Raw)
 _OPEN, _CLOSE = b"[{", b"]}"
 _LIST: Final = ord("[")
 
@@ -72,6 +75,8 @@ class Elements:
     def feed(self, chunk: bytes) -> list[Block]:
         """The elements that `chunk` completes, and what it has between elements."""
         blocks: list[Block] = []
+        if self._in_array and self._depth == 0 and not self._in_string and self._is_one(chunk, blocks):
+            return blocks
         start = at = 0
         if self._in_string and chunk:
             rest = _REST.match(chunk, int(self._escaped))
@@ -123,6 +128,21 @@ class Elements:
         if not tail:
             return []
         return [Block(tail, None if self._passing else tail)]
+
+    def _is_one(self, chunk: bytes, blocks: list[Block]) -> bool:
+        """Whether the chunk is one element with what is around it, as servers flush them; then it has been read."""
+        element = chunk.strip(b", \t\r\n")
+        if element[:1] != b"{" or len(element) > self._longest:
+            return False
+        try:
+            _ANY.decode(element)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        start = chunk.index(b"{")
+        self._between(chunk[:start], blocks)
+        blocks.append(self._element(element))
+        self._between(chunk[start + len(element) :], blocks)
+        return True
 
     def _element(self, end: bytes) -> Block:
         raw = bytes(self._tail) + end if self._tail else end
