@@ -220,6 +220,25 @@ async def test_abandoned_in_the_middle(offline: Stage) -> None:
 
 
 @pytest.mark.parametrize("library", ["httpx", "httpx2"])
+async def test_stream_that_outlasts_its_admission(stage: Stage, library: str) -> None:
+    """A stream that is left open in a request that is over is charged for what had come by then."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    way: Any = f"{library} async"
+    async with hooked(stage, way) as client:
+        async with stage.guard.open(CONTEXT):
+            made = client.client.build_request("POST", "/chat/completions", json=asked(stream=True))
+            response = await client.client.send(made, stream=True)
+            chunks = response.aiter_bytes()
+            await anext(chunks)
+        (record,) = await stage.storage.records()
+        await response.aclose()
+
+    assert record.outcome == "estimated"
+    assert await stage.settled(calls=1, exact=False)
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
 async def test_cancelled_while_it_waits(stage: Stage, library: str) -> None:
     """A call that is cancelled before its answer came is charged what it held."""
     stage.provider.script(Behaviour.hang())
