@@ -464,6 +464,28 @@ async def test_what_is_remembered_is_bounded(new_guard: NewGuard) -> None:
         assert attempts.reported("id-0", "other") is None
 
 
+async def test_ledger_tells_what_failed_and_by_whom(guard: Guard) -> None:
+    """Conformance 70: a failed attempt is in the ledger at cost 0 with its caller, a broken stream with what it cost;
+    nothing that a client sends along changes what the guard writes."""
+    async with guard.open(CONTEXT):
+        first = await failing(guard)
+        second = await claimed(guard, first.attempt())
+        second.record_chunk(
+            {
+                "object": "chat.completion.chunk",
+                "model": "test-model",
+                "metadata": {"caller": "mallory", "cost_nanousd": 0, "attempt": 7},
+                "choices": [{"index": 0, "delta": {"content": "four"}, "finish_reason": None}],
+            }
+        )
+        second.end(ConnectionResetError())
+    one, two = await records(guard)
+    assert (one.outcome, one.cost_nanousd, one.tokens, one.attempt) == ("provider_error", 0, 0, 1)
+    assert (two.outcome, two.cost_nanousd, two.attempt) == ("estimated", 100 * 1_000 + 4 * 2_000, 2)
+    assert {(record.caller, record.user, record.session) for record in (one, two)} == {("acme", "ann", "s")}
+    assert (await used(guard))["user_budget"] == (108_000, 0)
+
+
 async def test_turns_are_taken_in_order() -> None:
     """One after the other, in the order in which they came, also when one in between gives up."""
     turns, gate = Turns(), Gate()
