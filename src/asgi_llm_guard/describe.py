@@ -237,9 +237,9 @@ class Describer:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
-    def longer(self, call: Call, output_tokens: int) -> Call:
-        """`call` with this many output tokens in place of those that were expected, at most as many as can be."""
-        most = self.longest(call)
+    def longer(self, call: Call, output_tokens: int, *, capped: bool = True) -> Call:
+        """`call` with this many output tokens in place of those that were expected; `capped`: at most as many as can be."""
+        most = self.longest(call) if capped else None
         return self._quoted(replace(call, output_tokens=output_tokens if most is None else min(output_tokens, most)))
 
     def longest(self, call: Call) -> int | None:

@@ -3,7 +3,7 @@
 Rule 1: a stream is settled at its true end, by what it reports; before that, by what was counted of it.
 
 Rule 2: a stream that lasts longer than was expected holds more, before it has used up what it holds. What is held
-grows by a quarter at a time, so that there are few trips, and never above what the model can give.
+grows by a quarter at a time, so that there are few trips, up to what the model can give.
 
 Rule 3: text tells less than tokens do. How near a stream has come to what it holds is taken from what it reports
 while it runs, where its dialect does that; else from its text, at `NEAR_BYTES` for a token. It has surely used up
@@ -157,41 +157,43 @@ class StreamGuard:
     async def _hold_more(self, call: ActiveCall, held: Call) -> Denied | None:
         describer = self._call.admission.engine.describer
         tokens = max(held.output_tokens, self._near())
-        more = describer.longer(held, max(tokens + tokens // 4, tokens + _LEAST_GROWTH))
+        # One that is longer than its model's longest answer tells that this is not known rightly.
+        capped = not self._is_full(held)
+        more = describer.longer(held, max(tokens + tokens // 4, tokens + _LEAST_GROWTH), capped=capped)
         denied = await call.grow(more)
         if denied is None or not denied.fits_max_tokens:
             return denied
         fits = denied.fits_max_tokens * held.choices
         if fits <= max(held.output_tokens, self._sure()):
             return denied
-        return await call.grow(describer.longer(held, fits))
+        return await call.grow(describer.longer(held, fits, capped=capped))
 
     def _may_grow(self, call: Call) -> bool:
+        return call.max_output_tokens is None or not self._is_full(call)
+
+    def _is_full(self, call: Call) -> bool:
+        """It holds for the longest answer that the request allows, or that the model gives."""
         longest = self._call.admission.engine.describer.longest(call)
-        return longest is None or call.output_tokens < longest
+        return longest is not None and call.output_tokens >= longest
 
     def _look(self) -> None:
         call = self._call.call
         if call is None or self.meter.answer().finished:
             self._at = _NEVER
-            return
-        held = call.output_tokens
-        near = self._near()
-        if 4 * near >= 3 * held:
+        elif self._used_up(call) if self._is_full(call) else 4 * self._near() >= 3 * call.output_tokens:
             self.wants_growth = True
-        elif self._reports:
-            self._at = self.meter.text_bytes  # reasoning may be reported without any text
         else:
             self._mark(call)
 
     def _mark(self, call: Call | None) -> None:
-        """Look again when three quarters of what is held may be used."""
+        """Look again when three quarters of what is held may be used; or all of it is, if it should be enough."""
         if call is None or not self._may_grow(call):
             self._at = _NEVER
         elif self._reports:
-            self._at = self.meter.text_bytes
+            self._at = self.meter.text_bytes  # reasoning may be reported without any text
         else:
-            self._at = max(self.meter.text_bytes + 1, call.output_tokens * 3 * NEAR_BYTES // 4)
+            near = call.output_tokens * SURE_BYTES if self._is_full(call) else call.output_tokens * 3 * NEAR_BYTES // 4
+            self._at = max(self.meter.text_bytes + 1, near)
 
     def _reported(self) -> int | None:
         usage = self.meter.answer().usage

@@ -15,6 +15,7 @@ from asgi_llm_guard.admission import ActiveCall
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Admission, Event, Refused
 from asgi_llm_guard.guard import new_call
+from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.streams import NEAR_BYTES, SURE_BYTES, StreamGuard, StreamRules
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
@@ -174,6 +175,29 @@ async def test_hold_grows_with_the_stream(new_guard: NewGuard) -> None:
         guarded.end(complete=True)
     assert await money(guard) == (INPUT + 20_000 * TOKEN, 0)
     assert sum(isinstance(each, Admission) for each in seen) == 2
+
+
+async def test_undeclared_stream_is_cut_beyond_what_its_model_gives(new_guard: NewGuard) -> None:
+    """A hold for the model's longest answer is enough until a stream is surely longer; then it grows, or it is cut."""
+    prices = PriceBook.snapshot(overrides={"openai/test-model": {"input": 1, "output": 2, "max_output_tokens": 100}})
+    seen: list[Event] = []
+    guard = new_guard(Budget("$1/1d"), prices=prices, observers=[seen.append])
+    async with guard.open(CONTEXT):
+        guarded = stream(await opened(guard))
+        await passed(guarded, *[event("x" * 40) for _ in range(19)])
+        assert await money(guard) == (0, INPUT + 100 * TOKEN)
+        await passed(guarded, event("x" * 40))
+        assert (await money(guard))[1] > INPUT + 300 * TOKEN
+        assert not guarded.ended
+        guarded.end()
+    guard = new_guard(Budget("$0.0003/1d", name="other"), prices=prices)
+    async with guard.open(CONTEXT):
+        guarded = stream(await opened(guard))
+        await passed(guarded, *[event("x" * 40) for _ in range(19)])
+        assert not guarded.ended
+        await passed(guarded, event("x" * 40))
+        assert guarded.ended
+        guarded.end()
 
 
 async def test_growth_takes_what_is_left(new_guard: NewGuard) -> None:
