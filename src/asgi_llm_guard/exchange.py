@@ -42,6 +42,7 @@ from asgi_llm_guard.wire import dialect_for
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Headers
 from asgi_llm_guard.wire.encodings import Decoder, decoder_for
 from asgi_llm_guard.wire.fields import rate_limit_headers
+from asgi_llm_guard.wire.forms import FormView, read_any
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered, container_of, render, stream_error
 from asgi_llm_guard.wire.surfaces import Surface, surface_of
@@ -287,7 +288,7 @@ class Exchange:
         self._key = _digest(self._outgoing, body)
         try:
             check_encoding(self._outgoing.headers)
-            view = read_body(body)
+            view = read_any(body, self._outgoing.headers)
             ask = self._dialect.read_request(view, self._outgoing.path)
             call = hook.guard.engine.describer.describe_body(
                 ask,
@@ -329,7 +330,8 @@ class Exchange:
                 return denied
         parent = self._scope if isinstance(self._scope, ActiveCall) else None
         policies = admission.policies if parent is None else parent.policies
-        clamps = _CLAMPS if self._hook.clamp and not self._signed else 0
+        lowers = self._hook.clamp and not self._signed and (self.ask is None or self.ask.limits_output)
+        clamps = _CLAMPS if lowers else 0
         failed = admission.attempts.find(self._key)
         while True:
             if failed is not None:
@@ -387,7 +389,7 @@ class Exchange:
             return
         body = self._dialect.rewrite(view, include_usage=include, max_output_tokens=limit)
         self._strip = include and not ask.wants_usage and body is not self.body
-        if more:
+        if more and not isinstance(view, FormView):
             body = read_body(body).replace(more)
         if body is not self.body:
             self.body = body
@@ -423,6 +425,7 @@ class Exchange:
         name, container = self._dialect.name, container_of(head.header(b"content-type"))
         meter = self._dialect.meter(head, strip_usage=strip)
         self._stream = StreamGuard(self.call, meter, self._rules, lambda denied: stream_error(denied, name, container))
+        self.call.seen_by(self._stream.answer)
 
     def feed(self, chunk: bytes) -> bytes:
         """What to give to the client of a chunk of the answer."""
@@ -481,7 +484,9 @@ class Exchange:
     @property
     def drains(self) -> bool:
         """When the client leaves, the answer is read to its end all the same."""
-        return not self.ended and self._stream is not None and self._rules.drain == "read"
+        if self.ended or self._stream is None or self.call is None:
+            return False
+        return self._rules.drain == "read" and self.call.outcome is None
 
     def finish(self) -> bytes:
         """The answer has come to its end: what is still to be given to the client. Everything is settled."""

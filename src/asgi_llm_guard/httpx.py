@@ -11,13 +11,14 @@ tell which that is: `httpx2.alias_httpx()` may have made it the other one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import cache
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import cache, partial
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
@@ -74,6 +75,7 @@ _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _CODING: Final = frozenset({b"content-length", b"content-encoding"})
 _CONNECT_S: Final = 5.0
 _ANSWER_S: Final = 600.0
+_ENDED: Final = "the admission that this answer was asked for in has ended, and what came of it is charged"
 
 
 class AsyncGuardTransport(_AsyncTransport):
@@ -375,14 +377,20 @@ class _AsyncBody:
         self._exchange = exchange
         self._parts: AsyncIterator[bytes] | None = None
         self._over = False
-        self._abandoned = weakref.finalize(self, background.later, exchange.close)
+        self._left = False
+        self._loop = asyncio.get_running_loop()
+        self._abandoned = weakref.finalize(self, background.later, partial(_give_up, stream, exchange, self._loop))
         self._abandoned.atexit = False
+        if exchange.call is not None:
+            exchange.call.leave = partial(_leave, weakref.ref(self))
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
         exchange = self._exchange
+        if self._left:
+            raise _library_of(self).ReadError(_ENDED)
         while not self._over:
             try:
                 forward = exchange.feed(await self._next())
@@ -409,6 +417,8 @@ class _AsyncBody:
     async def _next(self) -> bytes:
         if self._parts is None:
             self._parts = aiter(self._stream)
+            if self._exchange.call is not None:
+                self._exchange.call.task = asyncio.current_task()  # which may be another one than has asked for it
         if not self._exchange.timed:
             return await anext(self._parts)
         waiting = asyncio.timeout(self._exchange.wait_s())
@@ -421,18 +431,28 @@ class _AsyncBody:
             raise
 
     async def _leave(self) -> None:
-        """The client gets nothing more: close the answer, or read it to its end in the background."""
+        if not self._stop():
+            await self._stream.aclose()
+
+    def _stop(self) -> bool:
+        """The client gets nothing more. Whether the answer is read to its end, in the background; else close it."""
         self._over = True
         self._abandoned.detach()
-        if self._exchange.drains:
-            task = asyncio.get_running_loop().create_task(self._drain())
-            if self._exchange.call is not None:
-                self._exchange.call.task = task  # it goes on when the request that asked for it has ended
-            _draining.add(task)
-            task.add_done_callback(_draining.discard)
+        if not self._exchange.drains:
+            self._exchange.close()
+            return False
+        task = _in_background(self._loop, self._drain())
+        if self._exchange.call is not None:
+            self._exchange.call.task = task  # it goes on when the request that asked for it has ended
+        return True
+
+    def leave(self) -> None:
+        """Its admission has ended, and nobody goes on with it: who does gets an error."""
+        if self._over:
             return
-        self._exchange.close()
-        await self._stream.aclose()
+        self._left = True
+        if not self._stop():
+            _in_background(self._loop, _close(self._stream))
 
     async def _drain(self) -> None:
         exchange = self._exchange
@@ -456,8 +476,46 @@ class _AsyncBody:
             await self._stream.aclose()
 
 
-_draining: Final[set[asyncio.Task[None]]] = set()
+_background: Final[set[asyncio.Task[None]]] = set()
 """The event loop alone would forget them."""
+
+
+def _in_background(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = loop.create_task(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
+
+
+async def _close(stream: Any) -> None:
+    try:
+        await stream.aclose()
+    except Exception:  # noqa: BLE001 - nobody waits for it
+        _log.debug("an answer that nobody reads could not be closed", exc_info=True)
+
+
+def _leave(body: weakref.ref[_AsyncBody]) -> None:
+    """Stop reading what nobody can go on with. From whatever thread; the body need not be there any more."""
+    alive = body()
+    if alive is None:
+        return
+    loop = alive._loop  # noqa: SLF001 - in this module
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        here = False
+    if here:
+        alive.leave()
+        return
+    with contextlib.suppress(RuntimeError):  # its event loop is closed, and its connections with it
+        loop.call_soon_threadsafe(alive.leave)
+
+
+def _give_up(stream: Any, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
+    """A body was dropped without being closed."""
+    exchange.close()
+    with contextlib.suppress(RuntimeError):  # as above
+        loop.call_soon_threadsafe(lambda: _in_background(loop, _close(stream)))
 
 
 class _Body:
@@ -469,14 +527,20 @@ class _Body:
         self._exchange = exchange
         self._parts: Iterator[bytes] | None = None
         self._over = False
-        self._abandoned = weakref.finalize(self, background.later, exchange.close)
+        self._left = False
+        self._abandoned = weakref.finalize(self, background.later, partial(_give_up_sync, stream, exchange))
         self._abandoned.atexit = False
+        if exchange.call is not None:
+            exchange.call.leave = partial(_leave_sync, weakref.ref(self))
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> bytes:
         exchange = self._exchange
+        if self._left and not self._over:
+            self.close()
+            raise _library_of(self).ReadError(_ENDED)
         while not self._over:
             try:
                 forward = exchange.feed(self._next())
@@ -532,8 +596,26 @@ class _Body:
             exchange.close()
             self._stream.close()
 
+    def leave(self) -> None:
+        """Its admission has ended, and nobody goes on with it: who does gets an error, and the answer is closed."""
+        self._left = True
+
     def close(self) -> None:
         if not self._over:
             self._leave()
         elif not self._exchange.drains:
             self._stream.close()
+
+
+def _leave_sync(body: weakref.ref[_Body]) -> None:
+    alive = body()
+    if alive is not None:
+        alive.leave()
+
+
+def _give_up_sync(stream: Any, exchange: Exchange) -> None:
+    exchange.close()
+    try:
+        stream.close()
+    except Exception:  # noqa: BLE001 - nobody waits for it
+        _log.debug("an answer that nobody reads could not be closed", exc_info=True)

@@ -13,7 +13,7 @@ import boto3
 import pytest
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import ClientError, EndpointConnectionError, EventStreamError
+from botocore.exceptions import ClientError, EndpointConnectionError, EventStreamError, ResponseStreamingError
 from tests.exits.kit import CONTEXT, MAX_TOKENS, SLOTS, Settlements, Stage
 from tests.hooks.kit import in_thread
 from tests.hooks.test_sdks import counted, ledger
@@ -276,7 +276,6 @@ async def gone(stage: Stage) -> None:
     await stage.settlements.until(1)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib3 leaves the socket open then
 @pytest.mark.parametrize("leave", ["close", "drop"])
 async def test_stream_that_is_left(leave: str) -> None:
     """A stream that is closed, or dropped, in the middle is settled: by what came through, and nothing stays held."""
@@ -295,6 +294,31 @@ async def test_stream_that_is_left(leave: str) -> None:
         await gone(stage)
         (record,) = await ledger(stage, exact=False)
         assert record.outcome in ("estimated", "measured", "unknown")
+
+
+async def test_stream_that_is_read_while_the_guard_drains() -> None:
+    """T18: a stream that is still read when the guard ends is charged what came of it, and goes no further."""
+
+    def begin(client: Any) -> Any:
+        events = iter(stream_of(client))
+        assert next(events)
+        return events
+
+    async with on_stage() as (stage, client):
+        stage.provider.script(Behaviour.slow())
+        stage.provider.release(2)
+        async with stage.guard.open(CONTEXT):
+            events = await in_thread(lambda: begin(client))
+            await stage.guard.drain(0)
+            (record,) = await stage.storage.records()
+            with pytest.raises(ResponseStreamingError, match="has ended"):
+                await in_thread(lambda: list(events))
+            await stage.provider.idle()
+        stage.guard.resume()
+
+        assert record.outcome in ("estimated", "unknown")
+        assert record.cost_nanousd
+        assert stage.provider.disconnects == 1
 
 
 @every_way

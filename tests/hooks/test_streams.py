@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from typing import Any
 
 import pytest
 from tests.exits.kit import CONTEXT, Stage
-from tests.hooks.kit import Way, admitted, asked, hooked, text_of
+from tests.hooks.kit import LIBRARIES, Client, Way, admitted, asked, hooked, in_thread, library_of, text_of
 from tests.hooks.test_answers import outcomes
 
 from asgi_llm_guard import Budget
@@ -136,3 +138,122 @@ async def test_left_and_not_read_for_ever(stage: Stage, library: str) -> None:
 
     ((outcome, _),) = await outcomes(stage)
     assert outcome == "estimated"
+
+
+async def opened(client: Client) -> Any:
+    """A stream of which nothing was read yet."""
+    http = client.client
+    request = http.build_request("POST", "/chat/completions", json=asked(stream=True))
+    return await http.send(request, stream=True)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_forgotten(stage: Stage, library: str) -> None:
+    """T18: a stream that is neither read to its end nor closed ends with its admission: it is charged what came of it,
+    the provider sees its reader go, and whoever reads on is told."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    way: Any = f"{library} async"
+    async with hooked(stage, way) as client:
+        async with stage.guard.open(CONTEXT):
+            response = await opened(client)
+            parts = response.aiter_raw()
+            assert await anext(parts)
+        await stage.provider.idle()
+        with pytest.raises(LIBRARIES[library].ReadError, match="has ended"):
+            await anext(parts)
+
+    assert stage.provider.disconnects == 1
+    ((outcome, cost),) = await outcomes(stage)
+    assert outcome == "estimated"
+    assert cost
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_forgotten_and_read_to_its_end(stage: Stage, library: str) -> None:
+    """With `drain="read"` a stream that is forgotten is read to its end, and charged what it reports."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    way: Any = f"{library} async"
+    async with hooked(stage, way, streams=StreamRules(drain="read", total_s=30)) as client:
+        async with stage.guard.open(CONTEXT):
+            response = await opened(client)
+            assert await anext(response.aiter_raw())
+        stage.provider.release()
+        await stage.settlements.until(1)
+
+    assert stage.provider.disconnects == 0
+    assert await outcomes(stage) == [("measured", stage.provider.total_nanousd)]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_handed_to_a_task(stage: Stage, library: str) -> None:
+    """A stream that a task reads which goes on is settled at its end, as billed, though its admission ended before."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    begun = asyncio.Event()
+
+    async def read(response: Any) -> bytes:
+        parts = []
+        async for part in response.aiter_raw():
+            parts.append(part)
+            begun.set()
+        return b"".join(parts)
+
+    way: Any = f"{library} async"
+    async with hooked(stage, way) as client:
+        async with stage.guard.open(CONTEXT):
+            reading = asyncio.create_task(read(await opened(client)))
+            await begun.wait()
+        stage.provider.release()
+        assert text_of([await reading]) == "Echo: one two three"
+
+    assert await outcomes(stage) == [("measured", stage.provider.total_nanousd)]
+    assert stage.provider.disconnects == 0
+
+
+async def test_read_while_the_guard_drains(stage: Stage, way: Way) -> None:
+    """T18: a stream that is still read when the guard ends is charged what came of it, and goes no further."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+
+    def begin(http: Any) -> Any:
+        response = http.send(http.build_request("POST", "/chat/completions", json=asked(stream=True)), stream=True)
+        parts = response.iter_raw()
+        assert next(parts)
+        return parts
+
+    async with hooked(stage, way) as client, stage.guard.open(CONTEXT):
+        if way.endswith(" async"):
+            parts = (await opened(client)).aiter_raw()
+            assert await anext(parts)
+        else:
+            parts = await in_thread(lambda: begin(client.client))
+        await stage.guard.drain(0)
+        (record,) = await stage.storage.records()
+        with pytest.raises(library_of(way).ReadError, match="has ended"):
+            await (anext(parts) if way.endswith(" async") else in_thread(lambda: next(parts)))
+        await stage.provider.idle()
+        stage.guard.resume()
+
+    assert record.outcome == "estimated"
+    assert stage.provider.disconnects == 1
+
+
+async def test_dropped(stage: Stage, way: Way) -> None:
+    """T18: a response that is dropped without being closed is settled, and the provider sees its reader go."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(2)
+    async with admitted(stage, way) as client:
+        if way.endswith(" async"):
+            await opened(client)
+        else:
+            http = client.client
+            request = http.build_request("POST", "/chat/completions", json=asked(stream=True))
+            await in_thread(lambda: http.send(request, stream=True) and None)
+        gc.collect()
+        await stage.provider.idle()
+        await stage.settlements.until(1)
+
+    assert stage.provider.disconnects == 1
+    assert len(await outcomes(stage)) == 1

@@ -13,10 +13,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ResponseStreamingError
 
 from asgi_llm_guard import background
 from asgi_llm_guard.decision import Denied
@@ -37,6 +39,7 @@ _KIND: Final = b"x-amzn-errortype"
 _THROTTLED: Final = b"ThrottlingException"
 _EXHAUSTED: Final = b"ServiceQuotaExceededException"
 _NOT_REPEATED: Final = 400
+_ENDED: Final = "the admission that this answer was asked for in has ended, and what came of it is charged"
 
 C = TypeVar("C")
 
@@ -197,8 +200,11 @@ class _Body:
         self._exchange = exchange
         self._parts: Iterator[bytes] | None = None
         self._over = False
-        self._abandoned = weakref.finalize(self, background.later, exchange.close)
+        self._left = False
+        self._abandoned = weakref.finalize(self, background.later, partial(_give_up, raw, exchange))
         self._abandoned.atexit = False
+        if exchange.call is not None:
+            exchange.call.leave = partial(_leave, weakref.ref(self))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._raw, name)
@@ -238,9 +244,16 @@ class _Body:
         elif not self._exchange.drains:
             self._raw.close()
 
+    def leave(self) -> None:
+        """Its admission has ended, and nobody goes on with it: who does gets an error, and the answer is closed."""
+        self._left = True
+
     def _pull(self, read: Callable[[], bytes]) -> bytes:
         """What to give of the next part; an empty one is the end."""
         exchange = self._exchange
+        if self._left and not self._over:
+            self.close()
+            raise ResponseStreamingError(error=_ENDED)
         try:
             part = read()
             if not part:
@@ -289,3 +302,18 @@ class _Body:
         finally:
             exchange.close()
             self._raw.close()
+
+
+def _leave(body: weakref.ref[_Body]) -> None:
+    alive = body()
+    if alive is not None:
+        alive.leave()
+
+
+def _give_up(raw: Any, exchange: Exchange) -> None:
+    """A body was dropped without being closed."""
+    exchange.close()
+    try:
+        raw.close()
+    except Exception:  # noqa: BLE001 - nobody waits for it
+        _log.debug("an answer that nobody reads could not be closed", exc_info=True)
