@@ -219,6 +219,26 @@ async def test_retried(sdk: Sdk, stream: bool, statuses: list[int]) -> None:
         assert await counted(stage) == (1, 0)
 
 
+async def test_retried_inside_a_request(sdk: Sdk) -> None:
+    """The first attempt takes over what its request was admitted for, and the second one is still the same call."""
+    async with on_stage() as stage:
+        stage.provider.script(Behaviour.error(500, retry_after=0.01))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            text = await sdk.ask(stage, stage.base_url, False)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": text.encode()})
+
+        transport = httpx2.ASGITransport(app=GuardMiddleware(app, stage.guard))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://service") as client:
+            body = {"model": "gpt-test", "max_tokens": MAX_TOKENS, "messages": MESSAGES}
+            response = await client.post("/v1/chat/completions", headers={"x-session-id": "s"}, json=body)
+
+        assert response.text == "Echo: one two three"
+        assert [record.attempt for record in await ledger(stage)] == [1, 2]
+        assert await counted(stage) == (1, 0)
+
+
 async def test_retries_of_two_calls(sdk: Sdk) -> None:
     """The same question asked twice, each time after an error, is two calls."""
     async with on_stage() as stage:
