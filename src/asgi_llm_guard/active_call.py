@@ -224,7 +224,7 @@ class ActiveCall(Claimed):
         if answer is None and self._items is not None:
             answer = self._items.answer()
         seen, self._seen = self._seen, None  # it knows this call, too
-        if answer is None and seen is not None:
+        if answer is None and seen is not None and not self._released:
             answer = seen()
         failure: Outcome | None = None
         if error is not None:
