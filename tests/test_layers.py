@@ -20,7 +20,7 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "protocols": "storage.base storage.entries policies.base identity.base",
-    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.providers wire identity.extract",
+    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.grammar policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
     "engine": "active_call admission attempts background cache claimed engine exchange guard loss moment outage replays scope streams",
@@ -66,7 +66,7 @@ LIBRARIES = {
     "joserfc": "identity.jwt",
     "langchain_core": "integrations.langchain",
     "limits": "policies.rate storage.limits",
-    "litellm": "integrations.litellm",
+    "litellm": "gateway.providers.litellm integrations.litellm",
     "opentelemetry": "telemetry",
     "pydantic": "settings",
     "pydantic_core": "settings",
@@ -76,7 +76,7 @@ LIBRARIES = {
     "tiktoken": "estimate",
     "uvicorn": "testing",
     "watchfiles": "settings",
-    "yaml": "settings",
+    "yaml": "gateway.entries settings",
     "zstandard": "wire.encodings",
 }
 
