@@ -415,6 +415,9 @@ def test_recordings_are_bounded_by_their_size() -> None:
 def test_linked_recordings_are_assumed_to_be_long() -> None:
     """A request without the recording, which some servers take, is held for hours of it."""
     assert ask("openai_audio", "/v1/audio/transcriptions", file_url="https://x.example/a.mp3").audio_ms == 14_400_000
+    body = b'--e\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--e--'
+    view = read_any(body, [(b"content-type", b"multipart/form-data; boundary=e")])
+    assert dialect_named("openai_audio").read_request(view, "/v1/audio/transcriptions").audio_ms == 14_400_000
 
 
 def test_edits_are_read_from_forms() -> None:
