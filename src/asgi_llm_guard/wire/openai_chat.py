@@ -180,6 +180,7 @@ class _Choice(msgspec.Struct):
 class _OfInput(msgspec.Struct):
     cached_tokens: _Tokens | None = None
     cache_write_tokens: _Tokens | None = None
+    cache_write_tokens_details: None = None
     audio_tokens: _Tokens | None = None
     image_tokens: _Tokens | None = None
 

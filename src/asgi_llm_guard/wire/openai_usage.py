@@ -35,6 +35,7 @@ def completion_usage(report: object) -> Usage | None:
         total=count_of(pick(report, "total_tokens")),
         cached=first_count(pick(of_input, "cached_tokens"), pick(report, "num_cached_tokens")),
         stored=count_of(pick(of_input, "cache_write_tokens")),
+        stored_long=_stored_long(pick(of_input, "cache_write_tokens_details")),
         reasoning=count_of(pick(of_output, "reasoning_tokens")),
         audio=(count_of(pick(of_input, "audio_tokens")), count_of(pick(of_output, "audio_tokens"))),
         images=(count_of(pick(of_input, "image_tokens")), count_of(pick(of_output, "image_tokens"))),
@@ -116,8 +117,8 @@ def milliseconds(seconds: object) -> int | None:
 
 
 def _stored_long(details: object) -> int | None:
-    """Tokens that are kept for longer than the shortest lifetime there is."""
-    return count_of(pick(details, "ttl_12h_tokens"))
+    """Tokens that are kept for longer than the shortest lifetime there is; an hour is Anthropic's, behind a gateway."""
+    return first_count(pick(details, "ttl_12h_tokens"), pick(details, "ttl_1h_tokens"))
 
 
 def _cost(report: object) -> int | None:
