@@ -28,10 +28,10 @@ MAX_DEPTH: Final = 5
 _LONGEST_S: Final = 600.0
 _MOST: Final = 100
 
-_NEVER: Final[frozenset[str]] = frozenset({"invalid", "context_overflow", "content_policy"})
-"""The same request meets the same answer."""
-_ELSEWHERE: Final[frozenset[str]] = frozenset({"auth", "quota", "not_found"})
-"""It is the deployment's doing, and time does not mend it."""
+_NEVER: Final[frozenset[str]] = frozenset({"invalid", "content_policy"})
+"""The same request meets the same answer, unless told otherwise."""
+_ELSEWHERE: Final[frozenset[str]] = frozenset({"auth", "quota", "not_found", "context_overflow"})
+"""It is the deployment's doing, and time does not mend it, unless told otherwise."""
 
 
 class Random(Protocol):
@@ -67,7 +67,7 @@ class RetryRules(msgspec.Struct, frozen=True, kw_only=True):
     max_wait_s: float = 60.0
     """A provider that asks for a longer wait is not waited for. From 0 to 600."""
     classes: Mapping[ErrorClass, int] = msgspec.field(default_factory=dict)
-    """Another number of retries by error class, for those that are worth any at all."""
+    """Another number of retries by error class. Where it is not 0, the class is worth a pause, too."""
     groups: Mapping[str, RetryRules] = msgspec.field(default_factory=dict)
     """Other rules by group of deployments."""
 
@@ -102,13 +102,15 @@ class RetryRules(msgspec.Struct, frozen=True, kw_only=True):
         """What to do after the `made`-th attempt (from 1) at this model; `None`: no more of it.
 
         `elsewhere`: another deployment of the group may be called. `here`: this one may be called again, as it is not
-        cooling down. `retry_after_s`: what the provider asked for.
+        cooling down. `retry_after_s`: what the provider asked for. After a `context_overflow` only a deployment with
+        a larger window counts as another one.
         """
-        if failure in _NEVER or made > self.classes.get(failure, self.retries):
+        told = self.classes.get(failure)
+        if made > (told if told is not None else 0 if failure in _NEVER else self.retries):
             return None
         if elsewhere:
             return Step("elsewhere")
-        if not here or failure in _ELSEWHERE:
+        if not here or (failure in _ELSEWHERE and told is None):
             return None
         if retry_after_s is not None and retry_after_s > self.max_wait_s:
             return None
