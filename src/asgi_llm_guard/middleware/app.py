@@ -203,12 +203,14 @@ class GuardMiddleware:
     def _plan(self, route: Route) -> Plan:
         plan = self._plans.get(id(route))  # the table keeps every route alive
         if plan is None:
+            streams = route.streams or self.guard.streams
             plan = Plan(
                 route,
                 self.guard.engine.bind(route.extra),
                 route.session is not None or self.guard.session_declared,
                 ttl_ms(route.idempotency, name=f"Route {route.path}"),
-                route.streams or self.guard.streams,
+                streams,
+                streams.watches,
             )
             self._plans[id(route)] = plan
         return plan

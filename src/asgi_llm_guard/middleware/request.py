@@ -61,6 +61,8 @@ class Plan(msgspec.Struct, frozen=True):
     replay_ms: int | None
     """How long answers are kept for their idempotency keys; `None`: not at all."""
     streams: StreamRules
+    watches: bool
+    """`StreamRules.watches`, looked up for every request."""
 
 
 class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
@@ -269,7 +271,10 @@ class GuardedRequest:
         try:
             if self.ask is not None and (self.plan.route.clamp or self.plan.route.inject_usage):
                 self._rewrite(wants_usage=self.ask.wants_usage, stream=self.ask.stream)
-            await self._run(receive, page.send)
+            if self.plan.watches:
+                await self._watched(receive, page.send)
+            else:
+                await self.middleware.app(self.scope, receive, page.send)
             await page.flush()
         except Exception as error:
             if self.relay is not None and self.relay.gone and is_cut_off(error):
@@ -291,11 +296,8 @@ class GuardedRequest:
             finally:
                 await finished(self.guard, admission)
 
-    async def _run(self, receive: Receive, send: Send) -> None:
+    async def _watched(self, receive: Receive, send: Send) -> None:
         app, rules = self.middleware.app, self.plan.streams
-        if not rules.watches:
-            await app(self.scope, receive, send)
-            return
         self.relay = Relay(rules, self.send, self._settle)
         watched = self.relay.receive_from(receive)
         await self.relay.run(lambda: app(self.scope, watched, send))
