@@ -15,7 +15,7 @@ import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.gateway.fields import is_connection_field
-from asgi_llm_guard.gateway.platforms import Platform, custom_platform, platform_named
+from asgi_llm_guard.gateway.platforms import OPENAI_PATHS, Platform, custom_platform, platform_named
 from asgi_llm_guard.gateway.secret import Secret, read_secret
 from asgi_llm_guard.policies.grammar import Limit, parse_limits, whole
 from asgi_llm_guard.policies.providers import canonical_provider, qualified
@@ -124,7 +124,10 @@ class Deployment:
 
     def _check(self, environ: Mapping[str, str]) -> None:
         platform = self._platform()
-        self._set(platform=platform, provider=platform.name, via=self.via or platform.via)
+        self._set(via=self.via or platform.via)
+        if self.via == "http" and not platform.paths:  # somebody's server in front of it, which speaks as OpenAI does
+            platform = msgspec.structs.replace(platform, paths=OPENAI_PATHS)
+        self._set(platform=platform, provider=platform.name)
         self._set(model=_model_of(self.model, platform.name))
         self._set(name=self.name or f"{platform.name}/{self.model}")
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):

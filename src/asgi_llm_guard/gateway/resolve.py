@@ -232,8 +232,8 @@ def _checked(aliases: Mapping[str, str]) -> dict[str, str]:
         if not (isinstance(name, str) and name.strip() and isinstance(target, str) and target.strip()):
             raise ConfigurationError(f"aliases: expected names of models, got {name!r}: {target!r}")
         checked[name.strip().lower()] = target.strip()
-    for name in checked:
-        seen, target = {name}, checked[name].lower()
+    for name, meant in checked.items():
+        seen, target = {name}, meant.lower()
         while target in checked:
             if target in seen or len(seen) == _DEEPEST:
                 raise ConfigurationError(
