@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import contextvars
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import AsyncIterator
+from typing import Any
 
 import agents
 import anthropic
+import boto3
 import cohere
 import openai
+from botocore.config import Config
 from cohere.core.request_options import RequestOptions
 from google import genai
 from google.genai import types
@@ -26,116 +24,9 @@ from ollama import Client as Ollama
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from tests.matrix.kit import FUNCTION, LIMIT, MODEL, TOOL, Client, every_way
 
-from asgi_llm_guard import Guard
-from asgi_llm_guard.testing import BaseURL
-
-Mode = Literal["async", "sync"]
-
-MODEL = "m"
-LIMIT = 20
-"""What every call may generate."""
-TOOL = "search"
-
-
-class Client(ABC):
-    """One client in one mode. All answers are texts; of a tool call, the tool's name."""
-
-    name: ClassVar[str]
-    library: ClassVar[Literal["httpx", "httpx2"]] = "httpx2"
-    modes: ClassVar[tuple[Mode, ...]] = ("async", "sync")
-    retries: ClassVar[bool] = True
-    """It repeats a request after an error of the provider, or can be told to."""
-    reads_should_retry: ClassVar[bool] = False
-    """It sends nothing again after a 429 with `x-should-retry: false`."""
-    streams_report: ClassVar[bool] = True
-    platform: ClassVar[Any] = "openai"
-    client_closes: ClassVar[bool] = True
-
-    def __init__(self, guard: Guard, base_url: BaseURL, mode: Mode, *, retries: int = 0) -> None:
-        self.base_url = base_url
-        self.mode = mode
-        self.retrying = retries
-        make: Any = guard.httpx_client if mode == "async" else guard.httpx_client_sync
-        self.http: Any = make(library=self.library, trust_env=False)
-        self.sdk: Any = self.make_async() if mode == "async" else self.make_sync()
-
-    @abstractmethod
-    def make_async(self) -> Any: ...
-
-    @abstractmethod
-    def make_sync(self) -> Any: ...
-
-    @abstractmethod
-    def call(self, text: str, *, tools: bool) -> Any:
-        """One call; in the asynchronous mode, what is to be awaited."""
-
-    @abstractmethod
-    def read(self, answer: Any) -> str: ...
-
-    @abstractmethod
-    def chunks(self, text: str) -> Any:
-        """A stream; an (asynchronous) iterator, or what gives one when awaited."""
-
-    @abstractmethod
-    def read_chunk(self, chunk: Any) -> str: ...
-
-    async def plain(self, text: str, *, tools: bool = False) -> str:
-        """One answer."""
-        if self.mode == "async":
-            return self.read(await self.call(text, tools=tools))
-        return self.read(await in_thread(lambda: self.call(text, tools=tools)))
-
-    async def stream(self, text: str, *, most: int | None = None) -> str:
-        """A streamed answer; `most`: left after so many chunks."""
-        if self.mode == "sync":
-            return str(await in_thread(lambda: self._stream(text, most)))
-        parts: list[str] = []
-        stream = self.chunks(text)
-        stream = await stream if asyncio.iscoroutine(stream) else stream
-        async with contextlib.AsyncExitStack() as stack:
-            if hasattr(stream, "__aenter__"):
-                stream = await stack.enter_async_context(stream)
-            async for chunk in stream:
-                parts.append(self.read_chunk(chunk))
-                if len(parts) == most:
-                    break
-            if hasattr(stream, "aclose"):
-                await stream.aclose()
-        return "".join(parts)
-
-    def _stream(self, text: str, most: int | None) -> str:
-        parts: list[str] = []
-        stream = self.chunks(text)
-        with contextlib.ExitStack() as stack:
-            if hasattr(stream, "__enter__"):
-                stream = stack.enter_context(stream)
-            for chunk in stream:
-                parts.append(self.read_chunk(chunk))
-                if len(parts) == most:
-                    break
-            if hasattr(stream, "close"):
-                stream.close()
-        return "".join(parts)
-
-    async def aclose(self) -> None:
-        if self.mode == "async":
-            await self.http.aclose()
-        else:
-            await in_thread(self.http.close)
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """`work`, with this task's context, in a thread."""
-    context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(None, context.run, work)
-
-
-FUNCTION: Any = {
-    "name": TOOL,
-    "description": "Find something.",
-    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
-}
+from asgi_llm_guard.integrations.botocore import guard_botocore
 
 
 class OpenAIClient(Client):
@@ -201,6 +92,7 @@ class GroqClient(OpenAIClient):
 
 class AnthropicClient(Client):
     name = "anthropic"
+    says_without_usage = False
     reads_should_retry = True
 
     def make_async(self) -> Any:
@@ -269,6 +161,7 @@ class GeminiClient(Client):
 
 class MistralClient(Client):
     name = "mistralai"
+    says_without_usage = False
     platform = "mistral"
 
     def make_async(self) -> Any:
@@ -421,6 +314,7 @@ class LangChainOpenAIClient(LangChainClient):
 
 class LangChainAnthropicClient(LangChainClient):
     name = "langchain-anthropic"
+    says_without_usage = False
     reads_should_retry = True
 
     def make_async(self) -> Any:
@@ -539,6 +433,62 @@ class AgentsClient(Client):
         return str(chunk)
 
 
+class BedrockClient(Client):
+    """Of boto3, with botocore's newer kind of retries."""
+
+    name = "botocore-standard"
+    modes = ("sync",)
+    reads_should_retry = True
+    platform = "bedrock"
+    retry_mode = "standard"
+
+    def make_http(self) -> Any:
+        return boto3.client(
+            "bedrock-runtime",
+            region_name="eu-central-1",
+            endpoint_url=self.base_url.root,
+            aws_access_key_id="any",
+            aws_secret_access_key="any",
+            config=Config(retries={"mode": self.retry_mode, "total_max_attempts": self.retrying + 1}, proxies={}),
+        )
+
+    def make_async(self) -> Any:
+        raise NotImplementedError
+
+    def make_sync(self) -> Any:
+        return guard_botocore(self.guard, self.http)
+
+    def asked(self, text: str) -> dict[str, Any]:
+        return {
+            "modelId": MODEL,
+            "messages": [{"role": "user", "content": [{"text": text}]}],
+            "inferenceConfig": {"maxTokens": LIMIT},
+        }
+
+    def call(self, text: str, *, tools: bool) -> Any:
+        tool = {"name": TOOL, "description": "Find something.", "inputSchema": {"json": FUNCTION["parameters"]}}
+        return self.sdk.converse(
+            **self.asked(text), **({"toolConfig": {"tools": [{"toolSpec": tool}]}} if tools else {})
+        )
+
+    def read(self, answer: Any) -> str:
+        block = answer["output"]["message"]["content"][0]
+        return str(block["toolUse"]["name"] if "toolUse" in block else block["text"])
+
+    def chunks(self, text: str) -> Any:
+        return self.sdk.converse_stream(**self.asked(text))["stream"]
+
+    def read_chunk(self, chunk: Any) -> str:
+        return str(chunk["contentBlockDelta"]["delta"]["text"]) if "contentBlockDelta" in chunk else ""
+
+
+class LegacyBedrockClient(BedrockClient):
+    """With the retries that botocore has unless told otherwise."""
+
+    name = "botocore-legacy"
+    retry_mode = "legacy"
+
+
 CLIENTS: tuple[type[Client], ...] = (
     OpenAIClient,
     OpenAIResponsesClient,
@@ -552,11 +502,8 @@ CLIENTS: tuple[type[Client], ...] = (
     LangChainAnthropicClient,
     PydanticAIClient,
     AgentsClient,
+    BedrockClient,
+    LegacyBedrockClient,
 )
 
-
-def ways() -> Iterator[tuple[type[Client], Mode]]:
-    """Every client in each of its modes."""
-    for client in CLIENTS:
-        for mode in client.modes:
-            yield client, mode
+WAYS = every_way(CLIENTS)
