@@ -75,7 +75,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         choice = next(iter(items(value.get("choices"))), None)
         message = pick(choice, "message")
         if not isinstance(message, dict):
-            raise ValueError("expected a chat completion with a choice that has a message")
+            raise ValueError("expected a chat completion with a choice that has a message")  # noqa: TRY004
         return cls(
             raw=value,
             text="".join(texts_of(message)),
@@ -124,7 +124,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
             told = error if isinstance(error, dict) else {"message": str(error)}
             return cls(raw=value, error=told, deployment=deployment, timings=timings)
         if not isinstance(value.get("choices"), list):
-            raise ValueError("expected a chunk with choices, or an error")
+            raise ValueError("expected a chunk with choices, or an error")  # noqa: TRY004
         choice = next((each for each in items(value["choices"]) if pick(each, "index") in (None, 0)), None)
         delta = pick(choice, "delta")
         return cls(
