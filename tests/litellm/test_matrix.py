@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar
 
 import litellm
 import pytest
 from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from tests.matrix.cases import Cases
-from tests.matrix.kit import FUNCTION, LIMIT, MODEL, Client, every_way
+from tests.matrix.kit import FUNCTION, LIMIT, MODEL, Client, Mode, every_way
 
 from asgi_llm_guard.integrations.litellm import GuardCallback
 
@@ -22,7 +22,7 @@ class LiteLLMClient(Client):
     """Its Router, which repeats requests."""
 
     name = "litellm"
-    modes = ("async",)
+    modes: ClassVar[tuple[Mode, ...]] = ("async",)
     reads_should_retry = True
     counts = True
 
