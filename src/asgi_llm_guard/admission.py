@@ -36,6 +36,7 @@ from asgi_llm_guard.claimed import Claimed, request_settlement
 from asgi_llm_guard.claims import Receipt, Settled, Settlement
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
+from asgi_llm_guard.denials import together
 from asgi_llm_guard.engine import Engine, Hold
 from asgi_llm_guard.errors import ContextError, StorageError
 from asgi_llm_guard.outcomes import Refusals
@@ -121,14 +122,16 @@ class Admission:
     async def open(
         self, call: Call | None, *, requests: bool = True, calls: bool = True, clamp: bool = False
     ) -> Denied | None:
-        """Claim what the request costs, and with `calls` one call. A `Denied` has taken nothing."""
-        if call is not None:
-            call = self.engine.describer.held(self.context.route, call)
-        answer = await self.engine.reserve(
-            self.policies, self.context, call, requests=requests, calls=calls, clamp=clamp
-        )
-        if isinstance(answer, Denied):
-            return answer
+        """Claim what the request costs, and with `calls` one call. A `Denied` has taken nothing.
+
+        Of a call that is one of several, the first one that fits is held for; what is made of it changes the hold.
+        """
+        route, describer = self.context.route, self.engine.describer
+        one_of: Sequence[Call | None] = (call,) if call is None or not call.one_of else call.one_of
+        candidates = [(self.policies, None if each is None else describer.held(route, each)) for each in one_of]
+        answer = await self.engine.reserve_any(candidates, self.context, requests=requests, calls=calls, clamp=clamp)
+        if isinstance(answer, list):
+            return together(answer, disclose=self.engine.disclose)
         self.hold = answer.request
         self.shared = answer.shared
         self.degraded = answer.degraded

@@ -3,7 +3,8 @@
 Rule 1: each attempt holds and settles its own money and tokens: each may be billed, and by another model.
 
 Rule 2: what is counted in calls (iterations, rates and quotas of calls) belongs to the call. The first attempt
-that is granted takes it, those after it find it taken. It is given back only when none was sent.
+that is granted takes it, those after it find it taken. It is given back only when none was sent. What a deployment
+may be asked for is each attempt's own: every request counts there.
 
 Rule 3: a call has one slot at a time. An attempt that begins while another one has the slot shares it, and one
 that begins later takes it anew. What an ended attempt holds for those that share it is settled after them.
@@ -25,7 +26,7 @@ from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
-from asgi_llm_guard.claims import Settlement, Unit
+from asgi_llm_guard.claims import ATTEMPT_SCOPE, Settlement, Unit
 
 if TYPE_CHECKING:
     from asgi_llm_guard.active_call import ActiveCall
@@ -269,4 +270,6 @@ def _of_the_call(hold: Hold) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _keys(hold: Hold, unit: Unit) -> frozenset[str]:
-    return frozenset([claim.meter.key for claim in hold.claims if claim.meter.unit is unit])
+    return frozenset(
+        [claim.meter.key for claim in hold.claims if claim.meter.unit is unit and claim.meter.scope != ATTEMPT_SCOPE]
+    )

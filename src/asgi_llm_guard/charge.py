@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from asgi_llm_guard.claims import Claim, Unit
+from asgi_llm_guard.claims import ATTEMPT_SCOPE, Claim, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.plan import is_rate
 from asgi_llm_guard.pricing import Cost
@@ -168,7 +168,12 @@ def actuals(claims: Sequence[Claim], charge: Charge, *, keep_calls: bool = False
     `keep_calls`: what is counted in calls stays taken, though this attempt was not sent: another one was.
     """
     if charge.outcome == "not_dispatched":
-        return tuple([None if keep_calls and claim.meter.unit is _CALLS else 0 for claim in claims])
+        return tuple(
+            [
+                None if keep_calls and claim.meter.unit is _CALLS and claim.meter.scope != ATTEMPT_SCOPE else 0
+                for claim in claims
+            ]
+        )
     if charge.outcome == "cached":
         return tuple([None if is_rate(claim) else 0 for claim in claims])
     cost_nanousd, tokens = charge.cost_nanousd, charge.tokens

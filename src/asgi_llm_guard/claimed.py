@@ -19,7 +19,7 @@ from asgi_llm_guard.charge import FIRST, Attempt, Charge
 from asgi_llm_guard.claims import Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.engine import Asking, Hold
+from asgi_llm_guard.engine import Asking, Candidate, Hold, Reserved
 from asgi_llm_guard.errors import ContextError, LimitExceeded
 from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.plan import ask
@@ -148,45 +148,71 @@ class Claimed:
         Raises:
             LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
         """
-        if self.siblings is None:
-            await self._claim(requests)
-            return
-        async with self.siblings.turns.take():
-            await self._claim(requests)
+        denied = await self._in_turn(((self.policies, self.call),), requests=requests)
+        if denied:
+            raise LimitExceeded(denied[0])
 
-    async def _claim(self, requests: bool) -> None:
+    async def claim_any(self, candidates: Sequence[Candidate]) -> Sequence[Denied]:
+        """As `claim`, for the first of several candidates that fits, whose policies and call become this one's.
+
+        In one trip; where there is a hold to adopt, in one for each that is tried. The refusal of each candidate, in
+        order, if none fits: then nothing was taken, and an enclosing hold is as it was.
+        """
+        route, describer = self.admission.context.route, self.admission.engine.describer
+        return await self._in_turn(
+            [(tuple(policies), None if call is None else describer.held(route, call)) for policies, call in candidates],
+            requests=False,
+        )
+
+    async def _in_turn(self, candidates: Sequence[Candidate], *, requests: bool) -> Sequence[Denied]:
+        if self.siblings is None:
+            return await self._claim(candidates, requests=requests)
+        async with self.siblings.turns.take():
+            return await self._claim(candidates, requests=requests)
+
+    async def _claim(self, candidates: Sequence[Candidate], *, requests: bool) -> Sequence[Denied]:
         admission, engine = self.admission, self.admission.engine
         outer = self.parent.taken if self.parent is not None else frozenset()
         if admission.hold is not None and not admission.ended:
             outer |= {claim.meter.key for claim in admission.hold.claims}
         self.taken = outer
         donor = self._donor()
+        answer: bool | Reserved | list[Denied] = False
         try:
-            if donor is not None and await self._adopt(donor, requests=requests):
-                return
-            requests = requests and self.side is None
-            if self.siblings is not None:
-                self.attempt_number = self.siblings.next
-                outer = outer.union(self.siblings.taken())
-            answer = await engine.reserve(
-                *(self.policies, admission.context, self.call),
-                requests=requests, taken=outer, shared=admission.shared, attempt=self.attempt_number,
-            )  # fmt: skip
-            if isinstance(answer, Denied):
-                raise LimitExceeded(answer)  # noqa: TRY301 - handled as one of `_adopt`'s
-        except BaseException as error:
-            self._state = _ENDED
-            self.failed = True
-            if self.side is not None:
-                admission.settle([request_settlement(self.side)])
-                self.side = None
-            admission.refused |= isinstance(error, LimitExceeded)
+            if donor is not None:
+                answer = await self._adopt(donor, candidates, requests=requests)
+            if answer is False:
+                requests = requests and self.side is None
+                if self.siblings is not None:
+                    self.attempt_number = self.siblings.next
+                    outer = outer.union(self.siblings.taken())
+                answer = await engine.reserve_any(
+                    *(candidates, admission.context),
+                    requests=requests, taken=outer, shared=admission.shared, attempt=self.attempt_number,
+                )  # fmt: skip
+        except BaseException:
+            self._not_granted()
             raise
-        self._begin(answer.call)
-        if self.siblings is not None and answer.call is not None:
-            self.siblings.granted(self, answer.call, self._wanted() & self.siblings.taken(self))
-        if requests:
-            self._keep_side(answer.request)
+        if isinstance(answer, list):
+            self._not_granted()
+            admission.refused = True
+            return answer
+        if isinstance(answer, Reserved):
+            self.policies = tuple(candidates[answer.candidate][0])
+            self.call = answer.described
+            self._begin(answer.call)
+            if self.siblings is not None and answer.call is not None:
+                self.siblings.granted(self, answer.call, self._wanted() & self.siblings.taken(self))
+            if requests:
+                self._keep_side(answer.request)
+        return ()
+
+    def _not_granted(self) -> None:
+        self._state = _ENDED
+        self.failed = True
+        if self.side is not None:
+            self.admission.settle([request_settlement(self.side)])
+            self.side = None
 
     def _wanted(self) -> AbstractSet[str]:
         """The meters that this call claims on by itself."""
@@ -369,12 +395,15 @@ class Claimed:
             if settlements:
                 self.admission.settle(settlements)
 
-    async def _adopt(self, donor: Claimed, *, requests: bool) -> bool:
+    async def _adopt(self, donor: Claimed, candidates: Sequence[Candidate], *, requests: bool) -> bool | list[Denied]:
+        """Take the hold of `donor` over, for the first candidate that fits. `False`: it expired meanwhile."""
         engine, context = self.admission.engine, self.admission.context
         hold = donor.hold
         assert hold is not None  # noqa: S101 - `lend` saw it, and nobody else takes it
         side: Hold | None = None
         asking = Asking()
+        amended: Hold | Denied | None = None
+        denied: list[Denied] = []
         try:
             if requests:
                 answer = await engine.reserve(
@@ -388,10 +417,8 @@ class Claimed:
                 )
                 if isinstance(answer, Denied):
                     donor._take_back()
-                    raise LimitExceeded(answer)  # noqa: TRY301 - and it passes the handler below
+                    return [answer]
                 side = answer.request
-            if self.call is None:
-                self.call = donor.call
             taken = _NONE
             if donor.siblings is not None:  # it is the same attempt
                 self.siblings, self.attempt_number = donor.siblings, donor.attempt_number
@@ -399,12 +426,19 @@ class Claimed:
             elif self.siblings is not None:
                 self.attempt_number = self.siblings.next
                 taken = self.siblings.taken()
-            amended = await engine.amend(
-                *(hold, self.policies, context, self.call),
-                taken=taken, shared=self.admission.shared, asking=asking, attempt=self.attempt_number,
-            )  # fmt: skip
-        except LimitExceeded:
-            raise
+            for policies, described in candidates:
+                call = donor.call if described is None else described
+                amended = await engine.amend(
+                    *(hold, policies, context, call),
+                    taken=taken, shared=self.admission.shared, asking=asking, attempt=self.attempt_number,
+                )  # fmt: skip
+                if not isinstance(amended, Denied):
+                    self.policies, self.call = tuple(policies), call
+                    break
+                denied.append(amended)
+                if asking.unknown:  # whose claims the hold has by now is not known, so no other is tried
+                    denied += [amended] * (len(candidates) - len(denied))
+                    break
         except BaseException:
             # Cancelled on the way: this call was not sent.
             back = [] if side is None else [Settlement(side.call_id, (), None, side.receipts)]
@@ -432,7 +466,7 @@ class Claimed:
             donor._take_back()
             if side is not None:
                 self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
-            raise LimitExceeded(amended)
+            return denied
         self._keep_side(side)
         if amended is None:  # it expired meanwhile and is charged; this call claims its own
             with donor._lock:

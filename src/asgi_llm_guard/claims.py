@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Window, leasable
 
 __all__ = [
+    "ATTEMPT_SCOPE",
     "Bundle",
     "Claim",
     "Durable",
@@ -41,6 +42,10 @@ __all__ = [
     "meter_key",
 ]
 
+
+ATTEMPT_SCOPE: Final = "deployment"
+"""The scope of meters that every attempt of a call takes for itself, calls and slots included: each request counts
+where it is sent."""
 
 OnOutage = Literal["deny", "allow", "local"]
 Durable = Literal["replica", "disk"]

@@ -9,13 +9,24 @@ import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 
-__all__ = ["CacheWrites", "Call", "Context"]
+__all__ = ["CacheWrites", "Call", "Context", "Target"]
 
 CacheWrites = Literal["none", "5m", "1h"]
 """What of its input a call can have written to the provider's cache: nothing, for the usual time, for a longer one
 (which costs more)."""
 
 _NO_PARAMS: Mapping[str, object] = {}
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A model that a call may be sent to."""
+
+    provider: str | None
+    model: str
+    """As the provider names it."""
+    priced_as: str | None = None
+    """The model whose price and window are its own; `None`: `model`."""
+    deployment: str | None = None
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, dict=False):
@@ -73,6 +84,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """The name of the gateway's deployment that it goes to; `None`: it goes to none."""
     model: str
     """The resolved model, without the provider's prefix."""
+    priced_as: str | None = None
+    """The model whose price and window are its own, where `model` is a name that somebody gave it."""
     requested: str | None = None
     """The model as the request names it."""
     alternatives: tuple[str, ...] = ()
@@ -117,6 +130,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Where the price comes from, and its date."""
     billed_model: str | None = None
     """The model whose price it is, if another one (`charge_as`)."""
+    one_of: tuple[Call, ...] = ()
+    """It is one of these, the dearest first, and which one is not known yet: it is asked for by a name that several
+    models answer to. Its own figures are those of the dearest."""
 
     @property
     def total_tokens(self) -> int:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final, Literal, assert_never, get_args
 
+import msgspec
+
 from asgi_llm_guard.claims import Meter, Reading, Receipt, Refused, Rule, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Code, Denied, Refusal
@@ -40,6 +42,7 @@ __all__ = [
     "provider_lines",
     "refuse",
     "refusing",
+    "together",
     "utc",
 ]
 
@@ -60,6 +63,9 @@ _CODES: Final[Mapping[Rule, Code]] = {
     Rule.BUDGET: "budget_exhausted",
     Rule.IDS: "session_overflow",
 }
+
+_NAMED: Final = frozenset({"deployment"})
+"""Scopes whose names everybody may be told, though no figures: whoever runs them has to know which one it is."""
 
 _STATUS: Final[Mapping[Code, int]] = {
     "rate_limit_exceeded": 429,
@@ -258,7 +264,7 @@ def deny(
         retry=retry,
         retry_after_s=wait_s,
         scope=meter.scope,
-        subject=meter.subject if shown else "",
+        subject=meter.subject if shown or meter.scope in _NAMED else "",
         unit=meter.unit.value,
         requested=first.claim.amount,
         limit=capacity(meter) if shown else None,
@@ -271,6 +277,40 @@ def deny(
         receipts=receipts,
         now_ms=now_ms,
     )
+
+
+def together(denied: Sequence[Denied], *, disclose: Disclose = "owned") -> Denied:
+    """Why none of several calls may be made, one of which would have been enough: at least one refusal for each.
+
+    The first that is worth a retry speaks for all of them, else the first that resets, else the first. It names the
+    soonest reset, and `details` has a line for each refusal, or for each budget of a provider and its soonest reset.
+    """
+    if len(denied) == 1:
+        return denied[0]
+    retried = [each for each in denied if each.retry]
+    resets = [each.resets_at_ms for each in denied if each.resets_at_ms is not None]
+    waits = [each.retry_after_s for each in (retried or denied) if each.retry_after_s is not None]
+    first = next(iter(retried), None) or next((each for each in denied if each.resets_at_ms is not None), denied[0])
+    stuck = {receipt.claim.meter.key: receipt for each in denied for receipt in refusing(each.receipts)}
+    budgets = [
+        (receipt.claim.meter, Reading(receipt.used, receipt.held, receipt.resets_at_ms))
+        for receipt in filter(_is_of_provider, stuck.values())
+    ]
+    others = [
+        each.message for each in denied if not any(_is_of_provider(receipt) for receipt in refusing(each.receipts))
+    ]
+    return msgspec.structs.replace(
+        first,
+        retry_after_s=min(waits, default=None),
+        resets_at_ms=min(resets, default=None),
+        fits_max_tokens=max((each.fits_max_tokens for each in denied if each.fits_max_tokens), default=None),
+        violated=tuple(dict.fromkeys(name for each in denied for name in each.violated)),
+        details=(*dict.fromkeys(others), *provider_lines(budgets, disclose=disclose)),
+    )
+
+
+def _is_of_provider(receipt: Receipt) -> bool:
+    return receipt.claim.meter.scope == "provider"
 
 
 def refuse(refusal: Refusal, *, statuses: Statuses | None = None, now_ms: int = 0) -> Denied:
@@ -359,7 +399,7 @@ def _quantity(amount: int, unit: Unit) -> str:
 def _who(meter: Meter, *, shown: bool) -> str:
     if meter.scope == "global":
         return "the service"
-    if shown and meter.subject:
+    if meter.subject and (shown or meter.scope in _NAMED):
         # As `repr`: an id from the wire must not break a line of a log.
         return f"{meter.scope} {meter.subject[:128]!r}"
     return f"this {meter.scope}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
 from msgspec.structs import replace
 
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.context import CacheWrites, Call
+from asgi_llm_guard.context import CacheWrites, Call, Target
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.estimate import Counter, Needs, message_needs, needs, output_tokens
 from asgi_llm_guard.learning import LearnedOutput
@@ -93,6 +94,8 @@ class Describer:
         self._assumed_output_tokens = assumed_output_tokens
         self._learned = learned
         self._seen: PriceBook | None = None
+        self.known_models: Callable[[str], Sequence[Target]] | None = None
+        """The models that answer to a name which is none of a provider's; nothing: no such name. `None`: there are none."""
 
     def describe(
         self,
@@ -188,16 +191,32 @@ class Describer:
     ) -> Call:
         """The call that a request's body describes. `host`: where it is sent, which is who sends the bill."""
         found, bare = provider_of(ask.model, host=host)
-        provider = found or provider
-        card = self.prices.resolve(provider, bare)
+        if host is None and self.known_models and (targets := self.known_models(ask.model)):
+            return self._one_of(
+                [self.describe_target(ask, view, target, dialect=dialect, assumed_output_tokens=assumed_output_tokens)
+                 for target in targets]
+            )  # fmt: skip
+        return self.describe_target(
+            ask, view, Target(found or provider, bare), dialect=dialect, assumed_output_tokens=assumed_output_tokens
+        )
+
+    def describe_target(
+        self, ask: Ask, view: BodyView, target: Target, *, dialect: str, assumed_output_tokens: int | None = None
+    ) -> Call:
+        """The call that a request's body is, where it is sent to `target`, whatever model the body names."""
+        provider, model = target.provider, target.model
+        named = target.priced_as or model
+        card = self.prices.resolve(provider, named)
         window = card.context_window if card is not None else None
         if ask.input_tokens is None:
-            needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
+            needed = needs(view, provider=provider, model=named, window=window, counter=self._counter)
         else:
             needed = Needs(input_tokens=ask.input_tokens)
         call = Call(
             provider=provider,
-            model=bare,
+            deployment=target.deployment,
+            model=model,
+            priced_as=target.priced_as,
             requested=ask.model,
             alternatives=ask.alternatives,
             dialect=dialect,
@@ -220,9 +239,14 @@ class Describer:
             return self._quoted(call)
         return self._bounded(self._needing(call, view), assumed_output_tokens)
 
+    def _one_of(self, calls: list[Call]) -> Call:
+        """The dearest of several calls, with all of them. One without a price is dearer than any."""
+        ordered = sorted(calls, key=lambda call: (call.cost_nanousd is not None, -_cost(call)))
+        return ordered[0] if len(ordered) == 1 else replace(ordered[0], one_of=tuple(ordered))
+
     def _needing(self, call: Call, view: BodyView) -> Call:
         """The call with what the neediest of the models that may answer takes of the same body."""
-        for provider, bare in models_of(call):
+        for provider, bare in list(models_of(call))[1:]:
             card = self.prices.resolve(provider, bare)
             window = card.context_window if card is not None else None
             needed = needs(view, provider=provider, model=bare, window=window, counter=self._counter)
@@ -246,7 +270,7 @@ class Describer:
         """The most output tokens that the request allows, else that the model gives, over all choices; `None`: not known."""
         if call.max_output_tokens is not None:
             return call.max_output_tokens * call.choices
-        card = self.prices.resolve(call.provider, call.model)
+        card = self.prices.resolve(call.provider, call.priced_as or call.model)
         if card is None or card.max_output_tokens is None:
             return None
         return int(card.max_output_tokens) * call.choices
@@ -264,7 +288,7 @@ class Describer:
         )
         if not call.assumed:
             return most
-        card = self.prices.resolve(call.provider, call.model)
+        card = self.prices.resolve(call.provider, call.priced_as or call.model)
         window = (card.context_window if card is not None else None) or _LARGEST_WINDOW
         longest = (card.max_output_tokens if card is not None else None) or _LARGEST_WINDOW
         able = self._quoted(replace(call, input_tokens=window, output_tokens=longest * call.choices))
@@ -295,7 +319,7 @@ class Describer:
             self._output_tokens(
                 each.max_output_tokens,
                 assumed_output_tokens,
-                self.prices.resolve(each.provider, each.model),
+                self.prices.resolve(each.provider, each.priced_as or each.model),
                 each.choices,
             )
             for each in _each_model(call)
@@ -322,7 +346,9 @@ class Describer:
 
 def _each_model(call: Call) -> list[Call]:
     """The call as each of the models that may answer would take it."""
-    return [replace(call, provider=provider, model=model) for provider, model in models_of(call)]
+    first, *others = models_of(call)
+    mine = replace(call, provider=first[0], model=first[1])
+    return [mine, *(replace(call, provider=provider, model=model, priced_as=None) for provider, model in others)]
 
 
 def _cost(call: Call) -> int:

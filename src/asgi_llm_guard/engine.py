@@ -70,7 +70,7 @@ from asgi_llm_guard.windows import Distinct
 if TYPE_CHECKING:
     from asgi_llm_guard.cache import ResponseCache
 
-__all__ = ["OVERFLOW_SESSION", "Asking", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
+__all__ = ["OVERFLOW_SESSION", "Asking", "Candidate", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -123,6 +123,16 @@ class Reserved(msgspec.Struct, frozen=True):
     cache: CacheDirective | None = None
     degraded: bool = False
     """This process decided by itself, because the storage did not answer."""
+    candidate: int = 0
+    """Which one of the candidates it is."""
+
+
+Candidate = tuple[Sequence[Policy], Call | None]
+"""A call that could be made, and the policies that it is asked of."""
+
+_Offer = tuple[int, Asked]
+"""The number of a candidate that no policy refuses by itself, and what its policies claim."""
+_Plans = tuple[tuple[Bundle, ...], ...]
 
 
 class Asking:
@@ -273,6 +283,29 @@ class Engine:
         session is one of those beyond its caller's bound, which count as one. `rates`: take nothing else.
         `attempt`: which one of its call this is.
         """
+        answer = await self.reserve_any(
+            ((policies, call),), context,
+            requests=requests, calls=calls, taken=taken, clamp=clamp, shared=shared, rates=rates, attempt=attempt,
+        )  # fmt: skip
+        return answer[0] if isinstance(answer, list) else answer
+
+    async def reserve_any(
+        self,
+        candidates: Sequence[Candidate],
+        context: Context,
+        *,
+        requests: bool = True,
+        calls: bool = True,
+        taken: AbstractSet[str] = _NONE,
+        clamp: bool = False,
+        shared: bool = False,
+        rates: bool = False,
+        attempt: Attempt = FIRST,
+    ) -> Reserved | list[Denied]:
+        """As `reserve`, for the first of several candidates that fits, in one step: `Reserved.candidate` says which.
+
+        A list has the refusal of each candidate, in order; then nothing was changed.
+        """
         if not self._alive:
             self._alive = True
             keep_alive(self)
@@ -280,28 +313,51 @@ class Engine:
         while True:
             now_ms = self.clock.now_ms()
             counted = _counted_as(context, shared=shared)
-            asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
-            if asked.shadow_refusals:
-                self._shadow_refused(asked, context, call)
-            if asked.refusal is not None:
-                return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
-            if rates:
-                asked = only_rates(asked)
-            bundles = self._bundles(asked, context, call, now_ms, attempt, calls=calls, shared=shared)
-            answer, degraded = await self._ask_storage(bundles)
-            if isinstance(answer, Granted):
-                return self._granted(asked, bundles, answer, context, call, shared=shared, degraded=degraded)
-            if isinstance(answer, Refusal):
-                return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
-            if self.session_overflow == "share" and not shared and _overflows(answer):
-                shared = True
-                continue
-            denied = self._deny(_in_order(answer, policies), call)
-            if clamps and call is not None and denied.fits_max_tokens:
-                call = self.describer.clamped(call, denied.fits_max_tokens)
+            denied: dict[int, Denied] = {}
+            offers: list[_Offer] = []
+            for index, (policies, call) in enumerate(candidates):
+                asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
+                if asked.shadow_refusals:
+                    self._shadow_refused(asked, context, call)
+                if asked.refusal is not None:
+                    denied[index] = refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms)
+                else:
+                    offers.append((index, only_rates(asked) if rates else asked))
+            if offers:
+                plans = self._plans(offers, candidates, context, now_ms, attempt, calls=calls, shared=shared)
+                answer, plans, degraded = await self._ask_storage(plans)
+                if isinstance(answer, Granted):
+                    index, asked = offers[answer.plan]
+                    return self._granted(
+                        *(asked, plans[answer.plan], answer, context, candidates[index][1]),
+                        shared=shared, degraded=degraded, candidate=index,
+                    )  # fmt: skip
+                if self.session_overflow == "share" and not shared and any(map(_overflows, answer)):
+                    shared = True
+                    continue
+                for (index, _), verdict in zip(offers, answer, strict=True):
+                    policies, call = candidates[index]
+                    if isinstance(verdict, Refusal):
+                        denied[index] = refuse(verdict, statuses=self.statuses, now_ms=now_ms)
+                    else:
+                        denied[index] = self._deny(_in_order(verdict, policies), call)
+            if clamps and (smaller := self._clamped(candidates, denied)) is not None:
+                candidates = smaller
                 clamps -= 1
                 continue
-            return self._denied(context, call, denied)
+            return [self._denied(context, call, denied[index]) for index, (_, call) in enumerate(candidates)]
+
+    def _clamped(self, candidates: Sequence[Candidate], denied: Mapping[int, Denied]) -> Sequence[Candidate] | None:
+        """The candidates, with a lower output bound where only that was too much; `None`: it was for none."""
+        smaller = [
+            (
+                policies,
+                self.describer.clamped(call, most) if call is not None and (most := why.fits_max_tokens) else call,
+            )
+            for (policies, call), (_, why) in zip(candidates, sorted(denied.items()), strict=True)
+        ]
+        changed = any(one is not other for (_, one), (_, other) in zip(smaller, candidates, strict=True))
+        return smaller if changed else None
 
     async def amend(
         self,
@@ -385,31 +441,40 @@ class Engine:
         """Nothing was used of it, whatever the storage knows of it."""
         self.settle([Settlement(hold.call_id, (), None, hold.receipts)])
 
-    def _bundles(
+    def _plans(
         self,
-        asked: Asked,
+        offers: Sequence[_Offer],
+        candidates: Sequence[Candidate],
         context: Context,
-        call: Call | None,
         now_ms: int,
         attempt: Attempt,
         *,
         calls: bool,
         shared: bool,
-    ) -> tuple[Bundle, ...]:
-        request_claims, call_claims = asked.requests, asked.calls
-        if context.session is not None and not shared:
-            ids = self._session_claim(context, call_claims, request_claims)
-            if ids is not None and calls:
-                call_claims = (ids, *call_claims)
-            elif ids is not None:
-                request_claims = (ids, *request_claims)
-        bundles = []
-        if calls:
-            call_id = self.new_id()
-            bundles.append(Bundle(call_id, call_claims, draft(call_id, context, call, now_ms, attempt)))
-        if request_claims:
-            bundles.append(Bundle(self.new_id(), request_claims))
-        return tuple(bundles)
+    ) -> tuple[tuple[Bundle, ...], ...]:
+        """A plan for each offer, all with the same ids: one for the call, and one for the request where any needs it."""
+        claims = []
+        for _, asked in offers:
+            request_claims, call_claims = asked.requests, asked.calls
+            if context.session is not None and not shared:
+                ids = self._session_claim(context, call_claims, request_claims)
+                if ids is not None and calls:
+                    call_claims = (ids, *call_claims)
+                elif ids is not None:
+                    request_claims = (ids, *request_claims)
+            claims.append((call_claims, request_claims))
+        call_id = self.new_id() if calls else None
+        request_id = self.new_id() if any(request_claims for _, request_claims in claims) else None
+        plans = []
+        for (index, _), (call_claims, request_claims) in zip(offers, claims, strict=True):
+            plan = []
+            if call_id is not None:
+                record = draft(call_id, context, candidates[index][1], now_ms, attempt)
+                plan.append(Bundle(call_id, call_claims, record))
+            if request_id is not None:
+                plan.append(Bundle(request_id, request_claims))
+            plans.append(tuple(plan))
+        return tuple(plans)
 
     def _session_claim(
         self, context: Context, call_claims: tuple[Claim, ...], request_claims: tuple[Claim, ...]
@@ -442,13 +507,17 @@ class Engine:
         return Claim(meter, 1, context.session)
 
     async def _ask_storage(
-        self, bundles: tuple[Bundle, ...], *, again: bool = True
-    ) -> tuple[Granted | Refused | Refusal, bool]:
-        """The storage's answer, or this process's own where the storage has none; and whether it is the latter."""
-        if not bundles:
-            return Granted((), self.clock.now_ms()), False
-        if self._leasing is not None and (granted := self._leasing.admit(self.owner, bundles)) is not None:
-            return granted, False
+        self, plans: _Plans, *, again: bool = True
+    ) -> tuple[Granted | Sequence[Refused | Refusal], _Plans, bool]:
+        """The storage's answer, or this process's own where the storage has none; and whether it is the latter.
+
+        A refusal is one for each plan. With it come the plans, which may have got other ids.
+        """
+        first = plans[0]
+        if not first:
+            return Granted((), self.clock.now_ms()), plans, False
+        if self._leasing is not None and (granted := self._leasing.admit(self.owner, first)) is not None:
+            return granted, plans, False
         try:
             if self._unsettled:
                 await self._reconcile()
@@ -456,40 +525,72 @@ class Engine:
                 self._check_available()
             if self._totals is not None:
                 await self._follow(self._totals)
-            answer = await self.storage.reserve(self.owner, (bundles,))
+            answer = await self.storage.reserve(self.owner, plans)
             if isinstance(answer, Refused) and self.hold_wait_s:
-                answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, (bundles,)))
+                answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, plans))
         except DataLost as error:
             if again and await self._lose(error):
-                return await self._ask_storage(bundles, again=False)
-            return _UNAVAILABLE, False
+                return await self._ask_storage(plans, again=False)
+            return (_UNAVAILABLE,) * len(plans), plans, False
         except StorageError as error:
-            return await self._undecided(bundles, error)
+            return await self._undecided(plans, error)
         except BaseException:
             # Cancelled, or closed (GeneratorExit) or interrupted while it waited: nobody will take what is granted.
-            self._cancel(bundles)
+            self._cancel(first)
             raise
         if self.state != "ok":  # not `failed`: a property costs more than the rest of the line
             self._recovered()
         if self._totals is not None and self._is_same_data():
             self._totals.decided()
         if isinstance(answer, Ended):
-            return _UNAVAILABLE, False
-        self._here.seen.keep(answer.receipts if isinstance(answer, Granted) else answer.states[0])
-        return answer, False
+            return (_UNAVAILABLE,) * len(plans), plans, False
+        if isinstance(answer, Granted):
+            self._here.seen.keep(answer.receipts)
+            return answer, plans, False
+        for state in answer.states:
+            self._here.seen.keep(state)
+        return _each(answer), plans, False
 
     async def _undecided(
-        self, bundles: tuple[Bundle, ...], error: StorageError
-    ) -> tuple[Granted | Refused | Refusal, bool]:
+        self, plans: _Plans, error: StorageError
+    ) -> tuple[Granted | Sequence[Refused | Refusal], _Plans, bool]:
         """The storage did not answer: what this process says by itself. See the rules of `outage.py`."""
         self._storage_failed(error)
-        answer: Granted | Refused | Refusal = _UNAVAILABLE
-        if self._here.may_decide([claim for bundle in bundles for claim in bundle.claims]):
+        unknown = plans[0] if error.sent else ()
+        if unknown and len(plans) > 1:  # rule 4 of `outage.py`
+            self._cancel(unknown)
+            unknown = ()
+            plans = self._renamed(plans)
+        verdicts: list[Refused | Refusal] = []
+        for number, bundles in enumerate(plans):
+            if not self._here.may_decide([claim for bundle in bundles for claim in bundle.claims]):
+                verdicts.append(_UNAVAILABLE)
+                continue
             answer = await self._here.reserve(self.owner, bundles)
-        if not isinstance(answer, Granted) and error.sent:
+            if isinstance(answer, Granted):
+                return msgspec.structs.replace(answer, plan=number) if number else answer, plans, True
+            verdicts.append(answer)
+        if unknown:
             # The outcome is unknown: if it was granted it is given back, if it comes late it is refused.
-            self._cancel(bundles)
-        return answer, True
+            self._cancel(unknown)
+        return verdicts, plans, True
+
+    def _renamed(self, plans: _Plans) -> _Plans:
+        """The same plans under new ids."""
+        ids = {bundle.call_id: self.new_id() for bundle in plans[0]}
+        return tuple(
+            tuple(
+                Bundle(
+                    ids[bundle.call_id],
+                    bundle.claims,
+                    None
+                    if bundle.draft is None
+                    else msgspec.structs.replace(bundle.draft, call_id=ids[bundle.call_id]),
+                )
+                for bundle in plan
+            )
+            for plan in plans
+        )
 
     async def _waiting(self, answer: Answer, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """Where only holds of others stand in the way, wait for them up to `hold_wait_s`, and ask again."""
@@ -497,7 +598,11 @@ class Engine:
             return answer
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + self.hold_wait_s, _FIRST_PAUSE_S
-        while isinstance(answer, Refused) and held_by_others(answer.states[0]) and (left := deadline - loop.time()) > 0:
+        while (
+            isinstance(answer, Refused)
+            and any(map(held_by_others, answer.states))
+            and (left := deadline - loop.time()) > 0
+        ):
             # Settlements of this process wake it; those of others are found by asking again.
             await self._next_settlement(loop, min(pause, left))
             pause *= 2
@@ -533,6 +638,7 @@ class Engine:
         *,
         shared: bool,
         degraded: bool,
+        candidate: int = 0,
     ) -> Reserved:
         call_hold = request_hold = None
         first = 0
@@ -552,7 +658,7 @@ class Engine:
                 self._totals.opened(bundle)
         if self.observers:
             self._observe(context, call, granted, degraded=degraded)
-        return Reserved(request_hold, call_hold, call, granted, shared, asked.cache, degraded)
+        return Reserved(request_hold, call_hold, call, granted, shared, asked.cache, degraded, candidate)
 
     def _observe(self, context: Context, call: Call | None, granted: Granted, *, degraded: bool) -> None:
         emit(self.observers, Admission(context, call, granted, degraded))
@@ -963,8 +1069,15 @@ def _in_order(answer: Refused, policies: Sequence[Policy]) -> Refused:
     return Refused(states, answer.now_ms)
 
 
-def _overflows(answer: Refused) -> bool:
-    return any(receipt.claim.meter.rule is Rule.IDS and not receipt.fits for receipt in answer.states[0])
+def _overflows(answer: Refused | Refusal) -> bool:
+    return isinstance(answer, Refused) and any(
+        receipt.claim.meter.rule is Rule.IDS and not receipt.fits for receipt in answer.states[0]
+    )
+
+
+def _each(answer: Refused) -> Sequence[Refused]:
+    """A refusal for each plan."""
+    return (answer,) if len(answer.states) == 1 else [Refused((state,), answer.now_ms) for state in answer.states]
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -33,7 +33,7 @@ from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
 from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync, ResponseCache
 from asgi_llm_guard.clock import Clock, SystemClock
-from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.context import Call, Context, Target
 from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
@@ -176,6 +176,7 @@ class Guard:
         self.hooked = False
         """A client hook is installed: every call is seen."""
         self._open_admissions: set[Admission] = set()
+        self._names: list[Callable[[str], Sequence[Target]]] = []
         self._emptied: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._draining = False
         self._engine = Engine(
@@ -234,6 +235,16 @@ class Guard:
     @prices.setter
     def prices(self, prices: PriceBook) -> None:
         self._engine.describer.prices = prices
+
+    def known_models(self, name: str) -> tuple[Target, ...]:
+        """The models that a gateway of this guard would ask for `name`; empty: it is none of its names."""
+        return tuple([target for find in self._names for target in find(name)])
+
+    def serve_models(self, find: Callable[[str], Sequence[Target]]) -> None:
+        """Have guarded requests name what `find` knows: groups, aliases and deployments of a gateway. They are bounded
+        by the dearest model that may answer, and admitted if one of those models may be."""
+        self._names.append(find)
+        self._engine.describer.known_models = self.known_models
 
     @property
     def engine(self) -> Engine:

@@ -14,7 +14,10 @@ Rule 3: a hold that has to be changed here gets a new id, and the old one is giv
 names its amounts in the order of the hold's claims, and whether the store has the old or the new ones
 nobody knows.
 
-Rule 4: what is counted here is one process's share, and is forgotten when the store answers: there it is
+Rule 4: of several plans that were offered together, nobody knows which one the store may have granted. So the id is
+given back whole, and one of them is admitted here under a new one, as in rule 3.
+
+Rule 5: what is counted here is one process's share, and is forgotten when the store answers: there it is
 settled. Calls that are open then become holds of the store, whatever its limits say.
 """
 

@@ -168,7 +168,7 @@ class PriceBook:
         writes and audio where the call may have them), all output at the dearest output rate, and what is
         billed besides tokens; rounded up once. The standard service tier, and `service_tier` if that is dearer.
         """
-        card = self.resolve(call.provider, call.model)
+        card = self.resolve(call.provider, call.priced_as or call.model)
         billed = None
         if card is None:
             if self._charge_as is None:
@@ -217,7 +217,7 @@ class PriceBook:
             self._trust_reported == "never" or type(reported) is not int or not 0 <= reported <= MAX_AMOUNT
         ):
             reported = None
-        asked = call.model if call is not None else None
+        asked = (call.priced_as or call.model) if call is not None else None
         named = usage.model if isinstance(usage.model, str) else None
         card = self._card_of(provider, named, model, asked)
         if reported is not None and self._trust_reported == "always":
