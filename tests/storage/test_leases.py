@@ -36,6 +36,7 @@ from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Plan, Refused, 
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.leases import LeasingStorage
+from asgi_llm_guard.storage.limits import LimitsStorage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
@@ -1410,3 +1411,17 @@ async def test_chunks_go_by_a_clock_that_nobody_sets() -> None:
     (direct,) = await take(storage.inner, "b", claim(hot), owner=OTHER)
     assert granted.receipts[0].pin == direct.pin
     await storage.aclose()
+
+
+async def test_entries_are_those_of_the_storage_behind_it() -> None:
+    """A storage that leases keeps entries where the one behind it does, and says so where that keeps none."""
+    leasing = LeasingStorage(MemoryStorage())
+    space = leasing.entries("cooldowns")
+    await space.begin("a", "token", claim_ms=1000)
+    assert await space.store("a", "token", b"value", ttl_ms=1000)
+    kept = await leasing.inner.entries("cooldowns").find("a")  # type: ignore[attr-defined]
+    assert kept is not None
+    assert kept.value == b"value"
+    with pytest.raises(ConfigurationError, match="cannot keep"):
+        LeasingStorage(LimitsStorage("memory://")).entries("cooldowns")
+    await leasing.aclose()

@@ -71,6 +71,7 @@ from asgi_llm_guard.claims import (
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import TOMBSTONE_MS, Completed, LossAware, Pending, Storage
+from asgi_llm_guard.storage.entries import Bounds, Entries, KeepsEntries
 from asgi_llm_guard.storage.lease_book import Book, Lease, Slot, claimed_twice, lower
 from asgi_llm_guard.storage.lease_calls import (
     Answering,
@@ -1008,6 +1009,12 @@ class LeasingStorage:
 
     async def open_holds(self) -> int:
         return await self.inner.open_holds()
+
+    def entries(self, space: str, bounds: Bounds | None = None) -> Entries:
+        """As `KeepsEntries`, if the storage behind it is one."""
+        if not isinstance(self.inner, KeepsEntries):
+            raise ConfigurationError(f"entries: a {type(self.inner).__name__} cannot keep {space!r}")
+        return self.inner.entries(space, bounds)
 
     async def aclose(self) -> None:
         with self._lock:
