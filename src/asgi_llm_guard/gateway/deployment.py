@@ -33,12 +33,14 @@ _NAME: Final = re.compile(r"[^\x00-\x20\x7f]{1,256}")
 _PROVIDER: Final = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _SECRETIVE: Final = re.compile(r"key|secret|token|password|credential|authorization|cookie", re.IGNORECASE)
 _FIELDS: Final = re.compile(r"\{(\w+)\}")
-_NO_PARAMS: Final[Mapping[str, object]] = MappingProxyType({})
-_NO_HEADERS: Final[Mapping[str, str | Secret]] = MappingProxyType({})
 
 
 class MissingKey(ConfigurationError):  # noqa: N818 - what happened
     """A deployment needs a key and has none."""
+
+
+def _is_number(value: object, *, above: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,10 +61,6 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _TIMEOUTS: Final = Timeouts()
-
-
-def _is_number(value: object, *, above: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +86,12 @@ class Deployment:
     usually are."""
     api_base: str | None = None
     """The base URL, where it is not the provider's own."""
-    params: Mapping[str, object] = _NO_PARAMS
+    params: Mapping[str, object] = field(default_factory=dict)
     """What requests say if they do not say it themselves: `temperature`, …"""
-    options: Mapping[str, object] = _NO_PARAMS
+    options: Mapping[str, object] = field(default_factory=dict)
     """Of the connection: `api_version`, `region`, `organization`, what LiteLLM needs to sign. What looks like a key is
     kept as a `Secret`."""
-    headers: Mapping[str, str | Secret] = _NO_HEADERS
+    headers: Mapping[str, str | Secret] = field(default_factory=dict)
     """Sent along with each request."""
     base_model: str | None = None
     """The model whose prices and window are its own, where `model` does not tell: a deployment of Azure."""
@@ -159,6 +157,9 @@ class Deployment:
         elif self.api_base is not None:
             _check_url(self.api_base)
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def _set(self, **values: object) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -176,7 +177,7 @@ class Deployment:
 
     def _check_key(self, environ: Mapping[str, str]) -> None:
         key = read_secret(self.api_key, environ)
-        if key is None and self.api_key is not None:
+        if key is None and self.api_key:
             raise MissingKey(f"api_key: {_source(self.api_key)} is empty or missing")
         if key is None:
             names = self.platform.key_env

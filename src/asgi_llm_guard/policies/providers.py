@@ -56,6 +56,7 @@ _HOSTS: Final = {
     "ai.azure.com": "azure_ai",
     "ai21.com": "ai21",
     "anthropic.com": "anthropic",
+    "anyscale.com": "anyscale",
     "api.cloudflare.com": "cloudflare",
     "api.cometapi.com": "cometapi",
     "api.groq.com": "groq",

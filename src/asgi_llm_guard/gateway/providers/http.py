@@ -213,10 +213,8 @@ def _url(deployment: Deployment, dialect: str, model: str) -> str:
     version = deployment.options.get("api_version")
     if deployment.provider in ("azure", "azure_ai"):
         base = base.partition("/openai")[0]
-        if not isinstance(version, str) or version == "v1":
-            return f"{base}/openai/v1{path}"
-        if deployment.provider == "azure_ai":
-            return f"{base.removesuffix('/models')}/models{path}?api-version={quote(version, safe='')}"
+        if not isinstance(version, str) or version == "v1" or deployment.provider == "azure_ai":
+            return f"{base.removesuffix('/models')}/openai/v1{path}"
         where = "" if dialect == "openai_responses" else f"/deployments/{quote(model, safe='')}"
         return f"{base}/openai{where}{path}?api-version={quote(version, safe='')}"
     first = "/" + path.split("/")[1]
