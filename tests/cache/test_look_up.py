@@ -256,6 +256,20 @@ async def test_max_age_bounds_what_is_given() -> None:
     assert (await client.send(ADA, ask_for(headers=wide))).state == "lead"
 
 
+async def test_a_request_gets_no_older_answer_than_the_settings_allow() -> None:
+    """T8: answers of a time when they were kept for longer are given for as long as they are kept now, whatever a
+    request says."""
+    clock = FrozenClock()
+    storage = MemoryStorage(clock=clock)
+    before, now = (
+        Client(Guard([CacheScope()], storage=storage, cache=Cache(ttl=ttl), clock=clock)) for ttl in ("1h", "10s")
+    )
+    await before.send(ADA)
+    clock.advance(seconds=10)
+    assert (await before.send(ADA)).hit
+    assert (await now.send(ADA, ask_for(headers=[("cache-control", "max-age=3600")]))).state == "lead"
+
+
 async def test_the_inbound_request_may_tighten_too() -> None:
     """T8: what the request that is being handled says holds for the calls inside it."""
     client = caching()

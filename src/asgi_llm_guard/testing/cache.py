@@ -88,8 +88,9 @@ async def _check(
         return False
     theirs, asked = await _watched(guard, cache, watch, other, prompt)
     _expect(theirs.state != "hit", f"{other} was given what was kept for {one}")
-    _, asked_new = await _watched(guard, cache, watch, other, nothing)
-    _expect(asked == asked_new, f"{other} could tell what was kept for {one}: {asked} is not {asked_new}")
+    new, asked_new = await _watched(guard, cache, watch, other, nothing)
+    seen, seen_new = [theirs.state, *asked], [new.state, *asked_new]
+    _expect(seen == seen_new, f"{other} could tell what was kept for {one}: {seen} is not {seen_new}")
     again = await _look_up(guard, cache, one, prompt)
     _expect((again.state == "hit") == stored, f"{one} was not given what was kept for {one}")
     return True
