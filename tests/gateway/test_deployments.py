@@ -246,7 +246,7 @@ def test_files_that_are_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "gateway.toml"
     file.write_text(text)
 
-    with pytest.raises(ConfigurationError, match="gateway.toml"):
+    with pytest.raises(ConfigurationError, match=r"gateway\.toml"):
         read_deployments(file)
 
 
@@ -290,14 +290,10 @@ def test_broken_files_do_not_show_keys(tmp_path: Path, name: str) -> None:
         ("params", {"model": "other"}),
         ("params", 3),
         ("timeouts", 30),
-        ("via", "carrier-pigeon-without-key"),
     ],
 )
 def test_wrong_fields(field: str, value: Any) -> None:
     """A field that is wrong is named, with the deployment, when it is made."""
-    if field == "via":
-        pytest.raises(ConfigurationError, Deployment, provider="?", model="m", api_key="k", via=value)
-        return
     with pytest.raises(ConfigurationError, match=f"^deployment .*{field}"):
         Deployment(**{"provider": "openai", "model": "gpt-5", "api_key": "any", field: value})
 
@@ -377,9 +373,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def shown(value: object) -> str:
     """Everything that a value says of itself."""
     texts = [repr(value), str(value), f"{value}", f"{value!r:>40}", "%s" % (value,)]  # noqa: UP031
-    for dump in (json.dumps, msgspec.json.encode, pickle.dumps, dataclasses.asdict):
+    dumps: list[Any] = [json.dumps, msgspec.json.encode, pickle.dumps, dataclasses.asdict]
+    for dump in dumps:
         try:
-            texts.append(repr(dump(value)))  # type: ignore[operator]
+            texts.append(repr(dump(value)))
         except Exception as error:  # noqa: BLE001 - what it says is looked at
             texts.extend(traceback.format_exception(error))
     return "\n".join(texts)

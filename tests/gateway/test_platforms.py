@@ -15,11 +15,40 @@ from asgi_llm_guard.wire import dialect_for
 
 pytestmark = pytest.mark.anyio
 
-EXISTING = """
-OPENAI ANTHROPIC GROQ COHERE GOOGLE OLLAMA MISTRAL AZURE_OPENAI OPENROUTER COMETAPI XAI BEDROCK AWS_BEDROCK VERTEX_AI
-TOGETHER_AI FIREWORKS_AI REPLICATE PERPLEXITY ANYSCALE DEEPINFRA CEREBRAS SAMBANOVA AI21 CLOUDFLARE DATABRICKS DEEPSEEK
-ALIBABA_QWEN MOONSHOT ZHIPU GITHUB_MODELS HUGGINGFACE CUSTOM
-""".split()
+EXISTING = [
+    "OPENAI",
+    "ANTHROPIC",
+    "GROQ",
+    "COHERE",
+    "GOOGLE",
+    "OLLAMA",
+    "MISTRAL",
+    "AZURE_OPENAI",
+    "OPENROUTER",
+    "COMETAPI",
+    "XAI",
+    "BEDROCK",
+    "AWS_BEDROCK",
+    "VERTEX_AI",
+    "TOGETHER_AI",
+    "FIREWORKS_AI",
+    "REPLICATE",
+    "PERPLEXITY",
+    "ANYSCALE",
+    "DEEPINFRA",
+    "CEREBRAS",
+    "SAMBANOVA",
+    "AI21",
+    "CLOUDFLARE",
+    "DATABRICKS",
+    "DEEPSEEK",
+    "ALIBABA_QWEN",
+    "MOONSHOT",
+    "ZHIPU",
+    "GITHUB_MODELS",
+    "HUGGINGFACE",
+    "CUSTOM",
+]
 MORE = ["vLLM", "hosted_vllm", "gemini", "azure", "together", "fireworks", "lm_studio", "nebius", "voyage"]
 
 # Of requests for chat, but for the last.

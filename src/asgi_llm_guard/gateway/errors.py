@@ -7,6 +7,7 @@
     ├── ContextOverflow       400  the input is larger than every window that was tried
     ├── NoDeployment          503  those who serve the model rest, or have spent what they may; `.denied` if we refuse
     ├── ProviderFailed        502  every target failed; `.failures` tells of each
+    │   └── RequestRejected   400  a provider says that the request itself is wrong
     └── NotInitialised        503  used before there are deployments
 
 A limit of ours that refuses is a `LimitExceeded`, and none of these.
@@ -33,6 +34,7 @@ __all__ = [
     "NoDeployment",
     "NotInitialised",
     "ProviderFailed",
+    "RequestRejected",
     "UnknownModel",
 ]
 
@@ -171,6 +173,20 @@ class ProviderFailed(GatewayError):  # noqa: N818
         super().__init__(f"every target failed ({'; '.join(map(str, failures))})")
         self.failures = tuple(failures)
         self.retry_after_s = retry_after_s
+
+
+class RequestRejected(ProviderFailed):
+    """A provider says that the request itself is wrong, or that it will not answer it: others were not asked."""
+
+    code = "invalid_request"
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        super().__init__(failures)
+        last = failures[-1]
+        self.args = (last.message or f"the provider refuses the request ({last})",)
+        self.status = last.status if last.status is not None and 400 <= last.status < 500 else 400
+        if last.kind == "content_policy":
+            self.code = "content_policy_violation"
 
 
 class NotInitialised(GatewayError):  # noqa: N818

@@ -170,6 +170,7 @@ def _arguments(deployment: Deployment, request: ModelRequest) -> dict[str, Any]:
     for name in request.body:
         if name not in taken and name not in ("model", "stream"):
             raise CannotExpress(name, f"is not sent to {deployment.provider} here; leave it out")
+    _refuse_fetching(request.body.get("messages"))
     name = deployment.platform.litellm or deployment.provider
     arguments: dict[str, Any] = {
         **deployment.params,
@@ -199,6 +200,23 @@ def _arguments(deployment: Deployment, request: ModelRequest) -> dict[str, Any]:
     if deployment.headers:
         arguments["extra_headers"] = {key: _revealed(value) for key, value in deployment.headers.items()}
     return arguments
+
+
+def _refuse_fetching(messages: object) -> None:
+    """LiteLLM fetches images and files for providers that do not: from here, with what this machine may reach."""
+    for message in messages if isinstance(messages, list | tuple) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        waiting = list(content) if isinstance(content, list | tuple) else []
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Mapping):
+                waiting.extend(inner for key, inner in value.items() if key != "text")
+            elif isinstance(value, list | tuple):
+                waiting.extend(value)
+            elif isinstance(value, str) and value.lstrip()[:8].lower().startswith(("http:", "https:", "file:")):
+                raise CannotExpress(
+                    "messages", "images and files by URL are not sent to this provider; send the data itself"
+                )
 
 
 def _revealed(value: object) -> object:
