@@ -10,8 +10,8 @@ import httpx2
 
 from asgi_llm_guard.gateway.translate import Translation, translate
 from asgi_llm_guard.testing import FakeProvider
-from asgi_llm_guard.wire.base import Answer, Head
 from asgi_llm_guard.wire import dialect_named
+from asgi_llm_guard.wire.base import Answer, Head
 
 PATHS = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
 STREAM = Head(200, [(b"content-type", b"text/event-stream")])

@@ -9,16 +9,16 @@ import httpx2
 import msgspec
 import openai
 import pytest
+from tests.gateway.translate.kit import Translating, metered
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire import dialect_named
-from tests.gateway.translate.kit import Translating, metered
 
 pytestmark = pytest.mark.anyio
 
 TOOL: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}}
-BUCKETS = {"input_tokens": 900, "cache_read_tokens": 500, "cache_write_tokens": 200, "reasoning_tokens": 12}
+BUCKETS: Any = {"input_tokens": 900, "cache_read_tokens": 500, "cache_write_tokens": 200, "reasoning_tokens": 12}
 
 
 def openai_client(provider: FakeProvider) -> tuple[openai.AsyncOpenAI, Translating]:
@@ -30,7 +30,9 @@ def openai_client(provider: FakeProvider) -> tuple[openai.AsyncOpenAI, Translati
 def anthropic_client(provider: FakeProvider) -> tuple[anthropic.AsyncAnthropic, Translating]:
     transport = Translating(provider, "anthropic", "openai")
     client = httpx2.AsyncClient(transport=transport)
-    return anthropic.AsyncAnthropic(api_key="k", base_url="http://gateway", http_client=client, max_retries=0), transport
+    return anthropic.AsyncAnthropic(
+        api_key="k", base_url="http://gateway", http_client=client, max_retries=0
+    ), transport
 
 
 async def test_openai_sdk_reads_an_answer_of_anthropic() -> None:
@@ -38,7 +40,9 @@ async def test_openai_sdk_reads_an_answer_of_anthropic() -> None:
     provider = FakeProvider(default=Behaviour.answer("a quiet harbour", cache_write_1h_tokens=150, **BUCKETS))
     client, transport = openai_client(provider)
 
-    completion = await client.chat.completions.create(model="claude-opus-5", messages=[{"role": "user", "content": "Where?"}])
+    completion = await client.chat.completions.create(
+        model="claude-opus-5", messages=[{"role": "user", "content": "Where?"}]
+    )
 
     assert completion.choices[0].message.content == "a quiet harbour"
     assert completion.choices[0].finish_reason == "stop"
@@ -196,7 +200,9 @@ async def test_anthropic_sdk_reads_a_tool_call_of_openai(*, stream: bool) -> Non
         ("quota", openai.APIStatusError, 402),
     ],
 )
-async def test_openai_sdk_reads_errors_of_anthropic(trouble: Any, error: type[openai.APIStatusError], status: int) -> None:
+async def test_openai_sdk_reads_errors_of_anthropic(
+    trouble: Any, error: type[openai.APIStatusError], status: int
+) -> None:
     """A refusal of Anthropic's raises the class that OpenAI's users catch; an overflow has the code they know."""
     client, _ = openai_client(FakeProvider(default=Behaviour.refuse(trouble)))
 
