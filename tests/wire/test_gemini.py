@@ -64,7 +64,8 @@ def client(content: bytes, status: int = 200, content_type: str = "application/j
         return httpx2.Response(status, content=content, headers={"content-type": content_type})
 
     http = httpx2.Client(transport=httpx2.MockTransport(answer))
-    return genai.Client(api_key="none", http_options=types.HttpOptions(httpx_client=http))
+    once = types.HttpRetryOptions(attempts=1)
+    return genai.Client(api_key="none", http_options=types.HttpOptions(httpx_client=http, retry_options=once))
 
 
 # ------------------------------------------------------------------------------------ paths

@@ -180,11 +180,16 @@ def test_replace_keeps_every_other_byte() -> None:
 
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
-    max_leaves=12,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), inner, max_size=4)
+    ),
+    max_leaves=6,
 )
 _OBJECTS = st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(lambda key: key.casefold() != "n"), _VALUES
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(lambda key: key.casefold() != "n"),
+    _VALUES,
+    max_size=6,
 )
 
 
