@@ -88,10 +88,11 @@ class CooldownRules(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 86_400:
                 raise ConfigurationError(f"{name}: expected seconds from 0 to 86400, got {value!r}")
+        classes = [(f"classes[{name!r}]", value) for name, value in self.classes.items()]
         rate = self.failure_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1):
             raise ConfigurationError(f"failure_rate: expected a share from 0 to below 1, or None, got {rate!r}")
-        for name, value in (("allowed_fails", self.allowed_fails), ("minimum", self.minimum), *self.classes.items()):
+        for name, value in (("allowed_fails", self.allowed_fails), ("minimum", self.minimum), *classes):
             least = 1 if name == "minimum" else 0
             if name == "allowed_fails" and value is None:
                 continue
