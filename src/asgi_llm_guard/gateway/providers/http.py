@@ -66,7 +66,7 @@ class HttpProvider:
     """Sends JSON over HTTP, with a pool of connections for each host and event loop.
 
     Args:
-        verify: which certificates are trusted; `True`: those of the system.
+        verify: which certificates are trusted; `True`: those that the library trusts.
         proxy: a URL; `None`: what the environment says (`HTTPS_PROXY`, `NO_PROXY`, …).
         max_connections: to one host.
         keepalive_s: how long a connection is kept that nobody uses.
@@ -109,8 +109,8 @@ class HttpProvider:
             extensions={"timeout": seconds},
         )
         loop = asyncio.get_running_loop()
-        deadline = None if times.total_s is None else loop.time() + times.total_s
         pool = self._pool(loop, route)
+        deadline = None if times.total_s is None else loop.time() + times.total_s
         response: httpx2.Response | None = None
         failure: _Failure = ("timeout", "no answer came in time", True)
         try:
@@ -156,13 +156,16 @@ class HttpProvider:
         return pool
 
     def _make(self, route: _Route) -> httpx2.AsyncBaseTransport:
-        if self._context is None:  # one for all hosts: it is slow to make, and large
-            self._context = httpx2.create_ssl_context()
         proxy = self._proxy
         if proxy is None and not proxy_bypass(route.url.host):
             found = getproxies()
             proxy = found.get(route.url.scheme) or found.get("all")
-        return httpx2.AsyncHTTPTransport(verify=self._context, limits=self._limits, proxy=proxy)
+        context = self._context
+        if context is None and route.url.scheme == "http" and proxy is None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not used, and the library makes a slow one otherwise
+        elif context is None:  # one for all hosts: it is slow to make, and large
+            context = self._context = httpx2.create_ssl_context()
+        return httpx2.AsyncHTTPTransport(verify=context, limits=self._limits, proxy=proxy)
 
 
 class _Route:
