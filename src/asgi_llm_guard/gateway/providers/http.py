@@ -345,14 +345,16 @@ class _Answer:
     async def _error(self) -> AsyncIterator[bytes]:
         """An error's body: whole, because keys that it repeats may be spread over chunks."""
         body = bytearray()
+        most: int | None = None
         async for piece in self._pieces():
             body += piece
             if len(body) >= _ERROR_BYTES:
+                most = _ERROR_BYTES // 2  # at the end of what was read there may be the half of a key
                 await self.aclose()
                 break
-        yield self._deployment.redacted(bytes(body).decode("utf-8", "surrogateescape")).encode(
-            "utf-8", "surrogateescape"
-        )
+        yield self._deployment.redacted(body.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")[
+            :most
+        ]
 
 
 def _classified(error: httpx2.TransportError) -> _Failure:
