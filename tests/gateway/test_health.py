@@ -167,6 +167,15 @@ async def test_three_failures_are_tolerated(clock: FrozenClock, failure: ErrorCl
     assert left_s(cooldowns, clock) == 60
 
 
+async def test_failures_of_before_a_cooldown_do_not_count(clock: FrozenClock) -> None:
+    """A deployment that comes back is not sent away again for what it was sent away for."""
+    cooldowns = alone_in_memory(clock, CooldownRules(cooldown_s=10))
+    assert await fail(cooldowns, times=4) is not None
+    clock.advance(seconds=10)
+    assert await fail(cooldowns, times=3) is None
+    assert await fail(cooldowns) is not None
+
+
 @pytest.mark.parametrize("allowed", [0, 1, 7])
 async def test_so_many_are_tolerated_as_allowed(clock: FrozenClock, allowed: int) -> None:
     """Conformance 75: `allowed_fails` of N tolerates N and then cools down; by class another number may hold."""

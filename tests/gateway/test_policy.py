@@ -173,6 +173,7 @@ def test_the_default_comes_last() -> None:
     assert way(fallbacks, "a", "overload") == ["a", "b", "z"]
     assert way(fallbacks, "unknown", "overload") == ["unknown", "z"]
     assert way(fallbacks, "z", "overload") == ["z"]
+    assert way(Fallbacks(default=["y", "z"]), "a", "overload") == ["a", "y", "z"]
     assert fallbacks.names == {"b", "z"}
 
 
@@ -205,6 +206,7 @@ def test_overflows_go_to_larger_windows() -> None:
     windows: dict[str, int | None] = {"a": 8_000, "same": 8_000, "big": 200_000, "unknown": None, "mid": 32_000}
     fallbacks = Fallbacks({"a": ["same", "big"]}, default=["unknown"], context={"a": ["mid"]})
     assert way(fallbacks, "a", "context_overflow", windows=windows) == ["a", "mid", "big", "unknown"]
+    assert way(Fallbacks({"a": ["same"]}), "a", "context_overflow", windows=windows) == ["a"]
     assert way(fallbacks, "a", "overload", windows=windows) == ["a", "same", "big", "unknown"]
     assert way(fallbacks, "a", "overload", "context_overflow", windows=windows) == ["a", "same", "big", "unknown"]
 
