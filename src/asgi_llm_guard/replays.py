@@ -210,6 +210,7 @@ class Lead:
         while True:
             await asyncio.sleep(claim.lasts_ms / 3000)
             with contextlib.suppress(StorageError):  # the next time may do
+                # Not `prolong`: after an outage the claim is taken again, so that no repetition is made beside this.
                 await self._flights.entries.begin(claim.entry, claim.token, claim_ms=claim.lasts_ms, note=claim.note)
 
 

@@ -55,6 +55,19 @@ async def test_a_leader_that_lives_keeps_the_lead(stage: Stage) -> None:
     assert (await stage.client.send(ADA)).hit
 
 
+@pytest.mark.parametrize("pause_ms", [CLAIM_MS // 3, CLAIM_MS + 1])
+async def test_a_leader_whose_answer_was_revoked_does_not_take_the_lead_again(stage: Stage, pause_ms: int) -> None:
+    """T6: however often a leader says that it lives, and however long it did not, what was asked before a revocation is
+    not given after it."""
+    found = await stage.lead()
+    await cache_of(stage.guard).revoke(caller="ada")
+    stage.clock.advance(ms=pause_ms)
+    await found.prolong()
+    assert not found.leads
+    assert not await found.store(answer_of(chat("of before")))
+    assert (await stage.client.send(ADA)).state == "lead"
+
+
 async def test_it_does_so_by_itself(stage: Stage) -> None:
     """Leaders prolong their claims in the background, as long as somebody has them."""
     found = await stage.lead()

@@ -84,6 +84,35 @@ async def test_a_leader_prolongs_its_claim(entries: Entries, clock: FrozenClock)
     assert await entries.store("k", "a", b"v", ttl_ms=TTL_MS)
 
 
+async def test_prolonging_keeps_the_lead(entries: Entries, clock: FrozenClock) -> None:
+    """A leader that says that it lives keeps the lead for as long again; nobody else can say so for it."""
+    await begin(entries, "k", "a", note="of a")
+    clock.advance(ms=CLAIM_MS - 1)
+    assert not await entries.prolong("k", "b", claim_ms=CLAIM_MS)
+    assert await entries.prolong("k", "a", claim_ms=CLAIM_MS)
+    clock.advance(ms=CLAIM_MS - 1)
+    assert await begin(entries, "k", "b") == InFlight("of a", 1)
+    assert await entries.store("k", "a", b"v", ttl_ms=TTL_MS)
+    assert not await entries.prolong("k", "a", claim_ms=1)
+    assert await value_of(entries, "k") == b"v"
+
+
+@pytest.mark.parametrize("end", ["time", "long ago", "epoch", "abandoned", "never"])
+async def test_a_claim_that_has_ended_is_not_prolonged(entries: Entries, clock: FrozenClock, end: str) -> None:
+    """T6: a leader that comes back after its claim has ended, or was revoked, does not get it again."""
+    if end != "never":
+        await begin(entries, "k", "a", "n")
+    if end == "epoch":
+        await entries.bump("n")
+    elif end == "abandoned":
+        await entries.abandon("k", "a")
+    else:
+        clock.advance(ms=CLAIM_MS * (1 if end == "time" else 10))
+    assert not await entries.prolong("k", "a", claim_ms=CLAIM_MS)
+    assert not await entries.store("k", "a", b"v", ttl_ms=TTL_MS)
+    assert await begin(entries, "k", "b", "n") == Leading()
+
+
 async def test_an_abandoned_key_is_free(entries: Entries) -> None:
     """After its leader gave up, the next one leads."""
     await begin(entries, "k", "a")
@@ -153,6 +182,8 @@ async def test_no_time_is_too_long(entries: Entries) -> None:
     for ttl_ms in (0, -1, MAX_TTL_MS + 1):
         with pytest.raises(ValueError, match="time"):
             await entries.begin("k", "a", claim_ms=ttl_ms)
+        with pytest.raises(ValueError, match="a time must be"):
+            await entries.prolong("k", "a", claim_ms=ttl_ms)
         with pytest.raises(ValueError, match="time"):
             await entries.store("k", "a", b"v", ttl_ms=ttl_ms)
 

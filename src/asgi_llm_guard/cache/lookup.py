@@ -220,12 +220,9 @@ class Lookup:
         """Say that the leader lives."""
         if self.leads:
             with contextlib.suppress(StorageError):  # the next time may do
-                found = await self._cache.flights.entries.begin(
-                    *(self._target.key, self._token),
-                    claim_ms=CLAIM_MS, names=self._target.names, note=self._target.partition,
-                )  # fmt: skip
-                if not isinstance(found, Leading):
-                    self._end()  # it came too late: somebody else has taken over
+                entries = self._cache.flights.entries
+                if not await entries.prolong(self._target.key, self._token, claim_ms=CLAIM_MS):
+                    self._end()  # it came too late, or was revoked
 
     def forget(self) -> None:
         """What is kept here is of no use."""

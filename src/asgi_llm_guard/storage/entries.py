@@ -6,8 +6,9 @@ another one keeps. Inside a space a key has nothing, a *claim* (somebody is maki
 Rule 1: of all who `begin` a key, over all workers, exactly one leads at a time: the first that finds neither a value
 nor a live claim. All others are told the value, or that it is being made.
 
-Rule 2: a claim ends with its leader's `store` or `abandon`, and by itself after `claim_ms`. The leader prolongs it
-by `begin` with the same token. A token names one attempt at one key, and is never used again.
+Rule 2: a claim ends with its leader's `store` or `abandon`, and by itself after `claim_ms`, unless the leader prolongs it.
+A token names one attempt at one key, and is never used again. A leader that begins again has its claim for as long as from
+the first time; if it had ended, it is a new one, in the epochs of then. So only `prolong` keeps what rule 6 promises.
 
 Rule 3: `store` and `abandon` change something only while the token leads. A leader whose claim has ended stores nothing,
 even if nobody took its place.
@@ -124,6 +125,11 @@ class Entries(Protocol):
         `names` belong to the key: each time the same ones. `note` is told to those who come later. `fresh`: a value
         that is there is not good enough; it goes, and the caller leads.
         """
+        ...
+
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        """Let the claim of `token` last for `claim_ms` from now; whether it does. One that has ended, by its time or
+        with the epoch of a name, does not come back."""
         ...
 
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:

@@ -69,6 +69,16 @@ class MemoryEntries:
             self._put(key, _Entry(token, now_ms + claim_ms, tuple(names), epochs, note), now_ms)
             return Leading()
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        check_entry(ttl_ms=claim_ms)
+        with self._lock:
+            now_ms = self._begin()
+            entry = self._live(key, now_ms)
+            if entry is None or entry.token != token or entry.value is not None:
+                return False
+            entry.until_ms = now_ms + claim_ms
+            return True
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         check_entry(ttl_ms=ttl_ms)
         with self._lock:

@@ -43,6 +43,11 @@ class RedisEntries:
             return _kept(reply)
         return Leading() if reply[1] == b"lead" else InFlight(reply[2].decode(), reply[3])
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        check_entry(ttl_ms=claim_ms)
+        reply = await self._ask([b"prolong", self._space, key.encode(), token.encode(), b"%d" % claim_ms])
+        return bool(reply[1])
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         check_entry(ttl_ms=ttl_ms)
         if len(value) > self.bounds.max_value_bytes:

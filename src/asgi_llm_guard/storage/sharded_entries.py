@@ -32,6 +32,9 @@ class ShardedEntries:
     ) -> Kept | Leading | InFlight:
         return await self._of(key).begin(key, token, claim_ms=claim_ms, names=names, note=note, fresh=fresh)
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        return await self._of(key).prolong(key, token, claim_ms=claim_ms)
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         return await self._of(key).store(key, token, value, ttl_ms=ttl_ms)
 

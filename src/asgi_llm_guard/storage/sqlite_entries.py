@@ -70,6 +70,10 @@ class SqliteEntries:
         check_entry(ttl_ms=claim_ms)
         return await self._submit(_Begin(self._space, key, token, claim_ms, tuple(names), note, fresh))
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        check_entry(ttl_ms=claim_ms)
+        return await self._submit(_Prolong(self._space, key, token, claim_ms))
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         check_entry(ttl_ms=ttl_ms)
         return await self._submit(_Store(self._space, key, token, value, ttl_ms, self.bounds))
@@ -119,6 +123,20 @@ class _Begin(msgspec.Struct, frozen=True):
             (self.space, self.key, self.token, now_ms + self.claim_ms, _encode_epochs(epochs).decode(), self.note),
         )
         return Leading()
+
+
+class _Prolong(msgspec.Struct, frozen=True):
+    space: str
+    key: str
+    token: str
+    claim_ms: int
+
+    def run_at(self, connection: sqlite3.Connection, now_ms: int) -> bool:
+        row = _live(connection, self.space, self.key, now_ms)
+        if row is None or row.token != self.token or row.size is not None:
+            return False
+        connection.execute("UPDATE entries1 SET until_ms = ? WHERE row = ?", (now_ms + self.claim_ms, row.row))
+        return True
 
 
 class _Store(msgspec.Struct, frozen=True):

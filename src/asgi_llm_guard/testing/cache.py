@@ -162,6 +162,10 @@ class _Watch:
         self._note("begin", len(key), claim_ms, len(names), len(note), fresh)
         return await self._inner.begin(key, token, claim_ms=claim_ms, names=names, note=note, fresh=fresh)
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        self._note("prolong", len(key), claim_ms)
+        return await self._inner.prolong(key, token, claim_ms=claim_ms)
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         self._note("store", len(key), len(value), ttl_ms)
         return await self._inner.store(key, token, value, ttl_ms=ttl_ms)

@@ -170,6 +170,10 @@ class _Entries:
         async with self._reached():
             return await self._inner.begin(key, token, claim_ms=claim_ms, names=names, note=note, fresh=fresh)
 
+    async def prolong(self, key: str, token: str, *, claim_ms: int) -> bool:
+        async with self._reached():
+            return await self._inner.prolong(key, token, claim_ms=claim_ms)
+
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         async with self._reached():
             return await self._inner.store(key, token, value, ttl_ms=ttl_ms)

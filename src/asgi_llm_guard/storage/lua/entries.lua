@@ -8,12 +8,14 @@
 --
 -- ARGV: clock, operation, space, key or name, then
 --   begin    token, for how long, `1` to take no value, note, an id for new epochs, how long epochs are kept, names …
+--   prolong  token, for how long
 --   store    token, value, for how long
 --   abandon  token
 --   forget
 --   bump     an id for the new epoch, how long epochs are kept
 --   find
--- Reply: clock, then for begin and find `kept`, value, note, age; `lead`; `flight`, note, how long; or `none`; for store 1 or 0.
+-- Reply: clock, then for begin and find `kept`, value, note, age; `lead`; `flight`, note, how long; or `none`; for prolong and
+-- store 1 or 0.
 -- Every entry says itself when it is over; the expiries only collect garbage.
 local call = redis.call
 local GRACE = 1000
@@ -65,6 +67,15 @@ if action == 'begin' then
   call('HSET', ENTRY, 't', token, 'u', string.format('%.0f', now + claim), 'b', note, 'n', cmsgpack.pack(names), 'e', epochs_of(names))
   call('PEXPIRE', ENTRY, claim + GRACE)
   return {now, 'lead'}
+end
+
+if action == 'prolong' then
+  local claim = tonumber(ARGV[6])
+  local by, _, until_ms, at = look()
+  if by ~= ARGV[5] or not until_ms or at then return {now, 0} end
+  call('HSET', ENTRY, 'u', string.format('%.0f', now + claim))
+  call('PEXPIRE', ENTRY, claim + GRACE)
+  return {now, 1}
 end
 
 if action == 'store' then
