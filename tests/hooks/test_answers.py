@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import zstandard
 from tests.exits.kit import Stage
-from tests.hooks.kit import Way, admitted, asked, in_thread, library_of, over, pieces, text_of
+from tests.hooks.kit import Way, admitted, asked, hooked, in_thread, library_of, over, pieces, text_of
 
+from asgi_llm_guard import Context
 from asgi_llm_guard.testing import Behaviour
 
 pytestmark = pytest.mark.anyio
@@ -367,4 +368,22 @@ async def test_answer_that_is_too_long_to_be_read(stage: Stage, way: Way) -> Non
     assert len(b"".join(streamed)) > 9_000_000
     records = await stage.storage.records()
     assert [record.outcome for record in records] == ["unmetered", "measured"]
+    assert await stage.storage.open_holds() == 0
+
+
+async def test_what_failed_is_in_the_ledger(stage: Stage, way: Way) -> None:
+    """Conformance 70: a call that failed is recorded at 0 with who asked, what a stream gave before it broke off is
+    charged, and nothing that a client says of itself in its request is taken for true."""
+    said: Any = {"user": "mallory", "metadata": {"caller": "mallory", "cost_nanousd": "0", "outcome": "not_dispatched"}}
+    async with hooked(stage, way) as client, stage.guard.open(Context(caller="alice", session="s")):
+        stage.provider.script(Behaviour.error(500), Behaviour.cut(after_chunks=2))
+        assert (await client.post(asked(**said))).status_code == 500
+        with pytest.raises(library_of(way).RemoteProtocolError):
+            await client.chunks(asked(stream=True, **said))
+
+    await stage.provider.idle()
+    failed, cut = await stage.storage.records()
+    assert (failed.caller, failed.outcome, failed.cost_nanousd) == ("alice", "provider_error", 0)
+    assert (cut.caller, cut.outcome) == ("alice", "estimated")
+    assert 0 < (cut.cost_nanousd or 0) <= (cut.estimate_nanousd or 0)
     assert await stage.storage.open_holds() == 0

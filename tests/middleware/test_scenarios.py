@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.decorator.values import ANSWER, BOUND, MODEL, USED
 from tests.middleware.asgi import Exchange
-from tests.middleware.values import CHAT, Provider, ask, guarded, new_guard
+from tests.middleware.values import ASK, CHAT, Provider, ask, guarded, new_guard
 
 from asgi_llm_guard import (
     Budget,
@@ -319,6 +319,43 @@ async def test_spent_caller_may_use_what_is_free(storage: Storage) -> None:
         async with guard.call(**{**BOUND, "model": "openai/free-model"}) as made:
             made.record(tokens(100))
     assert await counted(guard) == [(USED, 0)]
+
+
+@pytest.mark.parametrize(("fallback", "status"), [("paid-model", 402), ("free-too", 200)])
+async def test_free_model_with_a_fallback(storage: Storage, fallback: str, status: int) -> None:
+    """Conformance 68: with the budget spent a free model is refused if a paid one may answer in its place, and
+    admitted if all that may answer are free."""
+    free = {"input": 0, "output": 0}
+    prices = PriceBook.snapshot(
+        overrides={
+            "openai/free-model": free,
+            "openai/free-too": free,
+            "openai/paid-model": {"input": 1, "output": 2},
+            MODEL: {"input": 1, "output": 2},
+        }
+    )
+    guard = new_guard(Budget("$0.00002/1d", per="global"), storage=storage, prices=prices)
+    async with guard.open(ALICE), guard.call(model=MODEL, input_tokens=10, max_output_tokens=5) as made:
+        made.record(Usage(input_tokens=10, output_tokens=5))
+    provider = Provider([json.dumps({**ANSWER, "model": "free-model"}).encode()])
+    app = guarded(provider, guard)
+    assert (await ask(app, {**ASK, "model": "openai/free-model"})).status == 200
+    listed = ["openai/free-model", f"openai/{fallback}"]
+    assert (await ask(app, {**ASK, "model": "openai/free-model", "models": listed})).status == status
+    assert len(provider.bodies) == (2 if status == 200 else 1)
+    assert await counted(guard) == [(USED, 0)]
+
+
+async def test_answer_of_another_model(storage: Storage) -> None:
+    """Conformance 36: what a call did not use is given back to the model that it was reserved for, whatever name its
+    answer has."""
+    guard = new_guard(Budget("1000000 tokens/1d", per="model"), storage=storage)
+    app = guarded(Provider([json.dumps({**ANSWER, "model": "renamed"}).encode()]), guard)
+    assert (await ask(app)).status == 200
+    assert await counted(guard, Context()) == [(15, 0)]
+    renamed = guard.describe("openai/renamed", input_tokens=1, max_output_tokens=1)
+    others = [claim.meter for policy in guard.policies for claim in policy.plan(Context(), renamed, 0).claims]
+    assert [(reading.used, reading.held) for reading in await guard.storage.read(others)] == [(0, 0)]
 
 
 # ------------------------------------------------------------------- departments, providers
