@@ -1,4 +1,4 @@
-"""The Starlette example under a real server, in front of a fake provider, called by the real OpenAI SDK."""
+"""A proxy under a real server, in front of a fake provider, called by the real OpenAI SDK."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import httpx2
 import openai
 from examples.demo import PRICES, Requests, serve
-from examples.starlette_app.app import create_app, provider_client
 from starlette.types import Receive, Scope, Send
+from tests.sdk.proxy import create_app, provider_client
 
 from asgi_llm_guard import Guard, Route
 from asgi_llm_guard.identity import ApiKeys
@@ -64,7 +64,7 @@ class InFlight(Requests):
 
 
 class Service:
-    """The example and everything around it."""
+    """The proxy and everything around it."""
 
     def __init__(self, guard: Guard, provider: FakeProvider, requests: InFlight, url: str) -> None:
         self.guard = guard
@@ -137,7 +137,7 @@ def _read(answer: Any) -> Answer:
 
 @asynccontextmanager
 async def example(storage: str, *policies: Policy, provider_url: str | None = None) -> AsyncIterator[Service]:
-    """The example, guarded by these policies."""
+    """The proxy, guarded by these policies."""
     provider = FakeProvider(prices=PRICES)
     guard = Guard(policies, storage=storage, identity=ApiKeys([RECORD], secret=SECRET))
     async with provider.serve() as served:

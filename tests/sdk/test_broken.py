@@ -8,7 +8,7 @@ import socket
 import httpx2
 import openai
 import pytest
-from examples.starlette_app.app import create_app
+from tests.sdk.proxy import create_app
 from tests.sdk.service import KEY, MODEL, OUTPUT, RECORD, SECRET, Service, Way, example
 
 from asgi_llm_guard import Budget, Guard, Iterations, Route
