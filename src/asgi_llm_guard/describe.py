@@ -257,6 +257,16 @@ class Describer:
             )
         return call
 
+    def window(self, provider: str | None, model: str) -> int | None:
+        """The context window of a model, in tokens; `None`: not known."""
+        card = self.prices.resolve(provider, model)
+        return card.context_window if card is not None else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether input tokens are counted, and not only bounded by bytes."""
+        return self._counter is not None
+
     def clamped(self, call: Call, max_output_tokens: int) -> Call:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)

@@ -11,10 +11,11 @@ import msgspec
 from asgi_llm_guard.claims import Granted, Settled
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.usage import Usage, UsageRecord
+from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 
 __all__ = [
     "Admission",
+    "AttemptEnded",
     "BacklogFull",
     "CacheHit",
     "CacheMiss",
@@ -118,6 +119,29 @@ class CacheMiss(msgspec.Struct, frozen=True):
     """Why it was not looked for, or is not going to be kept, for people to read. Empty: it will be kept if it can be."""
 
 
+class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway has asked a deployment, and its answer is over. Times are in milliseconds from the sending."""
+
+    context: Context
+    call: Call | None
+    deployment: str
+    model: str
+    """`provider/model`, as it was asked for there."""
+    number: int
+    """Which attempt of its call it was, counted from 1."""
+    failure: str | None = None
+    """The class of the error; `None`: it went well."""
+    status: int | None = None
+    """`None`: no answer came."""
+    outcome: Outcome | None = None
+    """What it is charged as."""
+    connected_ms: float | None = None
+    """Until the head of the answer."""
+    first_ms: float | None = None
+    """Until the first of its text."""
+    total_ms: float | None = None
+
+
 class StorageFailed(msgspec.Struct, frozen=True):
     """The storage stopped answering. Sent once per outage, not once per request."""
 
@@ -160,6 +184,7 @@ Event = (
     | CacheHit
     | CacheMiss
     | UsageAnomaly
+    | AttemptEnded
 )
 
 
