@@ -232,8 +232,7 @@ def _read(error: Exception, deployment: Deployment) -> _Failure | _Told:
     """What one of LiteLLM's errors is: no answer, or an answer that tells of an error."""
     causes = tuple(_causes(error))
     names = {type(cause).__name__ for cause in causes}
-    # An answer's error has the answer inside: `openai.APIStatusError`, `httpx.HTTPStatusError`.
-    answered = any(_is_answer(cause) for cause in causes[1:])
+    answered = any(map(_is_answer, causes))
     if not answered and names & _NEVER_SENT:
         return ("tls", "TLS failed", False) if names & _TLS else ("connect", "no connection", False)
     if not answered and names & _TIMEOUTS:
@@ -258,7 +257,9 @@ def _read(error: Exception, deployment: Deployment) -> _Failure | _Told:
 
 
 def _is_answer(error: BaseException) -> bool:
-    return type(getattr(error, "status_code", None)) is int or hasattr(getattr(error, "response", None), "status_code")
+    """Whether a library below LiteLLM tells of a response; LiteLLM itself makes one up where there is none."""
+    made_up = type(error).__module__.startswith("litellm.") and type(error).__name__ != "MaskedHTTPStatusError"
+    return not made_up and getattr(error, "response", None) is not None
 
 
 def _headers(error: Exception) -> Iterator[tuple[bytes, bytes]]:
