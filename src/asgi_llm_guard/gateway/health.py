@@ -192,12 +192,15 @@ class Cooldowns:
         self._read_ms = None
 
     async def cooling(self) -> dict[str, Cooldown]:
-        """The deployments that are left alone now, by name. Asks the store at most once in `FRESH_MS`."""
+        """The deployments that are left alone now, by name. Asks the store at most once in `FRESH_MS`, and waits for it
+        unless it did not answer the last time."""
         if self._entries is not None and self.rules.cooldown_s and self._stale():
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.ensure_future(self._read(self._entries))
-            # Whoever is cancelled leaves the others their answer.
-            await asyncio.shield(self._reading)
+            reading, loop = self._reading, asyncio.get_running_loop()
+            if reading is None or reading.done() or reading.get_loop() is not loop:
+                reading = self._reading = asyncio.ensure_future(self._read(self._entries))
+            if not self._away:
+                # Whoever is cancelled leaves the others their answer.
+                await asyncio.shield(reading)
         return self.known()
 
     def known(self) -> dict[str, Cooldown]:
@@ -274,9 +277,11 @@ class Cooldowns:
         return self._read_ms is None or not 0 <= self._clock.now_ms() - self._read_ms < FRESH_MS
 
     async def _read(self, entries: Entries) -> None:
-        names = tuple(filter(self._may_cool, self._health))
-        self._read_ms = self._clock.now_ms()
+        watched, began_ms = self._health, self._clock.now_ms()
+        names = tuple(filter(self._may_cool, watched))
         found = await self._told(asyncio.gather(*(entries.find(name) for name in names)))
+        if self._health is watched:
+            self._read_ms = began_ms
         longer = []
         for name, kept in zip(names, found or (), strict=False):
             health = self._health.get(name)
