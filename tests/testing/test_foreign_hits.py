@@ -41,7 +41,7 @@ async def test_nobody_is_given_what_is_anothers(storage: Storage) -> None:
     """T5, T7, C11: over random pairs of callers and users, none is given what was kept for another, and none can tell
     by what the storage was asked for that there is something."""
     guard = Guard([CacheScope()], storage=storage, cache=Cache())
-    assert await assert_no_foreign_hits(guard, pairs=2_000) > 1_800
+    assert await assert_no_foreign_hits(guard, pairs=500) > 450
 
 
 @pytest.mark.slow
