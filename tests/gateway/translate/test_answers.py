@@ -216,6 +216,17 @@ def test_calls_beside_stop_are_calls() -> None:
     assert written["content"] == [{"type": "tool_use", "id": "a", "name": "now", "input": {}}]
 
 
+def test_content_in_parts() -> None:
+    """Servers that give content as parts, thinking among them, are read as well."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    content = [thinking, {"type": "text", "text": "So"}, {"type": "text", "text": "."}]
+
+    assert to_anthropic(completion(content=content))["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "text", "text": "So."},
+    ]
+
+
 def test_refusals() -> None:
     """A refusal in the model's own words is text that was refused, and why Anthropic refused is OpenAI's refusal."""
     refused = to_anthropic(completion("stop", content=None, refusal="I will not."))
@@ -288,7 +299,19 @@ def test_every_kind_is_read_again(kind: ErrorKind, status: int | None) -> None:
 def test_statuses(status: int, told_openai: int, told_anthropic: int) -> None:
     """The status is the one that the other SDK has a class for; an overload is 529 on one side and 503 on the other."""
     assert answer_to_openai(status, b"{}")[0] == told_openai
-    assert answer_to_anthropic(status, b"{}")[0] == told_anthropic
+    told, written = answer_to_anthropic(status, b"{}")
+    assert told == told_anthropic
+    assert (
+        json.loads(written)["error"]["type"]
+        == {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            413: "request_too_large",
+            429: "rate_limit_error",
+            529: "overloaded_error",
+        }[told]
+    )
 
 
 def test_an_overflow_has_its_code() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -318,6 +319,56 @@ def test_marks_for_the_cache_stay() -> None:
             "messages[1].tool_calls[0].function.arguments",
         ),
         ({"messages": [USER, {"role": "assistant", "audio": {"id": "a"}}]}, "messages[1].audio"),
+        ({"messages": [{"role": "system", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages[0].content[0].file"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": PNG}}]}]},
+            "messages[0].content[0].file.file_data",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image_url"}]}]},
+            "messages[1].content[0].type",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"type": "custom"}]}]},
+            "messages[1].tool_calls[0].type",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+            "messages[1].tool_calls[0].function",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [call("a", 5)]}]},  # type: ignore[arg-type]
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
+        ({"messages": [{"role": "tool", "tool_call_id": "a", "content": 5}]}, "messages[0].content"),
+        ({"stream": "yes"}, "stream"),
+        ({"model": 5}, "model"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]}, "tools[0].function.parameters"),
+        ({"tools": [function()], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
+        ({"tools": [function()], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        (
+            {"tools": [function()], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x"}}},
+            "tool_choice.allowed_tools.mode",
+        ),
+        (
+            {
+                "tools": [function()],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "mcp"}]}},
+            },
+            "tool_choice.allowed_tools.tools[0].type",
+        ),
+        (
+            {
+                "tools": [function()],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            },
+            "tool_choice",
+        ),
     ],
 )
 def test_what_anthropic_has_no_word_for_is_refused(members: dict[str, Any], field: str) -> None:
@@ -495,6 +546,37 @@ def test_long_names_of_users_become_short_ones() -> None:
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"stop_sequences": "END"}, "stop_sequences"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"system": [{"type": "image"}]}, "system[0].type"),
+        ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "a", "input_schema": {}}], "tool_choice": {"type": "x"}}, "tool_choice.type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].source"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "server_tool_use"}]}, USER]},
+            "messages[1].content[0].type",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": "x"}]},
+                    USER,
+                ]
+            },
+            "messages[1].content[0].input",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "document", "source": {"type": "url", "media_type": "x", "url": "u"}}],
+                    }
+                ]
+            },
+            "messages[0].content[0].source.type",
+        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "a", "input_schema": {}, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"messages": [USER, {"role": "assistant", "content": "I"}]}, "messages"),
@@ -669,6 +751,7 @@ def test_ids_that_one_side_does_not_take(identifier: str) -> None:
 
     assert written[1]["content"][0]["id"] == written[2]["content"][0]["tool_use_id"] == short_id(identifier)
     assert short_id(short_id(identifier)) == short_id(identifier)
+    assert re.fullmatch("[a-zA-Z0-9_-]{1,40}", short_id(identifier))
 
 
 def test_dialects_that_are_not_translated() -> None:

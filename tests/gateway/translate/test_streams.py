@@ -254,7 +254,10 @@ def test_what_ends_a_stream_of_anthropic_early(events: list[Any], kind: str) -> 
 
 def test_events_before_the_start_are_errors() -> None:
     """A stream that does not begin with its message cannot be told."""
+    piece = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x"}}
+    assert list(read(run("anthropic", [sse(piece)]))[0]) == ["error"]
     assert list(read(run("anthropic", [sse(*ended())]))[0]) == ["error"]
+    assert list(read(run("anthropic", [sse(START, START)]))[1]) == ["error"]
     assert list(read(run("anthropic", [b""]))[0]) == ["error"]
 
 
@@ -413,7 +416,9 @@ def test_comments_keep_the_connection_alive() -> None:
 
 
 def test_only_the_first_choice_is_told() -> None:
-    """What other choices say does not mix with it."""
+    """What other choices say does not mix with it, nor does their end end it."""
+    other = {"index": 1, "finish_reason": "length"}
+    assert read(run("openai", [sse(chunk(content="a"), chunk(other, content="b"))]))[-1]["type"] == "error"
     other = {"index": 1}
     data = sse(
         chunk(content="a"), chunk(other, content="b"), chunk(content="c"), chunk({"finish_reason": "stop"}), "[DONE]"
@@ -421,6 +426,76 @@ def test_only_the_first_choice_is_told() -> None:
     values = read(run("openai", [data]))
 
     assert "".join(each["delta"]["text"] for each in values if each["type"] == "content_block_delta") == "ac"
+
+
+def test_the_last_report_counts() -> None:
+    """Reports replace each other, and chunks without one take none away."""
+    reports = [{"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count} for count in (1, 4)]
+    data = sse(
+        {**chunk(content="a"), "usage": reports[0]},
+        {**chunk({"finish_reason": "stop"}), "usage": reports[1]},
+        {**chunk(), "choices": [], "usage": None},
+        "[DONE]",
+    )
+
+    assert read(run("openai", [data]))[-2]["usage"]["output_tokens"] == 4
+
+
+def test_refusals_in_a_stream_of_openai() -> None:
+    """A refusal in the model's own words is text, and the reason says that it is one."""
+    values = read(
+        run("openai", [sse(chunk(refusal="I will"), chunk(refusal=" not."), chunk({"finish_reason": "stop"}))])
+    )
+    message = put_together(values)
+
+    assert message["content"] == [{"type": "text", "text": "I will not."}]
+    assert message["stop_reason"] == "refusal"
+
+
+def test_thinking_that_is_signed_keeps_its_signature() -> None:
+    """A gateway behind this one tells the signature beside the thinking, and it comes out as Anthropic's again."""
+    thought = {"type": "thinking", "thinking": "", "signature": ""}
+    deltas = [{"type": "thinking_delta", "thinking": "hm"}, {"type": "signature_delta", "signature": "sig"}]
+    there = run("anthropic", [sse(START, *block(0, thought, *deltas), *ended())])
+
+    assert put_together(read(run("openai", [there])))["content"] == [{**thought, "thinking": "hm", "signature": "sig"}]
+
+
+def test_content_in_parts() -> None:
+    """Servers that stream content as parts, thinking among them, are read as well."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    data = sse(
+        chunk(content=[thinking]), chunk(content=[{"type": "text", "text": "So."}]), chunk({"finish_reason": "stop"})
+    )
+
+    assert put_together(read(run("openai", [data])))["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "text", "text": "So."},
+    ]
+
+
+def test_stop_sequences_in_streams() -> None:
+    """The sequence that ended an answer passes, both ways."""
+    there = run("anthropic", [sse(START, *ended("stop_sequence", stop_sequence="END"))])
+    message = put_together(read(run("openai", [there])))
+
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
+
+def test_hidden_thinking_passes() -> None:
+    """Thinking that the provider hides can be sent back."""
+    hidden = {"type": "redacted_thinking", "data": "xyz"}
+    values = read(run("anthropic", [sse(START, *block(0, hidden), *ended())]))
+
+    assert values[1]["choices"][0]["delta"] == {"thinking_blocks": [hidden]}
+
+
+def test_arguments_that_come_at_once() -> None:
+    """A call that begins with its arguments keeps them."""
+    call = {"type": "tool_use", "id": "t", "name": "x", "input": {"a": 1}}
+    values = read(run("anthropic", [sse(START, *block(0, call), *ended("tool_use"))]))
+
+    assert accumulated(values)["calls"] == [{"id": "t", "name": "x", "arguments": '{"a":1}'}]
 
 
 # ------------------------------------------------------------------- streams and answers
