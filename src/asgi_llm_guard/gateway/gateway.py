@@ -14,7 +14,7 @@ import random as randomness
 import time as clock
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
@@ -44,6 +44,9 @@ from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire import dialect_named
 from asgi_llm_guard.wire.base import Headers
 from asgi_llm_guard.wire.shape import decode, pick
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.gateway.app import GatewayApp
 
 __all__ = ["Gateway", "Reply", "Result"]
 
@@ -249,6 +252,7 @@ class Gateway:
             time=time,
         )
         guard.serve_models(self._targets)
+        guard.hooked = True
         if deployments is not None:
             self.initialise(deployments)
 
@@ -531,6 +535,15 @@ class Gateway:
             )
 
     # ------------------------------------------------------------------------------- lifetime
+
+    def app(self, *, expose: bool = False) -> GatewayApp:
+        """An ASGI application to mount: `Mount("/llm", gateway.app())`. See `gateway.app` for its paths.
+
+        `expose`: tell clients who has answered, after how many attempts, and when (`x-guard-…` headers).
+        """
+        from asgi_llm_guard.gateway.app import GatewayApp
+
+        return GatewayApp(self, expose=expose)
 
     async def aclose(self) -> None:
         """Close the connections that are kept open. The guard stays open."""
