@@ -362,7 +362,7 @@ class Exchange:
             return False
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in outgoing.headers]
         request = CacheRequest(
-            host=outgoing.host,
+            host=urlsplit(outgoing.url).netloc,
             path=outgoing.target,
             body=self.body,
             headers=headers,

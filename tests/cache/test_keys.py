@@ -91,10 +91,11 @@ def test_requests_that_do_more_are_not_looked_up(field: str) -> None:
 
 
 def test_where_it_is_sent_counts() -> None:
-    """C11: host, path, query, dialect, provider and model are in the key, and the letter case of a host is not."""
+    """C11: host with port, path, query, dialect, provider and model are in the key, and the letter case of a host is not."""
     assert key(ask_for(host="API.openai.com")) == SAME
     others = [
         key(ask_for(host="eu.api.openai.com")),
+        key(ask_for(host="api.openai.com:8443")),
         key(ask_for(path="/v1/completions")),
         key(ask_for(path="/v1/chat/completions?api-version=2")),
         key(msgspec.structs.replace(ask_for(), dialect="openai")),
@@ -120,6 +121,7 @@ def test_where_it_is_sent_counts() -> None:
         ("cookie", True),
         ("accept", True),
         ("unknown-to-us", True),
+        ("host", True),
         ("user-agent", False),
         ("x-stainless-retry-count", False),
         ("traceparent", False),

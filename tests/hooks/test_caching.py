@@ -68,6 +68,25 @@ async def test_not_for_others(caching: Stage, way: Way) -> None:
     assert caching.provider.calls == 4
 
 
+async def test_servers_on_one_host(offline: Stage, way: Way) -> None:
+    """C11: two servers on one host are two: by their ports, and by the host that a request names itself."""
+    guard = Guard([CacheScope()], cache=Cache(), prices=PRICES)
+    stage = Stage(guard.storage, offline.provider, offline.base_url, guard, Seen())
+    sent: list[str] = []
+
+    def provider(request: Any) -> Any:
+        sent.append(str(request.url))
+        return library_of(way).Response(200, json=ANSWER)
+
+    async with over(stage, way, provider) as client, guard.open(ADA):
+        for _ in range(2):
+            for port in (8000, 8001):
+                await client.post(asked(), path=f"http://localhost:{port}/v1/chat/completions")
+            for host in ("one", "two"):
+                await client.post(asked(), path="http://10.0.0.1/v1/chat/completions", headers={"host": host})
+    assert len(sent) == 4
+
+
 async def test_streams(caching: Stage, way: Way) -> None:
     """A stream that was read to its end is given again, in one piece, as the client got it."""
     async with hooked(caching, way) as client, caching.guard.open(ADA):

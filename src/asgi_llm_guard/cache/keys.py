@@ -2,7 +2,7 @@
 
 | part | why |
 |---|---|
-| kind, host, path with its query | who is asked for what; the API's version is in the query of some |
+| kind, host and port, path with its query | who is asked for what; the API's version is in the query of some |
 | dialect, provider, model | as they were recognised; a route may stand for another model than the body says |
 | headers, but those of the connection, of traces and of repeats | versions, beta features, what gateways are told; and the provider's credentials, because two accounts may have two models of one name |
 | whether the answer is streamed | the bytes differ |
@@ -62,7 +62,7 @@ STATEFUL: Final = {
 
 _UNRELATED: Final = frozenset({
     # of the connection and the client
-    "accept-encoding", "cache-control", "connection", "content-length", "date", "expect", "host", "keep-alive",
+    "accept-encoding", "cache-control", "connection", "content-length", "date", "expect", "keep-alive",
     "te", "transfer-encoding", "user-agent", "x-goog-api-client",
     # of this one request: repeats, traces, and signatures, whose account is told by the credential
     "amz-sdk-invocation-id", "amz-sdk-request", "b3", "baggage", "idempotency-key", "request-id", "sentry-trace",
@@ -78,6 +78,7 @@ class CacheRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to a provider, as it is going to be sent."""
 
     host: str
+    """With its port, unless it is the usual one."""
     path: str
     """With its query."""
     body: bytes
@@ -197,7 +198,7 @@ def _plain(value: Any) -> Any:
     if value is None or kind in (bool, int, float, str):
         return value
     if kind in (list, tuple):
-        return ["list", *map(_plain, value)]
+        return [kind.__name__, *map(_plain, value)]
     if kind is dict:
         if not all(type(key) is str for key in value):
             raise Unfit("the key has a mapping whose names are no texts")
@@ -208,14 +209,15 @@ def _plain(value: Any) -> Any:
     if kind in _WRITTEN:
         return ["value", name, value.hex() if kind is bytes else str(value)]
     if isinstance(value, msgspec.Struct):
-        fields: Any = msgspec.structs.asdict(value)
+        fields: list[Any] = [msgspec.structs.asdict(value)]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = [{field.name: getattr(value, field.name) for field in dataclasses.fields(value)}]
     elif callable(getattr(value, "model_dump", None)) and not isinstance(value, type):  # of pydantic
-        fields = value.model_dump(mode="json")
+        # Not its dump: that leaves out or masks what is secret, excluded or private, and fields of subclasses.
+        fields = [getattr(value, "__pydantic_extra__", None), getattr(value, "__pydantic_private__", None)]
     else:
         raise Unfit(f"the key has a {kind.__name__}; it may have texts, numbers, lists, mappings and models")
-    return ["model", name, _plain(fields)]
+    return ["model", name, *map(_plain, fields), _plain(getattr(value, "__dict__", None))]
 
 
 def _relevant(headers: Iterable[tuple[str, str]], ignored: frozenset[str]) -> list[str]:
