@@ -72,6 +72,12 @@ UNFIT: dict[str, dict[str, Any]] = {
     "chat, second choice not ended": chat(
         choices=[{"finish_reason": "stop", "message": {"content": "a"}}, {"finish_reason": None, "message": {}}]
     ),
+    "chat, second choice without an ending": chat(
+        choices=[{"finish_reason": "stop", "message": {"content": "a"}}, {"message": {"content": "b"}}]
+    ),
+    "gemini, second candidate without an ending": {
+        "candidates": [*gemini()["candidates"], {"index": 1, "content": {"parts": [{"text": "half"}]}}]
+    },
     "chat, refused": chat(message={"refusal": "I cannot"}),
     "chat, empty": chat(""),
     "chat, no choices": chat(choices=[]),
@@ -252,7 +258,7 @@ def test_lines_and_arrays() -> None:
 
 def test_values_of_applications_are_their_own_word() -> None:
     """C13: what a function returns is judged only where it is an answer of a provider."""
-    for value in ("Hi", 1, None, ["Hi"], {"title": "Hi"}, chat(), claude(), responses()):
+    for value in ("Hi", 1, None, ["Hi"], {"title": "Hi"}, {"choices": ["a", "b"]}, chat(), claude(), responses()):
         assert unfit_value(value) is None
     for value in (
         chat(choice={"finish_reason": "tool_calls"}),

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pydantic
 import pytest
+from openai.types.chat import ChatCompletion
 from starlette.responses import JSONResponse, StreamingResponse
-from tests.cache.kit import ADA, BOB, MODEL, USAGE, cache_of
+from tests.cache.kit import ADA, BOB, MODEL, USAGE, cache_of, chat
 
 from asgi_llm_guard import CacheScope, Context, Guard, Iterations, LimitExceeded, RateLimit, guarded
 from asgi_llm_guard.admission import current_scope
@@ -265,6 +266,94 @@ async def test_arguments_are_told_apart_by_value_and_type() -> None:
         first = [await anything(value) for value in ARGUMENTS]
         assert sorted(set(first)) == sorted(first) == list(range(1, len(ARGUMENTS) + 1))
         assert [await anything(value) for value in ARGUMENTS] == first
+
+
+class Secret(pydantic.BaseModel):
+    tenant: pydantic.SecretStr
+
+
+class Half(pydantic.BaseModel):
+    text: str = "1"
+    tenant: str = pydantic.Field(exclude=True)
+    _hidden: str = pydantic.PrivateAttr("")
+
+
+class Open(pydantic.BaseModel, extra="allow"):
+    text: str = "1"
+
+
+class Wrapped(pydantic.BaseModel):
+    inner: Model
+
+
+class More(Model):
+    tenant: str
+
+
+class Labelled(Point):
+    """Not a dataclass itself."""
+
+    def __init__(self, x: int, tenant: str) -> None:
+        super().__init__(x)
+        self.tenant = tenant
+
+
+def hidden(text: str) -> Half:
+    value = Half(tenant="1")
+    value._hidden = text
+    return value
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (Secret(tenant=pydantic.SecretStr("a")), Secret(tenant=pydantic.SecretStr("b"))),
+        (Half(tenant="a"), Half(tenant="b")),
+        (hidden("a"), hidden("b")),
+        (Open.model_validate({"tenant": "a"}), Open.model_validate({"tenant": "b"})),
+        (Wrapped(inner=More(text="1", tenant="a")), Wrapped(inner=More(text="1", tenant="b"))),
+        (Labelled(1, "a"), Labelled(1, "b")),
+        ((1, 2), [1, 2]),
+    ],
+    ids=["secret", "excluded", "private", "extra", "of a subclass", "attribute", "tuple"],
+)
+async def test_models_are_told_apart_by_all_they_have(one: Any, other: Any) -> None:
+    """T8: what a model does not show when it is written down counts as well."""
+    async with caching().open(ADA):
+        assert await anything(one) != await anything(other)
+
+
+async def test_functions_are_told_apart_by_more_than_their_names() -> None:
+    """T8: two functions of one name do not share values; one without a name cannot be kept."""
+
+    @guarded(cache=True)
+    async def say() -> str:
+        return "first"
+
+    one = say
+
+    @guarded(cache=True)  # type: ignore[no-redef]
+    async def say() -> str:
+        return "second"
+
+    async with caching().open(ADA):
+        assert [await one(), await say()] == ["first", "second"]
+    with pytest.raises(ConfigurationError, match="has no name"):
+        guarded(cache=True)(lambda text: text)
+
+
+@guarded(cache=True)
+async def complete(ending: str) -> ChatCompletion:
+    made.append(ending)
+    return ChatCompletion.model_validate({"created": 1, **chat(choice={"finish_reason": ending})})
+
+
+async def test_answers_of_sdks_are_judged_like_others() -> None:
+    """C13: a function that returns the response of an SDK keeps it only if it is complete."""
+    async with caching().open(ADA):
+        for ending in ("stop", "length", "stop", "length"):
+            assert (await complete(ending)).choices[0].finish_reason == ending
+    assert made == ["stop", "length", "length"]
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, float("nan"), print, Title, {"a": {object()}}], ids=range(6))

@@ -23,6 +23,8 @@ _ENDED: Final = frozenset({"stop", "end_turn", "stop_sequence", "complete", "com
 _TOOLS: Final = frozenset(
     {"tool_calls", "function_call", "functioncall", "tooluse", "tool_call", "toolcall", "tool_use"}
 )
+_CHOICES: Final = {"choices": ("finish_reason",), "candidates": ("finishReason", "finish_reason")}
+"""Where each of several answers in one stands, and what says that it has ended."""
 _TEXTS: Final = frozenset({"content", "text", "delta", "thinking", "output_text", "response"})
 
 
@@ -78,8 +80,12 @@ def unfit_value(value: object) -> str | None:
 
 
 def _is_provider_shape(value: Mapping[str, Any]) -> bool:
-    shapes = ("choices", "candidates", "stop_reason", "stopReason", "finish_reason", "done_reason")
-    return any(key in value for key in shapes) or value.get("object") in ("response", "chat.completion")
+    shapes = ("stop_reason", "stopReason", "finish_reason", "done_reason")
+    if any(key in value for key in shapes) or value.get("object") in ("response", "chat.completion"):
+        return True
+    # Choices that are plain texts are those of a quiz.
+    lists = [value[key] for key in _CHOICES if key in value]
+    return any(not isinstance(each, list) or not each or isinstance(each[0], Mapping) for each in lists)
 
 
 def _events(body: bytes) -> Iterator[bytes]:
@@ -97,7 +103,7 @@ class _Seen:
         self._text = False
         self._vectors = False
         self._open: set[str] = set()
-        """Choices of a stream that have begun, and not ended."""
+        """Choices that have begun, and not ended."""
         self._awaited: set[str] = set()
         """What a stream of this kind ends with, and has not come yet."""
 
@@ -112,6 +118,7 @@ class _Seen:
         if not isinstance(item, dict):
             self._refuse("it is not of a shape that can be judged")
             return
+        self._add_choices(item, partial=partial)
         if partial:
             self._add_part(item)
         elif item.get("done") is False:
@@ -122,16 +129,19 @@ class _Seen:
             self._refuse(f"its status is {item['status']}")
         self._walk(item, partial=partial)
 
+    def _add_choices(self, item: dict[str, Any], *, partial: bool) -> None:
+        for name, endings in _CHOICES.items():
+            choices = item.get(name)
+            for place, choice in enumerate(choices if isinstance(choices, list) else ()):
+                if isinstance(choice, dict):
+                    index = str(choice.get("index", 0) if partial else place)
+                    ended = any(choice.get(ending) for ending in endings)
+                    (self._open.discard if ended else self._open.add)(index)
+
     def _add_part(self, item: dict[str, Any]) -> None:
         kind = item.get("type") if isinstance(item.get("type"), str) else ""
         if item.get("object") in ("chat.completion.chunk", "text_completion"):  # not a set: it may be a list
             self._awaited.add("[DONE]")
-        for name, ending in ("choices", "finish_reason"), ("candidates", "finishReason"):
-            choices = item.get(name)
-            for choice in choices if isinstance(choices, list) else ():
-                if isinstance(choice, dict):
-                    index = str(choice.get("index", 0))
-                    (self._open.discard if choice.get(ending) else self._open.add)(index)
         if kind == "message_start":
             self._awaited.add("message_stop")
         elif kind == "message_stop":

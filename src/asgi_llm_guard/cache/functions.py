@@ -38,6 +38,10 @@ class FunctionCache:
         while isinstance(code, functools.partial):
             code = inspect.unwrap(code.func)
         name = str(getattr(code, "__qualname__", None) or type(code).__qualname__)
+        if name.endswith("<lambda>"):
+            raise ConfigurationError(
+                "@guarded(cache=...): a lambda has no name that tells its values from those of another one; write it with def"
+            )
         if inspect.isasyncgenfunction(code) or inspect.isgeneratorfunction(code):
             raise ConfigurationError(f"@guarded {name}: cache= is for functions that return a value; this one streams")
         if key is None and (
@@ -47,7 +51,7 @@ class FunctionCache:
                 f"@guarded {name}: its value depends on more than its arguments (an object, a partial, or variables of the "
                 "function around it); say on what: cache=lambda *args, **kwargs: [...]"
             )
-        self.kind = f"{getattr(code, '__module__', '')}:{name}"
+        self.kind = _kind(code, name)
         self._name = name
         self._key = key
         self._code = code
@@ -73,16 +77,16 @@ class FunctionCache:
         form = self._known_form()
         try:
             body = form.encode(value)
-            same = _same(form.decode(body), value)
+            same, told = _same(form.decode(body), value), msgspec.json.decode(body)
         except Exception:  # noqa: BLE001 - of whatever library the value is; it is told below
-            body, same = b"", False
+            body, same, told = b"", False, None
         if not same:
             reason = f"a {type(value).__name__} does not come back as what it was"
             if not self._warned:
                 self._warned = True
                 _log.warning("cache: %s returned a value that is not kept: %s; this is said once", self._name, reason)
             return reason
-        return unfit_value(value) or ProviderAnswer(status=0, content_type="", body=body)
+        return unfit_value(told) or ProviderAnswer(status=0, content_type="", body=body)
 
     def value(self, found: Lookup) -> Any:
         """What was kept. What is of no use is forgotten.
@@ -104,6 +108,15 @@ class FunctionCache:
             except (NameError, ConfigurationError):  # too late to refuse it: what JSON cannot say is not kept
                 self._form = _Json()
         return self._form
+
+
+def _kind(function: Any, name: str) -> str:
+    """What tells a function from all others: where several may have one name, the place of its code, too."""
+    module = getattr(function, "__module__", "")
+    code = getattr(function, "__code__", None)
+    if code is not None and (module == "__main__" or "<locals>" in name):
+        return f"{module}:{name}:{code.co_filename}:{code.co_firstlineno}"
+    return f"{module}:{name}"
 
 
 class _Form(Protocol):
