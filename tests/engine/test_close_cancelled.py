@@ -62,4 +62,5 @@ async def test_a_cancelled_close_leaves_no_error_that_nobody_takes(clock: Frozen
     gc.collect()
 
     assert complaints == []
-    assert guard.engine.unsettled == 1
+    # It waits, unless the heartbeat of the process, which comes when it comes, has handed it over again.
+    assert guard.engine.unsettled + len(storage.handed) == 2
