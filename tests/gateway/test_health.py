@@ -448,11 +448,10 @@ class GatedEntries(CountedEntries):
         self.asked = asyncio.Event()
 
     async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
-        found = await super().find(key, names=names)
         self.asked.set()
         if self.gate is not None:
             await self.gate.wait()
-        return found
+        return await super().find(key, names=names)
 
 
 async def test_nobody_goes_by_what_is_old_while_the_store_is_asked(clock: FrozenClock) -> None:
@@ -485,13 +484,14 @@ def test_another_loop_asks_by_itself() -> None:
     standing = asyncio.new_event_loop()
     entries.gate = asyncio.Event()
     first = standing.create_task(cooldowns.cooling())
-    while not entries.reads:
+    while not entries.asked.is_set():
         standing.run_until_complete(asyncio.sleep(0))
     gate, entries.gate = entries.gate, None
     assert asyncio.run(cooldowns.cooling()) == {}
-    assert entries.reads == 2
+    assert entries.reads == 1
     gate.set()
     assert standing.run_until_complete(first) == {}
+    assert entries.reads == 2
     standing.close()
 
 
@@ -528,6 +528,26 @@ async def test_without_the_store_each_goes_by_what_it_knows(
         clock.advance(seconds=LATER_S)
     assert list(await other.cooling()) == ["a"]
     assert len([record for record in caplog.records if "shared again" in record.message]) == 2
+
+
+async def test_nobody_waits_for_a_store_that_is_away(clock: FrozenClock) -> None:
+    """Rule 5: once the store has not answered, it is asked in the background, and calls go by what is known."""
+    storage = OutageStorage(MemoryStorage(clock=clock))
+    entries = GatedEntries(storage.entries("cooldowns"))
+    cooldowns = Cooldowns(entries=entries, clock=clock)
+    cooldowns.watch(["a"])
+    storage.down()
+    await cooldowns.cooling()
+    storage.up()
+    entries.gate = asyncio.Event()
+    clock.advance(seconds=LATER_S)
+    async with asyncio.timeout(5):
+        assert await cooldowns.cooling() == {}
+    await instance(storage, clock).failed("a", "auth", alone=False)
+    entries.gate.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert list(await cooldowns.cooling()) == ["a"]
 
 
 async def test_a_storage_without_entries_shares_nothing(clock: FrozenClock) -> None:
