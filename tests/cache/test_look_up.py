@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +29,7 @@ from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.claims import Meter
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard import new_call
+from asgi_llm_guard.storage.entries import _sealed
 from asgi_llm_guard.storage.limits import LimitsStorage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
@@ -486,9 +491,40 @@ async def test_what_is_not_what_was_looked_for_is_not_given() -> None:
     assert of_bob.value is not None
     of_ada.value = of_bob.value  # as if the two had one key
     found = await client.send(ADA)
-    assert (found.state, text_of(found)) == ("pass", "answer 3")
-    of_ada.value = b"not an entry"
-    assert [(await client.send(ADA)).state for _ in range(2)] == ["pass", "pass"]
+    assert (found.state, text_of(found)) == ("lead", "answer 3")
+    found = await client.send(ADA)
+    assert (found.state, text_of(found)) == ("hit", "answer 3")
+
+
+async def test_what_another_version_kept_is_replaced() -> None:
+    """An entry that this release cannot read is not given, and stands in nobody's way."""
+    client = caching()
+    storage = client.guard.storage
+    assert isinstance(storage, MemoryStorage)
+    await client.send(ADA)
+    (kept,) = storage.entries("cache")._entries.values()
+    kept.value = _sealed(b"not an entry")
+    assert [(await client.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+
+
+@pytest.mark.parametrize("column", ["value", "epochs"])
+async def test_what_was_damaged_is_not_given(tmp_path: Path, column: str) -> None:
+    """T8: an entry any bit of which has changed where it is kept is not given, and is made anew."""
+    path = tmp_path / "guard.db"
+    client = Client(Guard([CacheScope()], storage=f"sqlite:///{path}", cache=Cache()))
+    chance = random.Random(1)
+    async with client.guard:
+        for n in range(60):
+            await client.send(ADA, ask_for(f"{n}"))
+            with closing(sqlite3.connect(path)) as connection, connection:
+                row, kept = connection.execute(f"SELECT row, {column} FROM entries1 ORDER BY row DESC").fetchone()
+                bits = bytearray(kept if isinstance(kept, bytes) else kept.encode())
+                bits[chance.randrange(len(bits))] ^= 1 << chance.randrange(7)
+                damaged = bytes(bits) if column == "value" else bits.decode()
+                connection.execute(f"UPDATE entries1 SET {column} = ? WHERE row = ?", (damaged, row))
+            found = await client.send(ADA, ask_for(f"{n}"))
+            assert (found.state, text_of(found)) == ("lead", f"answer {client.made}")
+            assert (await client.send(ADA, ask_for(f"{n}"))).hit
 
 
 async def test_without_its_storage_calls_are_made() -> None:

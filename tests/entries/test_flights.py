@@ -38,6 +38,17 @@ async def test_followers_get_what_the_leader_stores(entries: Entries) -> None:
     assert flights.waiting == 0
 
 
+async def test_what_was_damaged_is_made_anew(entries: Entries) -> None:
+    """T8: a value that is not what its leader stored is as if it had never been, and is replaced."""
+    flights = Flights(entries)
+    for n, damaged in enumerate((b"", b"v", bytes(17))):
+        await begin(entries, "k", f"of old {n}", fresh=True)
+        await entries.store("k", f"of old {n}", damaged, ttl_ms=TTL_MS)
+        assert await join(flights, f"{n}") == Leading()
+        assert await flights.store("k", f"{n}", b"new", ttl_ms=TTL_MS)
+        assert await join(flights, "follower") == Kept(b"new", "", 0)
+
+
 async def test_one_follower_takes_over(entries: Entries) -> None:
     """A leader that gives up is followed by exactly one of those who waited."""
     flights = Flights(entries)

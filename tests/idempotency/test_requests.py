@@ -345,10 +345,10 @@ async def test_answer_of_another_version(serve: Serve) -> None:
     provider = Provider()
     app = serve(provider)
     assert app.replays is not None
-    entries = app.replays.flights.entries
+    flights = app.replays.flights
     key = entry_key(Context(caller="alice", route=CHAT), "POST", b"k-1")
-    await entries.begin(key, "t", claim_ms=1000, note=fingerprint(CHAT, b"", json.dumps(ASK).encode()))
-    await entries.store(key, "t", b"\xc1", ttl_ms=60_000)
+    await flights.entries.begin(key, "t", claim_ms=1000, note=fingerprint(CHAT, b"", json.dumps(ASK).encode()))
+    await flights.store(key, "t", b"\xc1", ttl_ms=60_000)
     assert (await ask(app, headers=keyed())).status == 200
     assert len(provider.bodies) == 1
     assert (await ask(app, headers=keyed())).headers["idempotency-replayed"] == "true"

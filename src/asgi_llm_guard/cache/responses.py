@@ -159,7 +159,7 @@ class ResponseCache:
         target = self._target(directive, digest, stream=stream)
         lookup = Lookup(self, call, target)
         try:
-            found = await self._join(lookup, target, control)
+            found, entry = await self._join(lookup, target, control)
         except StorageError as error:
             self._warn_once("the storage does not answer", error)
             return self._pass(call, "the storage does not answer")
@@ -167,11 +167,8 @@ class ResponseCache:
             self._tell_miss(call, "")
             lookup.lead()
             return lookup
-        if isinstance(found, InFlight):
+        if isinstance(found, InFlight) or entry is None:
             return self._pass(call, "another call asks the same, and is not done")
-        entry = self._agreeing(found, target)
-        if entry is None:
-            return self._pass(call, "what was kept is not what was asked for")
         await call.claim_hit(entry.usage, requests=requests)
         call.end()
         self._counts["hits"] += 1
@@ -194,18 +191,25 @@ class ResponseCache:
             stream=stream,
         )
 
-    async def _join(self, lookup: Lookup, target: Target, control: CacheControl) -> Kept | Leading | InFlight:
-        """What the storage says, after waiting for another call that asks the same."""
+    async def _join(
+        self, lookup: Lookup, target: Target, control: CacheControl
+    ) -> tuple[Kept | Leading | InFlight, Entry | None]:
+        """What the storage says, after waiting for another call that asks the same; and the answer, if there is one
+        that may be given. One that may not is made anew."""
         limit_ms = target.ttl_ms if control.max_age_s is None else min(target.ttl_ms, control.max_age_s * 1000)
         # What another call has begun before this request is not fresh enough for one that wants no kept answer.
         wait_s = self.settings.wait_s if control.give else 0.0
         found = await lookup.join(wait_s=wait_s, fresh=not control.give)
-        if isinstance(found, Kept) and found.age_ms >= limit_ms:
+        entry = self._agreeing(found, target, limit_ms)
+        if isinstance(found, Kept) and entry is None:
             found = await lookup.join(wait_s=wait_s, fresh=True)
-        return found
+            entry = self._agreeing(found, target, limit_ms)
+        return found, entry
 
-    def _agreeing(self, found: Kept, target: Target) -> Entry | None:
+    def _agreeing(self, found: Kept | Leading | InFlight, target: Target, limit_ms: int) -> Entry | None:
         """What was found, if it is what was looked for. The key says so already: this is the second look."""
+        if not isinstance(found, Kept) or found.age_ms >= limit_ms:
+            return None
         try:
             entry = decode(found.value)
         except msgspec.MsgspecError as error:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ MAX_TTL_MS: Final = 30 * 86_400_000
 EPOCH_MS: Final = MAX_TTL_MS + 5 * 86_400_000
 """An epoch that nobody has asked for in this long is forgotten: nothing that belongs to it is left."""
 
+_SEAL: Final = 16
 _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.25
 
@@ -188,7 +190,8 @@ class Flights:
     """Single-flight on `entries`: who does not lead can wait for who does.
 
     Leaders of this process wake their followers at once; those of others are found by asking again, after 5 ms and
-    then ever more rarely, at most every 250 ms.
+    then ever more rarely, at most every 250 ms. Values are kept with a digest: one that was damaged where it is kept is as
+    if it had never been.
     """
 
     def __init__(self, entries: Entries) -> None:
@@ -222,6 +225,12 @@ class Flights:
             sleeper = self._sleep(key, loop)
             try:
                 found = await self.entries.begin(key, token, claim_ms=claim_ms, names=names, note=note, fresh=fresh)
+                if isinstance(found, Kept):
+                    value = _opened(found.value)
+                    if value is not None:
+                        return Kept(value, found.note, found.age_ms)
+                    fresh = True
+                    continue
                 left_s = deadline_s - loop.time()
                 if not isinstance(found, InFlight) or found.note != note or left_s <= 0:
                     return found
@@ -236,7 +245,7 @@ class Flights:
     async def store(self, key: str, token: str, value: bytes, *, ttl_ms: int) -> bool:
         """As `Entries.store`."""
         try:
-            return await self.entries.store(key, token, value, ttl_ms=ttl_ms)
+            return await self.entries.store(key, token, _sealed(value), ttl_ms=ttl_ms)
         finally:
             self._wake(key)
 
@@ -277,6 +286,15 @@ class Flights:
         for loop, sleeper in sleepers:
             with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile: nobody waits there
                 loop.call_soon_threadsafe(_done, sleeper)
+
+
+def _sealed(value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=_SEAL).digest() + value
+
+
+def _opened(sealed: bytes) -> bytes | None:
+    value = sealed[_SEAL:]
+    return value if sealed == _sealed(value) else None
 
 
 def _done(sleeper: asyncio.Future[None]) -> None:

@@ -224,7 +224,11 @@ def _row(connection: sqlite3.Connection, space: str, key: str) -> _Row | None:
     if found is None:
         return None
     row, space, token, until_ms, epochs, note, at_ms, size = found
-    return _Row(row, space, token, until_ms, _decode_epochs(epochs), note, at_ms, size)
+    try:
+        known = _decode_epochs(epochs)
+    except msgspec.DecodeError:  # damaged: it belongs to no epoch that there is
+        known = {"": epochs or "none"}
+    return _Row(row, space, token, until_ms, known, note, at_ms, size)
 
 
 def _live(connection: sqlite3.Connection, space: str, key: str, now_ms: int) -> _Row | None:
