@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -315,3 +316,24 @@ def test_a_deployment_that_is_gone_is_forgotten() -> None:
     stats.forget("a")
     run.end(5)
     assert (stats.in_flight("a"), stats.requests("a"), stats.tokens("a"), stats.first_ms("a")) == (0, 0, 0, None)
+
+
+def test_stats_are_told_by_many_threads() -> None:
+    """Calls of several threads are all counted, and end with nothing in flight."""
+    stats = Stats(FrozenClock())
+
+    def work() -> None:
+        for _ in range(500):
+            run = stats.begin("a", 3)
+            run.move("b", 2)
+            assert stats.requests("b") > 0
+            assert stats.tokens("b") > 0
+            run.end(2)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (stats.in_flight("a"), stats.requests("a"), stats.tokens("a")) == (0, 0, 0)
+    assert (stats.in_flight("b"), stats.requests("b"), stats.tokens("b")) == (0, 2000, 4000)

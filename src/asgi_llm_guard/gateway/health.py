@@ -21,6 +21,7 @@ import asyncio
 import logging
 import re
 import secrets
+import threading
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterable, Mapping
 from typing import Final, TypeVar
@@ -168,7 +169,7 @@ class _Health:
 
 
 class Cooldowns:
-    """The cooldowns of one gateway's deployments. In one event loop; see the rules at the top of this file.
+    """The cooldowns of one gateway's deployments. In any event loop; see the rules at the top of this file.
 
     Args:
         entries: where cooldowns are shared (`cooldown_entries(storage)`); `None`: nowhere.
@@ -182,6 +183,7 @@ class Cooldowns:
         self._entries = entries
         self._clock = clock or SystemClock()
         self._health: dict[str, _Health] = {}
+        self._lock = threading.Lock()
         self._read_ms: int | None = None
         self._reading: asyncio.Future[None] | None = None
         self._away = False
@@ -216,7 +218,8 @@ class Cooldowns:
         """An attempt went well. Counted in memory."""
         health = self._health.get(deployment)
         if health is not None:
-            health.note(None, self._clock.now_ms())
+            with self._lock:
+                health.note(None, self._clock.now_ms())
 
     async def failed(
         self,
@@ -237,15 +240,16 @@ class Cooldowns:
             return None
         asked_s = min(max(retry_after_s or 0.0, 0.0), self.rules.max_cooldown_s)
         now_ms = self._clock.now_ms()
-        health.note(failure, now_ms)
-        if not self._may_cool(deployment) or not self._reason(health, failure, told=asked_s > 0 and not alone):
-            return None
-        until_ms = now_ms + round((asked_s or self.rules.cooldown_s) * 1000)
-        cooldown = Cooldown(until_ms=until_ms, error=failure, status=status, message=masked(message))
-        if cooldown.until_ms <= max(now_ms, health.cooldown.until_ms if health.cooldown is not None else 0):
-            return None
-        health.cooldown = cooldown
-        health.restart()
+        with self._lock:
+            health.note(failure, now_ms)
+            if not self._may_cool(deployment) or not self._reason(health, failure, told=asked_s > 0 and not alone):
+                return None
+            until_ms = now_ms + round((asked_s or self.rules.cooldown_s) * 1000)
+            if until_ms <= max(now_ms, 0 if health.cooldown is None else health.cooldown.until_ms):
+                return None
+            cooldown = Cooldown(until_ms=until_ms, error=failure, status=status, message=masked(message))
+            health.cooldown = cooldown
+            health.restart()
         if self._entries is not None:
             await self._told(self._share(self._entries, deployment, cooldown))
         return cooldown

@@ -5,6 +5,7 @@ One process' view, for choosing well; what a deployment may be asked for is coun
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Final
 
@@ -66,10 +67,11 @@ class _Known:
 
 
 class Stats:
-    """What is known of the deployments of one gateway. In one event loop; one that was never called is all zeros."""
+    """What is known of the deployments of one gateway. From any thread; one that was never called is all zeros."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
+        self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
 
     def begin(self, name: str, tokens: int = 0) -> Run:
@@ -87,12 +89,18 @@ class Stats:
     def requests(self, name: str) -> int:
         """Calls that began in the last 60 seconds, up to 5 seconds more."""
         known = self._known.get(name)
-        return 0 if known is None else known.requests.total(self._clock.now_ms())
+        if known is None:
+            return 0
+        with self._lock:
+            return known.requests.total(self._clock.now_ms())
 
     def tokens(self, name: str) -> int:
         """Tokens of calls that ended in the last 60 seconds, up to 5 seconds more, and all that those in flight may use."""
         known = self._known.get(name)
-        return 0 if known is None else known.held + known.tokens.total(self._clock.now_ms())
+        if known is None:
+            return 0
+        with self._lock:
+            return known.held + known.tokens.total(self._clock.now_ms())
 
     def first_ms(self, name: str) -> float | None:
         """How long answers take to begin, as a moving average; `None`: none began in the last 60 seconds."""
@@ -105,11 +113,15 @@ class Stats:
         """The deployment is gone. Calls of it that are in flight end as if they had never begun."""
         self._known.pop(name, None)
 
-    def _of(self, name: str) -> _Known:
-        known = self._known.get(name)
-        if known is None:
-            known = self._known[name] = _Known()
-        return known
+    def _take(self, name: str, tokens: int, now_ms: int) -> _Known:
+        with self._lock:
+            known = self._known.get(name)
+            if known is None:
+                known = self._known[name] = _Known()
+            known.in_flight += 1
+            known.held += tokens
+            known.requests.add(1, now_ms)
+            return known
 
 
 class Run:
@@ -123,11 +135,8 @@ class Run:
 
     def _take(self, name: str, tokens: int) -> None:
         self._begun_ms = self._stats._clock.now_ms()  # noqa: SLF001 - its own
-        self._known: _Known | None = self._stats._of(name)  # noqa: SLF001 - its own
+        self._known: _Known | None = self._stats._take(name, tokens, self._begun_ms)  # noqa: SLF001 - its own
         self._tokens = tokens
-        self._known.in_flight += 1
-        self._known.held += tokens
-        self._known.requests.add(1, self._begun_ms)
 
     def move(self, name: str, tokens: int = 0) -> None:
         """It goes to another one after all, from now on."""
@@ -136,10 +145,10 @@ class Run:
 
     def drop(self) -> None:
         """It was not sent."""
-        known = self._known
+        known = self._ended(0)
         if known is not None:
-            self.end()
-            known.requests.take_back(1, self._begun_ms)
+            with self._stats._lock:  # noqa: SLF001 - its own
+                known.requests.take_back(1, self._begun_ms)
 
     def first_byte(self, took_ms: float) -> None:
         """The answer has begun, so long after it was asked for. Told of good answers only: an error that comes at once
@@ -152,8 +161,14 @@ class Run:
 
     def end(self, tokens: int = 0) -> None:
         """It is over, and has used so many tokens. Only the first time counts."""
-        known, self._known = self._known, None
-        if known is not None:
-            known.in_flight -= 1
-            known.held -= self._tokens
-            known.tokens.add(tokens, self._stats._clock.now_ms())  # noqa: SLF001 - its own
+        self._ended(tokens)
+
+    def _ended(self, tokens: int) -> _Known | None:
+        now_ms = self._stats._clock.now_ms()  # noqa: SLF001 - its own
+        with self._stats._lock:  # noqa: SLF001 - its own
+            known, self._known = self._known, None
+            if known is not None:
+                known.in_flight -= 1
+                known.held -= self._tokens
+                known.tokens.add(tokens, now_ms)
+            return known
