@@ -15,6 +15,7 @@ from tests.gateway.translate.kit import metered
 from tests.gateway.translate.test_answers import OTHER, comparable
 from tests.wire.harness import Fixture, fixture, fixtures, mutate, pieces
 
+from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.gateway.translate import (
     ChunksToEvents,
     EventsToChunks,
@@ -22,6 +23,7 @@ from asgi_llm_guard.gateway.translate import (
     answer_to_anthropic,
     answer_to_openai,
 )
+from asgi_llm_guard.wire.refusals import stream_error
 
 STREAMS = [each for each in fixtures("stream") if each.dialect in ("anthropic", "openai")]
 BILLED_BESIDE = ("compaction_advisor.sse", "fallback.sse")
@@ -496,6 +498,21 @@ def test_arguments_that_come_at_once() -> None:
     values = read(run("anthropic", [sse(START, *block(0, call), *ended("tool_use"))]))
 
     assert accumulated(values)["calls"] == [{"id": "t", "name": "x", "arguments": '{"a":1}'}]
+
+
+@pytest.mark.parametrize("spoken", ["anthropic", "openai"])
+def test_the_guards_own_ending_passes_as_it_is(spoken: str) -> None:
+    """A refusal in the client's dialect, which ends a stream that is cut, keeps its code and what it says."""
+    denied = Denied(
+        policy="day", code="budget_exhausted", status=402, retry=False, message="The budget of the day is spent."
+    )
+    ending = stream_error(denied, OTHER[spoken], "sse")
+    begun = sse(START) if spoken == "anthropic" else sse(chunk(content="a"))
+
+    written = run(spoken, [begun + ending, sse(*ended()) if spoken == "anthropic" else sse("[DONE]")])
+
+    assert read(written)[-1] == read(ending)[-1]
+    assert metered(OTHER[spoken], written).error == "quota"
 
 
 # ------------------------------------------------------------------- streams and answers

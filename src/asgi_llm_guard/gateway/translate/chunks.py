@@ -103,6 +103,9 @@ class EventsToChunks:
         value = decode(data)
         if not isinstance(value, dict):
             return self._fail(UNREADABLE)
+        if value.get("type") is None and isinstance(value.get("error"), dict):
+            self.ended = True
+            return data_event(value)  # OpenAI's already, as the guard ends a stream that it cuts
         if block.error or value.get("type") == "error":
             self.ended = True
             return data_event(error_to_openai(None, value)[1])

@@ -135,6 +135,9 @@ class ChunksToEvents:
             return self._stopped() if self._started else self._fail(BROKEN_OFF)
         value = decode(data)
         error = error_of(value)
+        if isinstance(value, dict) and value.get("type") == "error" and isinstance(value.get("error"), dict):
+            self.ended = True
+            return typed_event(value)  # Anthropic's already, as the guard ends a stream that it cuts
         if block.error or error is not None or pick(value, "object") == "error":
             self.ended = True
             return typed_event(error_to_anthropic(None, value)[1])
