@@ -16,32 +16,31 @@ ROWS = {
     "A": {1, 2, 3, 4, 5, 6, 7, 8, 9},
     "B": {1, 2, 3, 4, 5, 6, 8, 9},
     "C": {2, 5, 6, 7, 8, 10, 11, 12, 13, 14},
+    "D": {2, 3, 4, 9},
     "T": {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 14, 16, 17, 18, 19, 20, 21, 23, 24},
     "Conformance ": {
         *range(1, 20),
-        *range(21, 27),
-        *range(28, 37),
+        *range(21, 37),
         *range(38, 46),
         *(47, 48),
         *range(50, 60),
         *(60, 61, 62, 63, 65, 66, 67),
         *(68, 69, 70, 71, 72, 74),
+        *range(75, 83),
     },
 }
 """The promises that are kept."""
 
 LATER = {
-    27: "deployments cannot be added or removed at run time",
     37: "there is no scope above the department",
     64: "no limit can be raised for a while",
     73: "there is no job that resets budgets",
-    **dict.fromkeys(range(75, 83), "there is no gateway and no router"),
 }
 """Numbers that nothing can be shown for, and why."""
 
 VOID = {20, 46, 49}
 
-_ROW = re.compile(r"\b([ABCT])(\d+)\b")
+_ROW = re.compile(r"\b([ABCDT])(\d+)\b")
 _CONFORMANCE = re.compile(r"\b[Cc]onformance (\d+(?:(?:, | and |, and |-)\d+)*)")
 
 
