@@ -93,19 +93,22 @@ def read_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | Refusal | None:
 
 def entry_key(context: Context, method: str, key: bytes) -> str:
     """Under what an answer is kept: who asks, on which route, with which key. Nothing of it can be read from it."""
-    return _digest(
-        *(part.encode() for part in (context.caller or "", context.user or "", context.route or "", method)), key
-    )
+    return _digest(*(_bytes(part or "") for part in (context.caller, context.user, context.route, method)), key)
 
 
 def fingerprint(path: str, query: bytes, body: bytes) -> str:
     """What a key stands for: the rest of the request."""
-    return _digest(path.encode("utf-8", "surrogatepass"), query, body)
+    return _digest(_bytes(path), query, body)
 
 
 def kept_headers(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Those headers of an answer that are given again."""
     return [(name.lower(), value) for name, value in headers if name.lower() in _KEPT]
+
+
+def _bytes(text: str) -> bytes:
+    # Ids may come from JSON, which can spell halves of characters.
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _digest(*parts: bytes) -> str:

@@ -174,14 +174,14 @@ def test_synchronous_code() -> None:
 
 
 def test_requests_say_what_their_cache_may() -> None:
-    """T8: `Cache-Control` of a request holds for the calls that are made for it."""
+    """T8: `Cache-Control` of a request holds for the calls that are made for it, on a guarded route or not."""
     guard = Guard([CacheScope()], cache=Cache(), identity=ScopeUser())
     answering = Answering(guard)
 
     async def ask(request: Request) -> JSONResponse:
         return JSONResponse(await answering.ask("k"))
 
-    app = Starlette(routes=[StarletteRoute("/ask", ask, methods=["POST"])])
+    app = Starlette(routes=[StarletteRoute("/ask", ask, methods=["POST"]), StarletteRoute("/page", ask)])
     app.add_middleware(GuardMiddleware, guard=guard, routes=[Route("/ask", dialect=None)])
 
     async def as_ada(scope: Any, receive: Any, send: Any) -> None:
@@ -191,6 +191,9 @@ def test_requests_say_what_their_cache_may() -> None:
     ask_for = [{}, {}, {"cache-control": "no-cache"}, {"cache-control": "max-age=60, no-store"}, {}]
     assert [client.post("/ask", headers=headers).json() for headers in ask_for] == [
         "answer 1", "answer 1", "answer 2", "answer 3", "answer 2"
+    ]  # fmt: skip
+    assert [client.get("/page", headers=headers).json() for headers in ask_for] == [
+        "answer 2", "answer 2", "answer 4", "answer 5", "answer 4"
     ]  # fmt: skip
 
 

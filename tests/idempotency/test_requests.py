@@ -81,6 +81,12 @@ async def test_two_tenants_with_one_key(serve: Serve) -> None:
     assert all("idempotency-replayed" not in each.headers for each in users)
 
 
+def test_ids_of_any_letters() -> None:
+    """S13: a verified id that has half of a character is an id like others."""
+    keys = {entry_key(Context(caller=name, route=CHAT), "POST", b"k") for name in ("\ud800", "\ud801", "?", "a")}
+    assert len(keys) == 4
+
+
 async def answer_by_caller(scope: Any, receive: Any, send: Any) -> None:
     caller = dict(scope["headers"])[b"x-caller"].decode()
     await Provider([json.dumps({"for": caller}).encode()])(scope, receive, send)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -119,6 +119,10 @@ def test_unreadable_knowledge_base(caplog: pytest.LogCaptureFixture) -> None:
         raise KeyError("kb")
 
     assert not directive(CacheScope(knowledge_base=fail)).allowed
+    for wrong in (5, b"wiki", ["wiki"]):
+        settings: Any = {wrong if isinstance(wrong, bytes | int) else "wiki": {"cache": True, "acl": "d"}}
+        policy = CacheScope(knowledge_base=lambda context, wrong=wrong: wrong, settings=settings)  # type: ignore[misc]
+        assert not directive(policy).allowed
     assert "not cached" in caplog.text
 
 
@@ -150,6 +154,10 @@ def test_shadow_keeps_nothing() -> None:
     assert not directive(CacheScope().shadow()).allowed
 
 
+async def later(context: Context) -> str:
+    return "wiki"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -158,6 +166,7 @@ def test_shadow_keeps_nothing() -> None:
         ({"ttl": 0}, "cache.ttl"),
         ({"ttl": "soon"}, "cache.ttl"),
         ({"knowledge_base": "wiki"}, "cache.knowledge_base"),
+        ({"knowledge_base": later}, "cache.knowledge_base"),
         ({"settings": [], "knowledge_base": len}, "cache.settings"),
         ({"settings": {}}, "needs knowledge_base"),
         ({"name": ""}, "name"),

@@ -32,7 +32,15 @@ from asgi_llm_guard.middleware.answers import (
     request_id,
     unidentified,
 )
-from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft, GuardedRequest, Plan, finished, is_opaque
+from asgi_llm_guard.middleware.request import (
+    STATE_KEY,
+    ClientLeft,
+    GuardedRequest,
+    Plan,
+    cache_control,
+    finished,
+    is_opaque,
+)
 from asgi_llm_guard.replays import Replays
 from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named
@@ -145,6 +153,8 @@ class GuardMiddleware:
     async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that claims nothing; calls inside it claim their own."""
         admission = self._unclaimed(scope)
+        if self.guard.cache is not None:
+            admission.cache_control = cache_control(scope)
         scope[STATE_KEY] = admission
         token = enter(admission)
         self.guard.track(admission)

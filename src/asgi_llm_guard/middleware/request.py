@@ -43,7 +43,7 @@ from asgi_llm_guard.wire.refusals import container_of, stream_error
 if TYPE_CHECKING:
     from asgi_llm_guard.middleware.app import GuardMiddleware
 
-__all__ = ["STATE_KEY", "ClientLeft", "GuardedRequest", "Plan", "finished", "is_opaque"]
+__all__ = ["STATE_KEY", "ClientLeft", "GuardedRequest", "Plan", "cache_control", "finished", "is_opaque"]
 
 STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
@@ -182,8 +182,7 @@ class GuardedRequest:
         admission = guard.new_admission(context, extra=self.plan.extra, opaque=is_opaque(guard, route))
         admission.release_on_4xx = route.release_on_4xx
         if guard.cache is not None:
-            fields = [value for name, value in self.scope["headers"] if name == b"cache-control"]
-            admission.cache_control = b",".join(fields).decode("latin-1")
+            admission.cache_control = cache_control(self.scope)
         denied = await admission.open(self.call, clamp=route.clamp and (ask is None or ask.limits_output))
         if denied is not None:
             return denied
@@ -425,6 +424,11 @@ class GuardedRequest:
     async def refuse(self, denied: Denied) -> None:
         dialect = self.dialect.name if self.dialect is not None else None
         await refuse(denied, self.scope, self.send, dialect=dialect, fields=self.middleware.fields(denied))
+
+
+def cache_control(scope: Scope) -> str:
+    """What a request says of caches."""
+    return b",".join([value for name, value in scope["headers"] if name.lower() == b"cache-control"]).decode("latin-1")
 
 
 async def finished(guard: Guard, admission: Admission) -> None:

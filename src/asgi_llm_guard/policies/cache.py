@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Final, Self
@@ -61,9 +62,10 @@ class CacheScope(NamedPolicy):
         for option, value in ("enabled", enabled), ("public", public):
             if not isinstance(value, bool):
                 raise ConfigurationError(f"{name}.{option}: expected True or False, got {value!r}")
-        if knowledge_base is not None and not callable(knowledge_base):
+        if knowledge_base is not None and (not callable(knowledge_base) or inspect.iscoroutinefunction(knowledge_base)):
             raise ConfigurationError(
-                f"{name}.knowledge_base: expected a function from the context to an id or None, got {knowledge_base!r}"
+                f"{name}.knowledge_base: expected a function from the context to an id or None, not asynchronous, got "
+                f"{knowledge_base!r}"
             )
         if settings is not None and not isinstance(settings, Mapping):
             raise ConfigurationError(
@@ -101,6 +103,8 @@ class CacheScope(NamedPolicy):
             return CacheDirective(allowed=False, reason="caching is not enabled")
         try:
             knowledge_base = self._knowledge_base(context)
+            if not isinstance(knowledge_base, str | None):
+                raise TypeError(f"expected a text or None, got {knowledge_base!r}")  # noqa: TRY301 - logged as the others
             settings = None if knowledge_base is None else self._settings.get(knowledge_base)
         except Exception:  # noqa: BLE001 - logged
             # The user's function or a live view of settings: whatever it raises, "cannot be read" is the safe answer.
