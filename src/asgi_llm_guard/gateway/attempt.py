@@ -21,8 +21,9 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import AttemptEnded, emit
 from asgi_llm_guard.gateway.errors import CannotExpress, Failure
 from asgi_llm_guard.gateway.failures import ErrorClass, class_of, class_of_error
+from asgi_llm_guard.gateway.faults import last_event
 from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, read_whole
-from asgi_llm_guard.gateway.saying import begins_tool_call, error_event, retry_after_s, says_something
+from asgi_llm_guard.gateway.saying import begins_tool_call, retry_after_s, says_something
 from asgi_llm_guard.gateway.translate import Timings, Transcoder
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
@@ -500,7 +501,7 @@ class Running:
         meter = self._stream.meter
         if self._transcoder is not None:
             return self._transcoder.finish()
-        forward = meter.cut(error_event(error, self._attempt.question.dialect))
+        forward = meter.cut(last_event(error, self._attempt.question.dialect))
         return forward if meter.ended else forward + meter.finish()
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""What an answer says, and what tells a client that it says nothing more. Pure."""
+"""What an answer says. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final
 
-import msgspec
-
-from asgi_llm_guard.gateway.errors import GatewayError
 from asgi_llm_guard.wire.base import Head
 from asgi_llm_guard.wire.shape import items, pick
 
-__all__ = ["begins_tool_call", "error_event", "retry_after_s", "says_something"]
+__all__ = ["begins_tool_call", "retry_after_s", "says_something"]
 
 _TOOL: Final = re.compile(rb'"tool_calls"\s*:\s*\[\s*\{|"tool_use"|"function_call"|"image_generation_call"')
 _PARTS: Final = ("text", "refusal", "thinking_text")
@@ -76,16 +73,3 @@ def retry_after_s(head: Head, now_ms: int) -> float | None:
         if 0 <= seconds < 10**9:  # neither is a `nan`
             return seconds
     return None
-
-
-def error_event(error: GatewayError, dialect: str) -> bytes:
-    """What ends a stream that has begun, as the dialect tells of an error in mid-stream."""
-    body = msgspec.json.decode(error.answer(dialect).body)
-    name = b""
-    if dialect == "anthropic":
-        name = b"event: error\n"
-    elif dialect == "openai_responses":
-        name = b"event: error\n"
-        told = pick(body, "error")
-        body = {"type": "error", "code": pick(told, "code"), "message": pick(told, "message"), "param": None}
-    return name + b"data: " + msgspec.json.encode(body) + b"\n\n"
