@@ -203,6 +203,7 @@ async def test_deployments_come_and_go(storage: Storage) -> None:
     policy.put("a", DeploymentLimit(rpm=2))
     assert [await granted(storage, policy, call("a")) for _ in range(3)] == [0, 0, None]
     assert policy.limit("a") == DeploymentLimit(rpm=2)
+    assert repr(policy) == "<DeploymentLimits 'deployment_limits': a>"
 
     policy.remove("a")
     policy.remove("never there")

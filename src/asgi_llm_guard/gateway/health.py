@@ -288,15 +288,15 @@ class Cooldowns:
             self._read_ms = began_ms
         longer = []
         for name, kept in zip(names, found or (), strict=False):
-            health = self._health.get(name)
-            if health is None:
-                continue
+            health = watched[name]
             stored = None if kept is None else self._decode(kept)
-            known_ms = 0 if health.cooldown is None else health.cooldown.until_ms
-            if stored is not None and stored.until_ms > max(known_ms, self._clock.now_ms()):
-                health.cooldown = stored
-            elif health.cooldown is not None and known_ms > (0 if stored is None else stored.until_ms) + _SAME_MS:
-                longer.append(self._share(entries, name, health.cooldown))
+            stored_ms = max(self._clock.now_ms(), 0 if stored is None else stored.until_ms)
+            with self._lock:
+                known = health.cooldown
+                if stored is not None and stored.until_ms == stored_ms > (0 if known is None else known.until_ms):
+                    health.cooldown = stored
+            if known is not None and known.until_ms > stored_ms + _SAME_MS:
+                longer.append(self._share(entries, name, known))
         if longer:
             await self._told(asyncio.gather(*longer))
 
