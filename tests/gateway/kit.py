@@ -9,9 +9,10 @@ async with fleet(clock, "a", "b", "c") as fleet_:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from asgi_llm_guard import Context, Guard
@@ -19,7 +20,7 @@ from asgi_llm_guard.events import AttemptEnded, Event
 from asgi_llm_guard.gateway import Chunk, Completion, Deployment, Gateway
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.base import Storage
-from asgi_llm_guard.testing import Behaviour, FakeProvider, FrozenClock, Price
+from asgi_llm_guard.testing import BaseURL, Behaviour, FakeProvider, FrozenClock, Price
 from asgi_llm_guard.usage import UsageRecord
 
 CONTEXT: Final = Context(caller="acme", user="ann")
@@ -121,6 +122,17 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
+async def _served(providers: Iterable[FakeProvider]) -> AsyncIterator[list[BaseURL]]:
+    """All of them start, and stop, at the same time: a server takes a tenth of a second to notice that it is to end."""
+    serving = [provider.serve() for provider in providers]
+    urls = await asyncio.gather(*(each.__aenter__() for each in serving))
+    try:
+        yield urls
+    finally:
+        await asyncio.gather(*(each.__aexit__(None, None, None) for each in serving))
+
+
+@contextlib.asynccontextmanager
 async def fleet(
     clock: FrozenClock,
     *names: str,
@@ -135,9 +147,9 @@ async def fleet(
     made = Fleet(clock)
     async with contextlib.AsyncExitStack() as stack:
         for name in names:
-            provider = FakeProvider(prices=BILLED, default=(defaults or {}).get(name, Behaviour.answer()))
-            made.providers[name] = provider
-            url = await stack.enter_async_context(provider.serve())
+            made.providers[name] = FakeProvider(prices=BILLED, default=(defaults or {}).get(name, Behaviour.answer()))
+        urls = await stack.enter_async_context(_served(made.providers.values()))
+        for name, url in zip(names, urls, strict=True):
             vendor, _, model = MODELS[name].partition("/")
             base = url.root if vendor == "anthropic" else url
             fields = {"provider": vendor, "model": model, "name": name, "api_key": "key-of-nobody", "api_base": base}
