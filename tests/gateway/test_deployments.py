@@ -199,6 +199,33 @@ def test_unknown_keys_are_told() -> None:
     assert warnings == ["deployments[0]: rmp: is not known, and has no effect"]
 
 
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ("deployments", "expected a list of entries, got a str"),
+        (ENTRY, "expected a list of entries, got a dict"),
+        (["openai/gpt-5"], r"deployments\[0\]: expected a mapping, got a str"),
+        ([{**ENTRY, "litellm_params": 3}], r"litellm_params: expected a mapping with names, got a int"),
+        ([{**ENTRY, "timeouts": {"read": 3}}], "timeouts: expected connect_s, read_s, total_s, got read"),
+        ([{"model_name": "llama-3.3", "api_key": "k"}], "provider: is missing, and 'llama-3.3' does not tell it"),
+    ],
+)
+def test_entries_that_are_none(entries: Any, what: str) -> None:
+    """What is no list of entries is told, with the place."""
+    with pytest.raises(ConfigurationError, match=what):
+        parse_deployments(entries, environ={})
+
+
+def test_names_tell_providers() -> None:
+    """An entry without a provider is of the one that its model's name stands for; groups are as it says."""
+    (made,) = parse({"model_name": "anthropic/claude-opus-4-5", "api_key": "k", "groups": ["best"], "timeout": 9})
+    (streamed,) = parse({**ENTRY, "litellm_params": {"stream_timeout": 5}})
+
+    assert (made.provider, made.model, made.groups) == ("anthropic", "claude-opus-4-5", ("best",))
+    assert (made.timeouts.total_s, made.timeouts.read_s) == (9, 9)
+    assert (streamed.timeouts.total_s, streamed.timeouts.read_s) == (600.0, 5)
+
+
 TOML = """
 [[gateway.deployments]]
 provider = "OPENAI"

@@ -180,6 +180,22 @@ async def test_keys_are_shown_in_one_header(provider: str, header: str, value: s
     assert "any-key" not in str(request.url)
 
 
+async def test_tokens_of_entra() -> None:
+    """Azure takes a token in place of a key."""
+    made = Deployment(
+        provider="azure",
+        model="m",
+        api_base="https://x.openai.azure.com",
+        options={"azure_ad_token": "any-token"},
+        environ={},
+    )
+
+    request = await sent(made)
+
+    assert request.headers["authorization"] == "Bearer any-token"
+    assert "api-key" not in request.headers
+
+
 async def test_only_needed_headers_are_sent() -> None:
     """Requests say nothing of the machine or the library that they come from."""
     request = await sent(Deployment(provider="openai", model="m", api_key="any-key"))

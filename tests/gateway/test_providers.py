@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import ssl
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -480,6 +481,21 @@ async def test_failures_do_not_show_keys() -> None:
     assert CANARY not in "".join(traceback.format_exception(error))
 
 
+async def test_logs_do_not_show_keys(caplog: pytest.LogCaptureFixture) -> None:
+    """T15: not even with every logger at its loudest is there a key or a prompt in the log."""
+    fake = FakeProvider()
+    fake.script(Behaviour(), Behaviour.error(401, message=f"wrong: {CANARY}"), Behaviour.cut())
+    with caplog.at_level(logging.DEBUG):
+        async with fake.serve() as url, http() as carrier:
+            for _ in range(3):
+                with contextlib.suppress(TransportFailed):
+                    await read_whole(await carrier.send(at(url), ModelRequest(dialect="openai", body=CHAT)))
+
+    assert fake.calls == 3
+    assert CANARY not in caplog.text
+    assert "everybody" not in caplog.text
+
+
 # ------------------------------------------------------------------------------ connections
 
 
@@ -496,6 +512,33 @@ async def test_clients_that_leave() -> None:
         await upstream.aclose()
 
     assert fake.attempts[0].left
+
+
+async def test_readers_that_stop() -> None:
+    """Whoever stops reading in the middle, without a word to the answer, closes the connection as well."""
+    fake = FakeProvider(default=Behaviour.slow())
+    fake.release(2)
+    async with fake.serve() as url, http() as carrier:
+        upstream = await carrier.send(at(url), ModelRequest(dialect="openai", body=CHAT, stream=True))
+        async with contextlib.aclosing(cast("AsyncGenerator[bytes]", aiter(upstream))) as pieces:
+            await anext(pieces)
+        await fake.until(lambda: fake.disconnects == 1)
+
+
+async def test_proxies() -> None:
+    """Through a proxy the provider's host is asked for, and not looked up here."""
+    lines: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines.append(await reader.readline())
+        await reader.readuntil(b"}")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    async with listening(answer) as port, http(proxy=f"http://localhost:{port}") as carrier:
+        request = ModelRequest(dialect="openai", body=CHAT)
+        assert await read_whole(await carrier.send(at("http://nowhere.invalid/v1"), request)) == b"{}"
+
+    assert lines == [b"POST http://nowhere.invalid/v1/chat/completions HTTP/1.1\r\n"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

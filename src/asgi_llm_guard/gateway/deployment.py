@@ -182,7 +182,7 @@ class Deployment:
         if key is None:
             names = self.platform.key_env
             key = next((Secret(environ[name]) for name in names if environ.get(name, "").strip()), None)
-            signed = self.via == "litellm" and self.options
+            signed = (self.via == "litellm" and self.options) or "azure_ad_token" in self.options
             if key is None and not (self.platform.keyless or signed or self.via not in ("http", "litellm")):
                 wanted = " or ".join(names)
                 raise MissingKey(f"api_key: is missing: give it, env:NAME or file:/path, or set {wanted}")
