@@ -514,15 +514,31 @@ async def test_clients_that_leave() -> None:
     assert fake.attempts[0].left
 
 
-async def test_readers_that_stop() -> None:
-    """Whoever stops reading in the middle, without a word to the answer, closes the connection as well."""
-    fake = FakeProvider(default=Behaviour.slow())
-    fake.release(2)
-    async with fake.serve() as url, http() as carrier:
-        upstream = await carrier.send(at(url), ModelRequest(dialect="openai", body=CHAT, stream=True))
-        async with contextlib.aclosing(cast("AsyncGenerator[bytes]", aiter(upstream))) as pieces:
-            await anext(pieces)
-        await fake.until(lambda: fake.disconnects == 1)
+class Watched(httpx2.AsyncByteStream):
+    """A body that never ends, and knows whether it was closed."""
+
+    closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: {}\n\n"
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_readers_that_stop(encoding: str) -> None:
+    """Whoever stops reading in the middle closes the connection, as does a body that cannot be decoded."""
+    body = Watched()
+    answer = httpx2.Response(200, headers={"content-encoding": encoding}, stream=body)
+    async with http(transport=lambda: httpx2.MockTransport(lambda _: answer)) as carrier:
+        upstream = await carrier.send(at("http://host.example"), ModelRequest(dialect="openai", body=CHAT, stream=True))
+        with contextlib.suppress(TransportFailed):
+            async with contextlib.aclosing(cast("AsyncGenerator[bytes]", aiter(upstream))) as pieces:
+                await anext(pieces)
+
+    assert body.closed
 
 
 async def test_proxies() -> None:
