@@ -386,7 +386,7 @@ class Engine:
         ids = tuple(claim for claim in hold.claims if claim.meter.rule is Rule.IDS)
         claims = ids + asked.calls
         if claims == hold.claims:
-            return hold
+            return _drafted(hold, context, call, attempt)
         bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms, attempt))
         asking = asking or Asking()
         degraded = False
@@ -1042,6 +1042,15 @@ class Engine:
 
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _drafted(hold: Hold, context: Context, call: Call | None, attempt: Attempt) -> Hold:
+    """The hold, whose record tells of `call`: another model may cost the same."""
+    before = hold.draft
+    if before is None:
+        return hold
+    record = draft(hold.call_id, context, call, before.at_ms, attempt)
+    return hold if record == before else msgspec.structs.replace(hold, draft=record)
 
 
 def _unsent(why: str) -> StorageError:

@@ -147,7 +147,11 @@ async def fleet(
     made = Fleet(clock)
     async with contextlib.AsyncExitStack() as stack:
         for name in names:
-            made.providers[name] = FakeProvider(prices=BILLED, default=(defaults or {}).get(name, Behaviour.answer()))
+            made.providers[name] = FakeProvider(
+                prices=BILLED,
+                default=(defaults or {}).get(name, Behaviour.answer()),
+                platform="mistral" if MODELS[name].startswith("mistral") else "openai",
+            )
         urls = await stack.enter_async_context(_served(made.providers.values()))
         for name, url in zip(names, urls, strict=True):
             vendor, _, model = MODELS[name].partition("/")

@@ -152,6 +152,7 @@ class Reply:
                         lookup.feed(piece)
                     yield piece
                 if lookup is not None and found.attempt.call.outcome == "measured":
+                    self._lookup = None  # it is stored in the background, and not to be let go of
                     lookup.finish()
         finally:
             await self.aclose()
