@@ -92,7 +92,7 @@ def test_files_of_litellm() -> None:
     )
 
     assert (made.provider, made.model, made.groups, made.rpm) == ("azure", "gpt-eu", ("fast", "auto"), 6)
-    assert made.priced_model == "azure/gpt-5-mini"
+    assert made.priced_model == "gpt-5-mini"
 
 
 @pytest.mark.parametrize(

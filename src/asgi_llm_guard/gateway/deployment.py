@@ -127,6 +127,8 @@ class Deployment:
             platform = msgspec.structs.replace(platform, paths=OPENAI_PATHS)
         self._set(platform=platform, provider=platform.name)
         self._set(model=_model_of(self.model, platform.name))
+        if self.base_model is not None:
+            self._set(base_model=_model_of(self.base_model, platform.name))
         self._set(name=self.name or f"{platform.name}/{self.model}")
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ConfigurationError(f"name: expected 1 to 256 characters without spaces, got {self.name!r}")
