@@ -37,6 +37,6 @@ async def keep(entries: Entries, key: str, value: bytes, *names: str, note: str 
     return await entries.store(key, token, value, ttl_ms=ttl_ms)
 
 
-async def value_of(entries: Entries, key: str, *names: str) -> bytes | None:
-    kept = await entries.find(key, names=names)
+async def value_of(entries: Entries, key: str) -> bytes | None:
+    kept = await entries.find(key)
     return None if kept is None else kept.value

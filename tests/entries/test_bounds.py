@@ -127,14 +127,14 @@ async def test_sqlite_keeps_values_over_restarts(tmp_path: Path) -> None:
     clock, path = FrozenClock(START), tmp_path / "guard.db"
     one, other = SqliteStorage(path, clock=clock), SqliteStorage(path, clock=clock)
     await keep(one.entries("cache"), "k", b"v", "n")
-    assert await value_of(other.entries("cache"), "k", "n") == b"v"
+    assert await value_of(other.entries("cache"), "k") == b"v"
     await other.entries("cache").bump("n")
-    assert await value_of(one.entries("cache"), "k", "n") is None
+    assert await value_of(one.entries("cache"), "k") is None
     await keep(one.entries("cache"), "k", b"w", "n")
     await one.aclose()
     await other.aclose()
     later = SqliteStorage(path, clock=clock)
-    assert await value_of(later.entries("cache"), "k", "n") == b"w"
+    assert await value_of(later.entries("cache"), "k") == b"w"
     await later.aclose()
 
 
@@ -180,9 +180,9 @@ async def test_redis_finds_an_evicted_epoch_to_be_another(redis_server: RedisSer
     entries = storage.entries("cache")
     await keep(entries, "k", b"v", "n")
     assert redis_server.call("DEL", *redis_server.call("KEYS", f"*{{{namespace}}}:w:*")) == 1
-    assert await value_of(entries, "k", "n") is None
+    assert await value_of(entries, "k") is None
     await begin(entries, "k", "a", "n")
-    assert await value_of(entries, "k", "n") is None
+    assert await value_of(entries, "k") is None
     await storage.aclose()
 
 
@@ -219,4 +219,4 @@ async def test_a_shard_that_does_not_hear_of_a_revocation() -> None:
         await entries.bump("n")
     shards[1].up()
     await entries.bump("n")
-    assert [await value_of(entries, str(n), "n") for n in range(10)] == [None] * 10
+    assert [await value_of(entries, str(n)) for n in range(10)] == [None] * 10

@@ -50,7 +50,7 @@ async def test_a_bump_in_one_space_ends_nothing_in_another(make_entries: MakeEnt
     one, other = make_entries("cache"), make_entries("idempotency")
     await keep(one, "k", b"one", "n")
     await other.bump("n")
-    assert await value_of(one, "k", "n") == b"one"
+    assert await value_of(one, "k") == b"one"
 
 
 @pytest.mark.parametrize("space", ["", "Cache", "a:b", "a b", "ä"])
@@ -207,12 +207,12 @@ async def test_a_bump_ends_what_belongs_to_the_name(entries: Entries) -> None:
     await keep(entries, "b", b"b", "two")
     await keep(entries, "c", b"c")
     await entries.bump("one")
-    assert await value_of(entries, "a", "one", "two") is None
-    assert await value_of(entries, "b", "two") == b"b"
+    assert await value_of(entries, "a") is None
+    assert await value_of(entries, "b") == b"b"
     assert await value_of(entries, "c") == b"c"
     assert await begin(entries, "a", "next", "one", "two") == Leading()
     await entries.bump("two")
-    assert await value_of(entries, "b", "two") is None
+    assert await value_of(entries, "b") is None
 
 
 async def test_a_bump_ends_what_is_under_way(entries: Entries) -> None:
@@ -222,7 +222,7 @@ async def test_a_bump_ends_what_is_under_way(entries: Entries) -> None:
     assert await begin(entries, "k", "after", "n") == Leading()
     assert not await entries.store("k", "before", b"old", ttl_ms=TTL_MS)
     assert await entries.store("k", "after", b"new", ttl_ms=TTL_MS)
-    assert await value_of(entries, "k", "n") == b"new"
+    assert await value_of(entries, "k") == b"new"
 
 
 async def test_a_bump_alone_keeps_the_leader_from_storing(entries: Entries) -> None:
@@ -230,7 +230,7 @@ async def test_a_bump_alone_keeps_the_leader_from_storing(entries: Entries) -> N
     await begin(entries, "k", "before", "n")
     await entries.bump("n")
     assert not await entries.store("k", "before", b"old", ttl_ms=TTL_MS)
-    assert await value_of(entries, "k", "n") is None
+    assert await value_of(entries, "k") is None
 
 
 async def test_epochs_outlive_what_belongs_to_them(entries: Entries, clock: FrozenClock) -> None:
@@ -238,7 +238,7 @@ async def test_epochs_outlive_what_belongs_to_them(entries: Entries, clock: Froz
     await begin(entries, "k", "a", "n")
     assert await entries.store("k", "a", b"v", ttl_ms=MAX_TTL_MS)
     clock.advance(ms=MAX_TTL_MS - 1)
-    assert await value_of(entries, "k", "n") == b"v"
+    assert await value_of(entries, "k") == b"v"
     clock.advance(ms=EPOCH_MS)
     assert await begin(entries, "k", "b", "n") == Leading()
 
@@ -248,9 +248,9 @@ async def test_bumps_may_be_repeated(entries: Entries) -> None:
     for n in range(3):
         await entries.bump("n")
         await keep(entries, "k", b"%d" % n, "n")
-        assert await value_of(entries, "k", "n") == b"%d" % n
+        assert await value_of(entries, "k") == b"%d" % n
     await entries.bump("n")
-    assert await value_of(entries, "k", "n") is None
+    assert await value_of(entries, "k") is None
 
 
 # --------------------------------------------------------------------------------- rule 7: bounds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ class CountedEntries:
     def bounds(self) -> Bounds:
         return self.inner.bounds
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
+    async def find(self, key: str) -> Kept | None:
         self.reads += 1
-        return await self.inner.find(key, names=names)
+        return await self.inner.find(key)
 
     async def begin(self, key: str, token: str, **options: Any) -> Kept | Leading | InFlight:
         self.writes += 1
@@ -447,11 +447,11 @@ class GatedEntries(CountedEntries):
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
+    async def find(self, key: str) -> Kept | None:
         self.asked.set()
         if self.gate is not None:
             await self.gate.wait()
-        return await super().find(key, names=names)
+        return await super().find(key)
 
 
 async def test_nobody_goes_by_what_is_old_while_the_store_is_asked(clock: FrozenClock) -> None:

@@ -115,7 +115,7 @@ class Entries(Protocol):
     @property
     def bounds(self) -> Bounds: ...
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
+    async def find(self, key: str) -> Kept | None:
         """The value, if there is one. Changes nothing."""
         ...
 

@@ -46,7 +46,7 @@ class MemoryEntries:
         self._epochs: OrderedDict[str, tuple[str, int]] = OrderedDict()
         """The epoch of a name, and until when it is remembered; who was asked for last comes last."""
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:  # noqa: ARG002 - the entry has them
+    async def find(self, key: str) -> Kept | None:
         with self._lock:
             now_ms = self._begin()
             entry = self._live(key, now_ms)

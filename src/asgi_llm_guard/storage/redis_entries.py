@@ -25,7 +25,7 @@ class RedisEntries:
         self._ask = ask
         self._space = space.encode()
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:  # noqa: ARG002 - the entry has them
+    async def find(self, key: str) -> Kept | None:
         reply = await self._ask([b"find", self._space, key.encode()])
         return _kept(reply) if reply[1] == b"kept" else None
 

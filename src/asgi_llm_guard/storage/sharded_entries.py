@@ -24,8 +24,8 @@ class ShardedEntries:
     def _of(self, key: str) -> Entries:
         return self._shards[zlib.crc32(key.encode()) % len(self._shards)]
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
-        return await self._of(key).find(key, names=names)
+    async def find(self, key: str) -> Kept | None:
+        return await self._of(key).find(key)
 
     async def begin(
         self, key: str, token: str, *, claim_ms: int, names: Sequence[str] = (), note: str = "", fresh: bool = False

@@ -61,7 +61,7 @@ class SqliteEntries:
         self._submit = submit
         self._space = space
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:  # noqa: ARG002 - the entry has them
+    async def find(self, key: str) -> Kept | None:
         return await self._submit(_Find(self._space, key))
 
     async def begin(

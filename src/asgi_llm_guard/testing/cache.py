@@ -152,9 +152,9 @@ class _Watch:
     def bounds(self) -> Bounds:
         return self._inner.bounds
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
-        self._note("find", len(key), len(names))
-        return await self._inner.find(key, names=names)
+    async def find(self, key: str) -> Kept | None:
+        self._note("find", len(key))
+        return await self._inner.find(key)
 
     async def begin(
         self, key: str, token: str, *, claim_ms: int, names: Sequence[str] = (), note: str = "", fresh: bool = False

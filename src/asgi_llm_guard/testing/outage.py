@@ -160,9 +160,9 @@ class _Entries:
     def bounds(self) -> Bounds:
         return self._inner.bounds
 
-    async def find(self, key: str, *, names: Sequence[str] = ()) -> Kept | None:
+    async def find(self, key: str) -> Kept | None:
         async with self._reached():
-            return await self._inner.find(key, names=names)
+            return await self._inner.find(key)
 
     async def begin(
         self, key: str, token: str, *, claim_ms: int, names: Sequence[str] = (), note: str = "", fresh: bool = False
