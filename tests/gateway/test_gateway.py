@@ -461,3 +461,54 @@ async def test_many_at_once_over_three_deployments(clock: FrozenClock) -> None:
         assert sum(isinstance(answer, LimitExceeded) for answer in answers) == 110
         assert {name: made[name].calls for name in "abc"} == {"a": 20, "b": 30, "c": 40}
         await made.settled()
+
+
+async def test_stream_that_is_left_may_be_read_to_its_end(clock: FrozenClock) -> None:
+    """Where it is told to, the gateway reads a stream on that its client has left, and charges what it reports."""
+    guard = {"streams": StreamRules(drain="read", total_s=60)}
+    async with fleet(clock, "a", policies=[Budget("$1/1d")], guard=guard) as made:
+        made["a"].script(Behaviour.slow())
+        made["a"].release(2)
+        async with made.guard.open(CONTEXT):
+            stream = made.gateway.stream("a", MESSAGES, max_tokens=20)
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
+        made["a"].release()
+        await made["a"].idle()
+        while not await made.records():  # noqa: ASYNC110 - nobody waits for it
+            await asyncio.sleep(0)
+        (record,) = await made.records()
+        assert record.outcome == "measured"
+        assert made["a"].disconnects == 0
+        await made.settled()
+
+
+async def test_stream_that_outlives_its_admission_is_closed(clock: FrozenClock) -> None:
+    """A stream that nobody closed ends with its admission: charged by what had come, its connection closed."""
+    async with fleet(clock, "a", policies=[Budget("$1/1d")]) as made:
+        made["a"].script(Behaviour.slow())
+        made["a"].release(2)
+        async with made.guard.open(CONTEXT):
+            body = {"model": "a", "messages": MESSAGES, "stream": True}
+            reply = await made.gateway.ask("openai", body)
+        await made["a"].until(lambda: made["a"].disconnects == 1)
+        (record,) = await made.records()
+        assert record.outcome == "estimated"
+        assert made.gateway.stats.in_flight("a") == 0
+        await reply.aclose()
+
+
+async def test_one_deployment_may_serve_the_fallback_too(clock: FrozenClock) -> None:
+    """C2: a deployment that serves every model of its provider is asked for the model that takes over as well."""
+    limits = {"a": {"model": "*", "name": "all"}}
+    listed = {"openai/model-a": ["openai/model-b"]}
+    async with fleet(clock, "a", limits=limits, fallbacks=listed, retry=RetryRules(retries=0)) as made:
+        made["a"].script(Behaviour.error(404))
+        with pytest.raises(ProviderFailed):
+            await made.chat("openai/model-a", fallbacks=False)
+        clock.advance(seconds=120)
+        made["a"].script(Behaviour.error(500))
+        answer = await made.chat("openai/model-a")
+        assert answer.model == "model-b"
+        assert [request.model for request in made["a"].requests] == ["model-a", "model-a", "model-b"]
+        await made.settled()

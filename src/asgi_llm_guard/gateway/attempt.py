@@ -13,8 +13,8 @@ import asyncio
 import inspect
 import logging
 import time as clock
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from asgi_llm_guard.active_call import ActiveCall
 from asgi_llm_guard.errors import StorageError
@@ -132,6 +132,11 @@ class Attempt:
 
     def _elapsed_ms(self) -> float:
         return round((self._time() - self._began) * 1000, 3)
+
+    @property
+    def open(self) -> bool:
+        """It has not been settled."""
+        return not self._over
 
     def first_part(self) -> None:
         """Something of the answer has come."""
@@ -371,7 +376,7 @@ class Attempt:
 class Running:
     """A streamed answer in the dialect of the client, from its first words on."""
 
-    __slots__ = ("_attempt", "_error", "_held", "_out", "_pieces", "_stream", "_transcoder", "_upstream")
+    __slots__ = ("_attempt", "_drain", "_held", "_pieces", "_stream", "_transcoder", "_upstream")
 
     def __init__(
         self,
@@ -387,8 +392,8 @@ class Running:
         self._stream = stream
         self._transcoder = transcoder
         self._held: list[bytes] = []
-        self._out = False
-        """The upstream has come to its end."""
+        self._drain: asyncio.Task[None] | None = None
+        attempt.call.leave = self.leave
 
     async def begin(self) -> Failure | None:
         """Read up to the first words; what has come of them is given later. A `Failure`: there are none."""
@@ -435,7 +440,6 @@ class Running:
             async with asyncio.timeout(wait_s):
                 return await anext(self._pieces)
         except StopAsyncIteration:
-            self._out = True
             return None
 
     async def _through(self, chunk: bytes) -> bytes:
@@ -504,12 +508,54 @@ class Running:
         forward = meter.cut(last_event(error, self._attempt.question.dialect))
         return forward if meter.ended else forward + meter.finish()
 
+    def leave(self) -> None:
+        """Its admission has ended, and nobody goes on with it."""
+        if not self._drains():
+            _in_background(self.aclose())
+
     async def aclose(self) -> None:
-        """Nobody reads it any more: the upstream is closed, and what was counted is charged. May be called again."""
+        """Nobody reads it any more: the upstream is closed, and what was counted is charged. May be called again.
+
+        Where streams are to be read to their end that is done in the background.
+        """
+        if self._drains():
+            return
         try:
             await self._upstream.aclose()
         finally:
             self._attempt.stream_ended(self._stream, None, complete=False, failure=None)
+
+    def _drains(self) -> bool:
+        """Whether it is read to its end for what it says of its usage, in a task that has been begun."""
+        attempt = self._attempt
+        if self._drain is None and attempt.rules.drain == "read" and attempt.open:
+            self._drain = _in_background(self._read_on())
+            attempt.call.task = self._drain  # it goes on when the request that asked for it has ended
+        return self._drain is not None
+
+    async def _read_on(self) -> None:
+        stream = self._stream
+        try:
+            while (chunk := await self._next()) is not None:
+                stream.feed(chunk)
+            stream.finish()
+            self._attempt.stream_ended(stream, None, complete=True, failure=None)
+        except (TransportFailed, TimeoutError):
+            _log.debug("an answer that was read to its end for its usage broke off", exc_info=True)
+        finally:
+            await self._upstream.aclose()
+            self._attempt.stream_ended(stream, None, complete=False, failure=None)
+
+
+_background: Final[set[asyncio.Task[None]]] = set()
+"""The event loop alone would forget them."""
+
+
+def _in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
 
 
 def _own(error: Exception) -> TransportFailed:

@@ -43,7 +43,13 @@ class Place(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
+        """Of the deployment."""
         return self.deployment.name
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What is asked, and where: a deployment may serve many models."""
+        return self.deployment.name, self.deployment.model
 
 
 def target_of(deployment: Deployment) -> Target:

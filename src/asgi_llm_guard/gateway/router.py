@@ -120,7 +120,7 @@ class _Way:
         """What could not be said to a deployment."""
         self.cooling: dict[str, Cooldown] = {}
         """Those that were left alone."""
-        self.tried: set[str] = set()
+        self.tried: set[tuple[str, str]] = set()
         self.waited_s = 0.0
 
     def call(self, place: Place) -> ActiveCall:
@@ -223,20 +223,20 @@ class Router:
             open_ = [
                 place
                 for place in places
-                if place.name not in way.tried
+                if place.key not in way.tried
                 and (above is None or place.window is None or place.window > above)
                 and not self._rests(way, place, cooling)
             ]
             if here is None and made == 0:
                 short = [place for place in open_ if not question.is_too_long(place, surely=True)]
                 if open_ and not short:
-                    way.tried.update(place.name for place in open_)
+                    way.tried.update(place.key for place in open_)
                     return "context_overflow"
                 open_ = short
             candidates = self._ordered(question, resolved, open_) if here is None else [here]
             if not candidates:
                 return failure
-            cheap = [place for place in lowered if place.name not in way.tried and place.name not in cooling]
+            cheap = [place for place in lowered if place.key not in way.tried and place.name not in cooling]
             granted = await self._claim(way, candidates, cheap)
             if granted is None:
                 return failure
@@ -249,7 +249,7 @@ class Router:
                 answer = await attempt.make()
             except (BodyError, CannotExpress) as error:
                 way.unsaid = error
-                way.tried.add(place.name)
+                way.tried.add(place.key)
                 here = None
                 continue
             if not isinstance(answer, Failure):
@@ -257,7 +257,7 @@ class Router:
                 return Found(answer, attempt, tuple(way.failures), asked, way.waited_s)
             made += 1
             way.failures.append(answer)
-            way.tried.add(place.name)
+            way.tried.add(place.key)
             way.last = call
             failure = _class(answer)
             if failure == "context_overflow" and place.window is not None:
@@ -267,7 +267,7 @@ class Router:
                 failure,
                 made=made,
                 elsewhere=any(
-                    other.name not in way.tried
+                    other.key not in way.tried
                     and other.name not in cooling
                     and (failure != "context_overflow" or _is_larger(other, place))
                     for other in places
@@ -294,7 +294,7 @@ class Router:
                 if way.unsaid is None:
                     message = f"{deployment.name} does not take requests of {question.dialect}"
                     way.unsaid = CannotExpress("model", message)
-            elif deployment.name not in way.tried:
+            elif place.key not in way.tried:
                 places.append(place)
         return places
 
@@ -364,11 +364,16 @@ class Router:
             run.drop()
             way.denied += denied
             return None
-        granted = call.call.deployment if call.call is not None else None
-        at = next(number for number, place in enumerate(offered) if place.name == granted)
+        granted = None if call.call is None else (call.call.deployment, call.call.model)
+        at = next(number for number, place in enumerate(offered) if place.key == granted)
         was_lowered = at >= len(places)
         if lowered and not was_lowered and self._nearly_spent(call):
-            cheaper = await self._lowered(call, lowered)
+            try:
+                cheaper = await self._lowered(call, lowered)
+            except BaseException:
+                call.discard()
+                run.drop()
+                raise
             if cheaper is not None:
                 at, was_lowered = len(places) + cheaper, True
         place = offered[at]
