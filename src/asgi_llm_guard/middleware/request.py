@@ -49,6 +49,8 @@ STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
 
 _STREAMS: Final = re.compile(rb"text/event-stream|application/(x-)?(ndjson|jsonl)|.*eventstream", re.IGNORECASE)
+_NO_CONTENT: Final = 204
+"""Tells no length (RFC 9110 §8.6)."""
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -414,8 +416,9 @@ class GuardedRequest:
 
     async def replay(self, kept: KeptResponse) -> None:
         """Give an answer again."""
-        length = (b"content-length", b"%d" % len(kept.body))
-        headers = [*kept.headers, length, (b"idempotency-replayed", b"true")]
+        headers = [*kept.headers, (b"idempotency-replayed", b"true")]
+        if kept.status != _NO_CONTENT:
+            headers.append((b"content-length", b"%d" % len(kept.body)))
         await self.send({"type": "http.response.start", "status": kept.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": kept.body})
 
