@@ -439,3 +439,38 @@ async def test_refusal_of_ours_cools_nothing_down(clock: FrozenClock) -> None:
         for _ in range(9):
             await made.chat()
         assert await made.gateway.cooldowns.cooling() == {}
+
+
+# -------------------------------------------------------------------------------------- strategies
+
+
+@pytest.mark.parametrize(
+    ("strategy", "limits", "ideal"),
+    [
+        ("usage", {"a": {"rpm": 100}, "b": {"rpm": 200}, "c": {"rpm": 300}}, {"a": 10, "b": 20, "c": 30}),
+        ("weighted", {"a": {"weight": 1}, "b": {"weight": 2}, "c": {"weight": 3}}, {"a": 10, "b": 20, "c": 30}),
+        ("least_busy", {}, {"a": 20, "b": 20, "c": 20}),
+        ("lowest_cost", {}, {"a": 60, "b": 0, "c": 0}),
+    ],
+)
+async def test_group_is_spread_by_the_strategy(
+    clock: FrozenClock, strategy: str, limits: dict[str, Any], ideal: dict[str, int]
+) -> None:
+    """D2: one group over all deployments, spread as the strategy says, within a tenth."""
+    async with fleet(clock, "a", "b", "c", strategy=strategy, limits=limits) as made:
+        for _ in range(60):
+            await made.chat("auto")
+        counts = {name: made[name].calls for name in "abc"}
+        if strategy == "least_busy":  # one at a time nobody is busy: any of them will do
+            assert min(counts.values()) > 0
+        else:
+            assert all(abs(counts[name] - share) <= 0.1 * share + 1 for name, share in ideal.items()), counts
+        await made.settled()
+
+
+async def test_usage_is_the_strategy_unless_told_otherwise(clock: FrozenClock) -> None:
+    """D2: the share of what each takes decides; two that take the same get the same."""
+    async with fleet(clock, "a", "b", limits={"a": {"rpm": 50}, "b": {"rpm": 50}}) as made:
+        for _ in range(20):
+            await made.chat("auto")
+        assert made["a"].calls == made["b"].calls == 10
