@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from starlette.types import ASGIApp
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import uvicorn
 
 __all__ = ["BaseURL", "Serving"]
+
+_TICK_S: Final = 1.0
+_TURN_S: Final = 0.002
 
 
 class BaseURL(str):
@@ -54,7 +58,7 @@ class Serving:
         except ImportError as error:
             raise NotInstalledError("FakeProvider.serve", "testing") from error
         config = uvicorn.Config(self._app, lifespan="off", ws="none", log_config=None, access_log=False)
-        server = uvicorn.Server(config)
+        server = self._server(uvicorn.Server, config)
         logging.getLogger("uvicorn.error").addFilter(self._log_filter)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=asyncio.run, args=[self._run(server, self._listener)], daemon=True)
@@ -82,6 +86,29 @@ class Serving:
         # What ends in the server's thread may wait for this loop, so this loop does not wait for the thread.
         await asyncio.to_thread(self.__exit__, kind, error, trace)
 
+    def _server(self, kind: type[uvicorn.Server], config: uvicorn.Config) -> uvicorn.Server:
+        """A server that ends at once. Uvicorn's own looks ten times a second whether it should, and then waits again."""
+        changes, stopping, stop = self._changes, self._stopping, self._stop
+
+        class Server(kind):  # type: ignore[valid-type, misc]
+            async def main_loop(self) -> None:
+                while not stopping.is_set():
+                    await self.on_tick(0)  # what time it is
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_TICK_S):
+                            await changes.until(stopping.is_set)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - as uvicorn's
+                for server in self.servers:
+                    server.close()
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()
+                while self.server_state.connections or self.server_state.tasks:
+                    stop()
+                    await asyncio.sleep(_TURN_S)
+
+        return Server(config)
+
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
         try:
             serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -90,11 +117,6 @@ class Serving:
                 await asyncio.sleep(0)
         finally:
             self._ready.set()
-        await self._changes.until(self._stopping.is_set)
-        server.should_exit = True
-        while not serving.done():
-            self._stop()
-            await asyncio.wait({serving}, timeout=0.02)
         await serving
 
 
