@@ -256,6 +256,24 @@ def test_lines_and_arrays() -> None:
         assert unfit(ProviderAnswer(status=200, content_type="application/json", body=item), stream=True)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_of(chat(choice={"finish_reason": "canary " * 10_000})),
+        answer_of(chat(choice={"finish_reason": {"canary": 1}})),
+        answer_of({"status": "canary@example.com", "output": []}),
+        ProviderAnswer(status=200, content_type="text/" + "canary" * 10, body=b""),
+    ],
+    ids=range(4),
+)
+def test_reasons_repeat_nothing_that_could_be_said_in_an_answer(answer: ProviderAnswer) -> None:
+    """T15: a reason, which is counted and shown, is short, and has no words of the answer but plain names."""
+    reason = unfit(answer, stream=False)
+    assert reason
+    assert "canary" not in reason
+    assert len(reason) < 100
+
+
 def test_values_of_applications_are_their_own_word() -> None:
     """C13: what a function returns is judged only where it is an answer of a provider."""
     for value in ("Hi", 1, None, ["Hi"], {"title": "Hi"}, {"choices": ["a", "b"]}, chat(), claude(), responses()):

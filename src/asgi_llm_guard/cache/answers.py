@@ -9,6 +9,7 @@ length limit or a filter, refusals.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ _TOOLS: Final = frozenset(
 )
 _CHOICES: Final = {"choices": ("finish_reason",), "candidates": ("finishReason", "finish_reason")}
 """Where each of several answers in one stands, and what says that it has ended."""
+_NAME: Final = re.compile(r"[A-Za-z0-9_./+-]{1,40}")
 _TEXTS: Final = frozenset({"content", "text", "delta", "thinking", "output_text", "response"})
 
 
@@ -59,7 +61,7 @@ def unfit(answer: ProviderAnswer, *, stream: bool) -> str | None:
         elif kind == "application/json":
             seen.add(json.loads(answer.body))
         else:
-            return f"answers of the type {kind} cannot be judged"
+            return f"answers of the type {_named(kind)} cannot be judged"
     except RecursionError:
         return "it is nested too deeply"
     except ValueError:
@@ -86,6 +88,11 @@ def _is_provider_shape(value: Mapping[str, Any]) -> bool:
     # Choices that are plain texts are those of a quiz.
     lists = [value[key] for key in _CHOICES if key in value]
     return any(not isinstance(each, list) or not each or isinstance(each[0], Mapping) for each in lists)
+
+
+def _named(value: object) -> str:
+    """A word of an answer, if it is one of an API and not of the model: reasons are counted and shown."""
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else "another one"
 
 
 def _events(body: bytes) -> Iterator[bytes]:
@@ -126,7 +133,7 @@ class _Seen:
         if item.get("status") == "completed":
             self._ended = True
         elif isinstance(item.get("status"), str) and not partial:
-            self._refuse(f"its status is {item['status']}")
+            self._refuse(f"its status is {_named(item['status'])}")
         self._walk(item, partial=partial)
 
     def _add_choices(self, item: dict[str, Any], *, partial: bool) -> None:
@@ -175,7 +182,7 @@ class _Seen:
             if isinstance(inner, str) and inner.lower() in _ENDED:
                 self._ended = True
             elif inner is not None:
-                self._refuse(f"it ended with {inner}")
+                self._refuse(f"it ended with {_named(inner)}")
             elif not partial:
                 self._refuse("it is not complete")
         elif key in _TOOLS and inner:
