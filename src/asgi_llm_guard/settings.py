@@ -524,6 +524,8 @@ class GuardSettings(BaseSettings):
     prices: PriceSettings | None = None
     streams: StreamSettings | None = None
     cache: CacheSettings | None = None
+    gateway: dict[str, Any] | None = Field(default=None, repr=False)
+    """Deployments and how they are chosen; see `build_gateway_arguments`. Shown nowhere, because it may hold keys."""
     routes: list[RouteSettings] | None = None
     exempt: list[str] = []
     unlisted: Literal["deny", "pass"] = "pass"
@@ -688,6 +690,20 @@ def build_middleware_arguments(settings: GuardSettings) -> dict[str, Any]:
         "unlisted": settings.unlisted,
         "rate_limit_headers": settings.rate_limit_headers,
     }
+
+
+def build_gateway_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `gateway.Gateway`, but for the guard itself.
+
+    Raises:
+        ConfigurationError: there is no `[gateway]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.gateway is None:
+        raise ConfigurationError(f"{settings.origin}: gateway: is missing")
+    from asgi_llm_guard.gateway.configured import gateway_arguments
+
+    with _named(settings, "gateway"):
+        return gateway_arguments(settings.gateway)
 
 
 # ------------------------------------------------------------------------------------- errors
