@@ -278,6 +278,27 @@ class Connection:
         self.writer.transport.abort()
 
 
+class PromptServer(uvicorn.Server):
+    """Ends at once when it is told to. Uvicorn's own looks ten times a second whether it should, and then waits again."""
+
+    def __init__(self, config: uvicorn.Config, told: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(config)
+        self._told = told
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)  # what time it is
+        await self._told()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110 - it offers no event
+            await asyncio.sleep(0.002)
+        await self.lifespan.shutdown()
+
+
 @asynccontextmanager
 async def serve(
     app: ASGIApp, on_stop: Callable[[], Awaitable[None]] | None = None, *, lifespan: str = "off", http: str = "auto"
@@ -287,14 +308,12 @@ async def serve(
 
     async def run(listener: socket.socket) -> None:
         config: Any = uvicorn.Config(app, lifespan=lifespan, http=http, log_config=None, access_log=False)  # type: ignore[arg-type]
-        server = uvicorn.Server(config)
+        server = PromptServer(config, lambda: ended.until(stopping.is_set))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         # A few turns: the server offers a flag, and no event.
         while not server.started and not serving.done():  # noqa: ASYNC110
             await asyncio.sleep(0)
         caller.call_soon_threadsafe(ready.set)
-        await ended.until(stopping.is_set)
-        server.should_exit = True
         await serving
         if on_stop is not None:
             await on_stop()
