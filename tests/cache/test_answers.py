@@ -91,6 +91,10 @@ UNFIT: dict[str, dict[str, Any]] = {
     "claude, refused": claude("refusal"),
     "claude, not ended": claude(None),
     "gemini, tool": gemini(functionCall={"name": "f"}),
+    "gemini, found by a search": {
+        "candidates": [gemini()["candidates"][0] | {"groundingMetadata": {"webSearchQueries": ["news"]}}]
+    },
+    "chat, found by a search": chat(message={"annotations": [{"type": "url_citation", "url_citation": {"url": "u"}}]}),
     "gemini, cut": gemini("MAX_TOKENS"),
     "gemini, blocked": gemini("SAFETY"),
     "gemini, not ended": gemini(None),

@@ -215,6 +215,16 @@ async def test_an_answer_ends_on_time() -> None:
     assert (await client.send(ADA)).state == "lead"
 
 
+async def test_a_clock_that_is_set_back_lengthens_nothing() -> None:
+    """C11: an answer from a time that is still to come is not given, since nobody knows how old it is."""
+    clock = FrozenClock()
+    client = caching(clock=clock, ttl="10s")
+    clock.advance(seconds=3_600)
+    await client.send(ADA)
+    clock.set(clock.now_ms() - 3_600_000)
+    assert [(await client.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+
+
 async def test_the_scope_may_keep_for_less() -> None:
     """C12: the shorter time decides, and it holds for what is kept already."""
     clock = FrozenClock()

@@ -3,7 +3,7 @@
 Judged by their shape, whatever the dialect. An answer is kept if it says that it came to its own end (`stop`, `end_turn`,
 `completed`, …) for each choice, has some text, and has no error and no tool call anywhere; or if it consists of
 embeddings. Whatever says nothing of that is not kept: images and speech, lists of models, answers that were cut by a
-length limit or a filter, refusals.
+length limit or a filter, refusals; nor what a search of the provider has found, which is another thing tomorrow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _TOOLS: Final = frozenset(
 )
 _CHOICES: Final = {"choices": ("finish_reason",), "candidates": ("finishReason", "finish_reason")}
 """Where each of several answers in one stands, and what says that it has ended."""
+_SEARCHES: Final = frozenset({"groundingmetadata", "grounding_metadata", "urlcontextmetadata", "url_context_metadata"})
 _NAME: Final = re.compile(r"[A-Za-z0-9_./+-]{1,40}")
 _TEXTS: Final = frozenset({"content", "text", "delta", "thinking", "output_text", "response"})
 
@@ -173,6 +174,8 @@ class _Seen:
         kind = value.get("type")
         if isinstance(kind, str) and (kind.endswith("_call") or "tool_use" in kind or "tool_call" in kind):
             self._refuse("it calls a tool")
+        elif kind == "url_citation":
+            self._refuse("it tells what a search has found")
         for key, inner in value.items():
             self._look(key.lower(), inner, partial=partial)
             self._walk(inner, partial=partial)
@@ -187,6 +190,8 @@ class _Seen:
                 self._refuse("it is not complete")
         elif key in _TOOLS and inner:
             self._refuse("it calls a tool")
+        elif key in _SEARCHES and inner:
+            self._refuse("it tells what a search has found")
         elif key == "error" and inner:
             self._refuse("it has an error")
         elif key == "refusal" and inner:

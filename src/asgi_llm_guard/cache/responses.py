@@ -208,7 +208,8 @@ class ResponseCache:
 
     def _agreeing(self, found: Kept | Leading | InFlight, target: Target, limit_ms: int) -> Entry | None:
         """What was found, if it is what was looked for. The key says so already: this is the second look."""
-        if not isinstance(found, Kept) or found.age_ms >= limit_ms:
+        # An age below 0: the store's clock was set back, and nobody knows how old it is.
+        if not isinstance(found, Kept) or not 0 <= found.age_ms < limit_ms:
             return None
         try:
             entry = decode(found.value)
