@@ -404,10 +404,12 @@ class Running:
                 if chunk is None:
                     break
                 self._held.append(await self._through(chunk))
+                answer = stream.meter.answer()
+                if answer.unread:  # no client could go on after it
+                    return await self._no_answer("empty", "the stream begins with an event that cannot be read")
                 if stream.meter.text_bytes or begins_tool_call(chunk):
                     attempt.first_part()
                     return None
-                answer = stream.meter.answer()
                 if answer.kind == "error":
                     return await self._no_answer(class_of(None, answer.error, chunk), _message(_data_of(chunk)))
         except TransportFailed as error:
