@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
 
 import httpx2
 import openai
-from examples.demo import PRICES, Requests, serve
+import uvicorn
+from examples.demo import PRICES, Requests
 from starlette.types import Receive, Scope, Send
+from tests.exits.kit import PromptServer
 from tests.sdk.proxy import create_app, provider_client
 
 from asgi_llm_guard import Guard, Route
@@ -133,6 +136,23 @@ def _read(answer: Any) -> Answer:
         return Answer(answer.choices[0].message.content or "", answer.usage is not None)
     text = "".join(choice.delta.content or "" for chunk in answer for choice in chunk.choices)
     return Answer(text, any(chunk.usage is not None for chunk in answer))
+
+
+@asynccontextmanager
+async def serve(app: Any) -> AsyncIterator[str]:
+    """The app on a free loopback port, in this event loop; gives its URL."""
+    told = asyncio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False)
+        server = PromptServer(config, told.wait)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not (server.started or serving.done()):  # noqa: ASYNC110 - the server offers a flag, and no event
+            await asyncio.sleep(0)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            told.set()
+            await serving
 
 
 @asynccontextmanager
