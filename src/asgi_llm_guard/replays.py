@@ -163,11 +163,12 @@ class Lead:
 
         return watched
 
-    async def close(self) -> None:
-        """The request is over. Its answer is kept if it is whole, successful and no error by its content."""
+    async def close(self, *, cut: bool = False) -> None:
+        """The request is over. Its answer is kept if it is whole, successful and no error by its content; never one that
+        was `cut`, however it looks."""
         self._renewing.cancel()
         body = b"".join(self._pieces)
-        keep = self._whole and self._room >= 0 and 200 <= self._status < 300 and self._is_sound(body)
+        keep = self._whole and not cut and self._room >= 0 and 200 <= self._status < 300 and self._is_sound(body)
         try:
             if keep:
                 value = _encode(KeptResponse(self._status, kept_headers(self._headers), body))

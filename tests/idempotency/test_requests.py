@@ -14,7 +14,7 @@ from tests.idempotency.conftest import ROUTES, Serve
 from tests.middleware.asgi import JSON_HEADERS, Exchange
 from tests.middleware.values import ASK, CHAT, EVENTS, SSE_HEADERS, Provider, ask, raises
 
-from asgi_llm_guard import Context, GuardMiddleware, QuotaBook, RateLimit, Route
+from asgi_llm_guard import Context, GuardMiddleware, Iterations, QuotaBook, RateLimit, Route
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.idempotency import entry_key, fingerprint
 from asgi_llm_guard.replays import CLAIM_MS, Replays
@@ -22,6 +22,7 @@ from asgi_llm_guard.settings import RouteSettings
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.entries import Entries
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.testing import FrozenClock
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +69,32 @@ async def test_five_repetitions_are_one_charge(serve: Serve) -> None:
         assert each.headers["x-request-id"] == "r-7"
         assert each.headers["content-length"] == str(len(first.body))
         assert "set-cookie" not in each.headers
+
+
+async def test_a_stream_that_was_cut_off_is_not_kept(serve: Serve) -> None:
+    """T8: a stream that the guard ended at its deadline is no answer, though nobody can tell by its form."""
+    provider = Stuck()
+    rules = StreamRules(total_s=0.01)
+    app = serve(
+        provider, Iterations(9, per="caller"), routes=[Route("/talk", dialect=None, idempotency=True, streams=rules)]
+    )
+    first, again = [await ask(app, headers=keyed(), path="/talk") for _ in range(2)]
+    assert (first.status, first.body) == (200, b"the first half")
+    assert "idempotency-replayed" not in again.headers
+    assert provider.asked == 2
+
+
+class Stuck:
+    """Begins a stream, and does not go on."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked += 1
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send({"type": "http.response.body", "body": b"the first half", "more_body": True})
+        await asyncio.Event().wait()
 
 
 async def test_an_answer_without_a_body_is_repeated_without_one(serve: Serve) -> None:

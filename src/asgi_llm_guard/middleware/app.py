@@ -147,8 +147,7 @@ class GuardMiddleware:
         except ClientLeft:
             return
         finally:
-            if exchange.lead is not None:
-                await exchange.lead.close()
+            await exchange.close()
 
     async def _unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that claims nothing; calls inside it claim their own."""

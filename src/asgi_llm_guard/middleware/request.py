@@ -422,6 +422,11 @@ class GuardedRequest:
         await self.send({"type": "http.response.start", "status": kept.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": kept.body})
 
+    async def close(self) -> None:
+        """Keep the answer for those who send its key again, if there is one."""
+        if self.lead is not None:
+            await self.lead.close(cut=self.relay is not None and self.relay.gone)
+
     # ------------------------------------------------------------------------------- refuse
 
     async def refuse(self, denied: Denied) -> None:
