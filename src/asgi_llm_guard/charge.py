@@ -82,6 +82,8 @@ def charge_of(
     if released and answer is None:
         return Charge(outcome="not_dispatched")
     if answer is not None:
+        if answer.unread and not (answer.finished and complete):
+            return Charge(outcome="unknown")  # what could not be read may be nearly all of it
         if answer.kind == "error" and not answer.text_bytes:
             return Charge(outcome="provider_error")
         if answer.text_bytes and (not answer.finished or not complete or failure is not None):

@@ -225,6 +225,7 @@ class Exchange:
         "_found",
         "_hook",
         "_key",
+        "_moved",
         "_outgoing",
         "_own",
         "_rules",
@@ -266,6 +267,7 @@ class Exchange:
         self._stream: StreamGuard | None = None
         self._decoder: Decoder | None = None
         self._status = 0
+        self._moved = False
         self._key = b""
 
     # -------------------------------------------------------------------------------- admit
@@ -411,6 +413,7 @@ class Exchange:
         """The head of the answer has come."""
         self._status = status
         head = Head(status, headers, self._outgoing.path, self.ask)
+        self._moved = 300 <= status < 400 and head.header(b"location") != b""
         if self._found is not None:
             self._found.answered(status, head.header(b"content-type").decode("latin-1"))
         encoding = head.header(b"content-encoding")
@@ -446,9 +449,17 @@ class Exchange:
                     self._found.feed(forward)
         except ValueError as error:
             _log.warning("an answer is not encoded as it says, and cannot be metered any further: %s", error)
-            self._stream = None
+            self._blind(stream)
             self._abandon()
         return chunk
+
+    def _blind(self, stream: StreamGuard) -> None:
+        """No more can be read of an answer: what was read tells of all of it only if it was told its usage."""
+        self._stream = None
+        assert self.call is not None  # noqa: S101 - its answer has begun
+        answer = stream.answer()
+        if answer is None or answer.usage is None or not answer.finished:
+            self.call.seen_by(lambda: None)
 
     @property
     def wants_growth(self) -> bool:
@@ -522,13 +533,13 @@ class Exchange:
         self.ended = True
         call, stream = self.call, self._stream
         if call is not None:
-            if 300 <= self._status < 400:
+            if stream is not None and stream.fed and not (self._moved and stream.tells_nothing):
+                stream.end(error, complete=complete)
+            elif self._moved:
                 call.release()  # sent on to another place, where it is asked again
                 call.end()
-            elif stream is not None and stream.fed:
-                stream.end(error, complete=complete)
             else:
-                if self._status >= 400:
+                if self._status >= 300:
                     call.answered(Answer(kind="error"))
                 call.end(error, complete=complete)
             if call.failed:

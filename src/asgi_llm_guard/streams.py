@@ -119,6 +119,12 @@ class StreamGuard:
         """What was seen of it; `None`: nothing has come."""
         return self.meter.answer() if self.fed else None
 
+    @property
+    def tells_nothing(self) -> bool:
+        """No usage was reported in what was seen of it."""
+        answer = self.answer()
+        return answer is None or answer.usage is None
+
     def end(self, error: BaseException | None = None, *, complete: bool = False) -> None:
         """End the call with what was counted. `complete`: the stream has come to its end."""
         answer = self.answer()

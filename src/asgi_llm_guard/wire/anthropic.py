@@ -101,7 +101,7 @@ class Anthropic:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - nothing is sent that was not there before
         """A meter for the body of a response: server-sent events, or one JSON value."""
-        if head.header(b"content-type").lower().startswith(b"text/event-stream"):
+        if head.streams(b"text/event-stream"):
             return Streamed(Blocks(), MessageTally())
         return Whole(lambda body: self.read_response(head.status, body))
 

@@ -72,6 +72,10 @@ class Head(msgspec.Struct, frozen=True):
         """The first header of this name (given in lower case); empty if there is none."""
         return next((value for key, value in self.headers if key.lower() == name), b"")
 
+    def streams(self, *types: bytes) -> bool:
+        """Whether the body is a stream of one of these content types. An error is read as one piece, whatever its type."""
+        return 200 <= self.status < 300 and self.header(b"content-type").lower().startswith(types)
+
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer, or the part of it that was seen, says about itself."""

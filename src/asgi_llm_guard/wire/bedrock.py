@@ -87,7 +87,7 @@ class BedrockConverse:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - nothing is sent that was not there before
         """A meter for the body of a response: an event stream, or one JSON value."""
-        if head.header(b"content-type").lower().startswith(CONTENT_TYPE):
+        if head.streams(CONTENT_TYPE):
             return Streamed(Frames(), ConverseTally())
         return Whole(lambda body: _read(head, body))
 

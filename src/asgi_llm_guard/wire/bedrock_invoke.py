@@ -104,7 +104,7 @@ class BedrockInvoke:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - nothing is sent that was not there before
         """A meter for the body of a response: an event stream, or what the vendor sends."""
-        if head.header(b"content-type").lower().startswith(CONTENT_TYPE):
+        if head.streams(CONTENT_TYPE):
             return Streamed(Frames(), _Tally(_tier(head)))
         return Whole(lambda body: _read(head, body))
 

@@ -85,10 +85,9 @@ class Cohere:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - usage is never asked for
         """A meter for the body: server-sent events, the lines of the older API, or one JSON value."""
-        content_type = head.header(b"content-type").lower()
-        if content_type.startswith(b"text/event-stream"):
+        if head.streams(b"text/event-stream"):
             return Streamed(Blocks(), _Tally())
-        if content_type.startswith((b"application/stream+json", b"application/x-ndjson")):
+        if head.streams(b"application/stream+json", b"application/x-ndjson"):
             return Streamed(Lines(), _Tally())
         return Whole(lambda body: self.read_response(head.status, body))
 

@@ -146,6 +146,25 @@ def _brotli() -> Decoder | None:
     return _Foreign(getattr(decompressor, "process", None) or decompressor.decompress)
 
 
+class _Frames:
+    """Decodes a body that may have several frames, one after the other. `begin`: makes a decoder for one."""
+
+    __slots__ = ("_begin", "_frame")
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin = begin
+        self._frame = begin()
+
+    def decode(self, chunk: bytes) -> bytes:
+        pieces = []
+        while chunk:
+            if self._frame.eof:
+                self._frame = self._begin()
+            pieces.append(self._frame.decompress(chunk))
+            chunk = self._frame.unused_data if self._frame.eof else b""
+        return b"".join(pieces)
+
+
 def _zstd() -> Decoder | None:
     try:
         from compression.zstd import ZstdDecompressor
@@ -154,7 +173,7 @@ def _zstd() -> Decoder | None:
             from backports.zstd import ZstdDecompressor
         except ImportError:
             return _zstandard()
-    return _Foreign(ZstdDecompressor().decompress)
+    return _Foreign(_Frames(ZstdDecompressor).decode)
 
 
 def _zstandard() -> Decoder | None:
@@ -162,7 +181,8 @@ def _zstandard() -> Decoder | None:
         import zstandard
     except ImportError:
         return None
-    return _Foreign(zstandard.ZstdDecompressor().decompressobj().decompress)
+    decompressor = zstandard.ZstdDecompressor()
+    return _Foreign(_Frames(decompressor.decompressobj).decode)
 
 
 _MAKERS: Final[dict[bytes, Callable[[], Decoder | None]]] = {

@@ -105,7 +105,7 @@ class Gemini:
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - usage is never asked for
         """A meter for the body: server-sent events, one array as it passes, or one JSON value."""
         tier = _tier(head.header(_TIER_HEADER).decode("latin-1"))
-        if head.header(b"content-type").lower().startswith(b"text/event-stream"):
+        if head.streams(b"text/event-stream"):
             return Streamed(Blocks(), _Tally(tier))
         if head.status == 200 and _target(head.path)[1] == "streamgeneratecontent":
             return ArrayMeter(_Tally(tier))

@@ -89,7 +89,7 @@ class GeminiInteractions:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - usage is never asked for
         """A meter for the body: server-sent events, or one JSON value."""
-        if head.header(b"content-type").lower().startswith(b"text/event-stream"):
+        if head.streams(b"text/event-stream"):
             return Streamed(Blocks(), _Tally())
         return Whole(lambda body: self.read_response(head.status, body))
 

@@ -100,7 +100,7 @@ class Ollama:
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:  # noqa: ARG002 - usage is never asked for
         """A meter for the body: lines of JSON, or one JSON value."""
-        if head.header(b"content-type").lower().startswith((b"application/x-ndjson", b"application/jsonl")):
+        if head.streams(b"application/x-ndjson", b"application/jsonl"):
             return Streamed(Lines(), _Tally())
         return Whole(lambda body: self.read_response(head.status, body))
 

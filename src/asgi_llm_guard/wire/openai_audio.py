@@ -136,7 +136,7 @@ class _Tally(FamilyTally):
     def take_usage(self, usage: Usage | None) -> None:
         """The last report, of tokens or of a length."""
         if usage is not None:
-            self.usage = usage
+            self.keep_usage(usage)
 
 
 def _usage(value: object) -> Usage | None:

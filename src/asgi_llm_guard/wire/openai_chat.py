@@ -113,7 +113,9 @@ class OpenAIChat(Family):
             completion = _PLAIN.decode(body)
         except (msgspec.DecodeError, ValueError, RecursionError):
             return None
-        return _of_plain(completion) if completion.object != "error" else None
+        if completion.object == "error" or not (completion.usage.prompt_tokens or completion.usage.completion_tokens):
+            return None
+        return _of_plain(completion)
 
     def read_object(self, obj: object) -> Answer | None:
         """As every dialect, and of the status errors of any SDK whose error has this shape or none."""
@@ -295,8 +297,6 @@ class _Tally(FamilyTally):
         if not self.take_error(value) and not isinstance(choices, (list, tuple)):
             return False
         self.take_names(value)
-        # Groq reports in its own place as well, and there even when nobody asked.
-        self.take_usage(completion_usage(pick(value, "usage")) or completion_usage(pick_path(value, "x_groq", "usage")))
         for choice in items(choices):
             self.text_bytes += _text_bytes(pick(choice, "delta") or pick(choice, "message"))
             index = pick(choice, "index")
@@ -304,6 +304,8 @@ class _Tally(FamilyTally):
                 index = 0
             # Sticky: OpenRouter reports usage beside a choice that has ended before.
             self._open[index] = self._open.get(index, True) and pick(choice, "finish_reason") is None
+        # Groq reports in its own place as well, and there even when nobody asked.
+        self.take_usage(completion_usage(pick(value, "usage")) or completion_usage(pick_path(value, "x_groq", "usage")))
         return True
 
     def event(self, block: Block) -> bool:

@@ -132,9 +132,9 @@ class _Tally(FamilyTally):
         if not self.take_error(value) and not isinstance(choices, (list, tuple)):
             return False
         self.take_names(value)
-        self.take_usage(completion_usage(pick(value, "usage")))
         for choice in items(choices):
             self.text_bytes += text_length(pick(choice, "text"))
+        self.take_usage(completion_usage(pick(value, "usage")))
         return True
 
     def only_reports(self, value: object) -> bool:

@@ -110,7 +110,7 @@ def asking_for_usage(view: BodyView) -> dict[str, object]:
 class FamilyTally(ABC):
     """What an answer says, from its events or as one piece. The last report of usage wins; none are summed."""
 
-    __slots__ = ("done", "error", "model", "text_bytes", "tier", "undecoded", "usage")
+    __slots__ = ("_told_at", "done", "error", "model", "text_bytes", "tier", "undecoded", "usage")
 
     def __init__(self) -> None:
         self.model: str | None = None
@@ -118,6 +118,8 @@ class FamilyTally(ABC):
         self.usage: Usage | None = None
         self.error: ErrorKind | None = None
         self.text_bytes = 0
+        self._told_at = 0
+        """How much text had come when the usage was reported."""
         self.undecoded = 0
         self.done = False
         """The answer has told its end."""
@@ -161,9 +163,17 @@ class FamilyTally(ABC):
             self.tier = name_of(tier) or self.tier
 
     def take_usage(self, usage: Usage | None) -> None:
-        """A later report counts, unless it tells less than one before."""
-        if usage is not None and (usage.total_tokens is not None or self.usage is None):
-            self.usage = usage
+        """A later report counts, unless it tells less than one before; one of nothing is none. The text that comes
+        with it has been counted."""
+        if usage is None or _is_empty(usage):
+            return
+        if usage.total_tokens is not None or self.usage is None:
+            self.keep_usage(usage)
+
+    def keep_usage(self, usage: Usage) -> None:
+        """This is the report that counts so far."""
+        self.usage = usage
+        self._told_at = self.text_bytes
 
     @property
     def ended(self) -> bool:
@@ -173,6 +183,10 @@ class FamilyTally(ABC):
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
         usage = self.usage
+        if usage is not None and self.text_bytes > self._told_at and usage.output_tokens:
+            usage = (
+                _of_input(usage) if usage.input_tokens is not None else None
+            )  # it was told too early to have all of the output in it
         if usage is not None and (self.model is not None or self.tier is not None):
             usage = msgspec.structs.replace(usage, model=self.model, service_tier=self.tier)
         return Answer(
@@ -184,6 +198,24 @@ class FamilyTally(ABC):
             finished=(whole or self.ended) and self.error is None,
             unread=unread + self.undecoded,
         )
+
+
+def _is_empty(usage: Usage) -> bool:
+    """Whether nothing at all was used, as servers say that do not count."""
+    return usage.total_tokens == 0 and not (
+        usage.audio_ms or usage.web_searches or usage.extra or usage.reported_nanousd
+    )
+
+
+def _of_input(usage: Usage) -> Usage:
+    return msgspec.structs.replace(
+        usage,
+        output_tokens=None,
+        reasoning_tokens=None,
+        output_audio_tokens=None,
+        output_image_tokens=None,
+        reported_nanousd=None,
+    )
 
 
 class Family(ABC):
@@ -221,7 +253,7 @@ class Family(ABC):
 
     def meter(self, head: Head, *, strip_usage: bool = False) -> Meter:
         """A meter for the body of a response: server-sent events, or one JSON value."""
-        if head.header(b"content-type").lower().startswith(b"text/event-stream"):
+        if head.streams(b"text/event-stream"):
             return Streamed(Blocks(), self.tally(), strip=strip_usage)
         return Whole(lambda body: self.read_response(head.status, body))
 

@@ -152,7 +152,7 @@ class _Tally(FamilyTally):
     def take_usage(self, usage: Usage | None) -> None:
         """The latest counts: one that tells less tells of fewer images, or of none."""
         if usage is not None:
-            self.usage = usage
+            self.keep_usage(usage)
 
 
 def _tokens(view: BodyView) -> int:

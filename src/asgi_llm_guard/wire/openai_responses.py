@@ -17,7 +17,7 @@ from asgi_llm_guard.wire.openai_errors import classify
 from asgi_llm_guard.wire.openai_family import Family, FamilyTally, model_of, operation, text_in
 from asgi_llm_guard.wire.openai_usage import tokens_used
 from asgi_llm_guard.wire.peek import BodyView
-from asgi_llm_guard.wire.shape import MOST_TOKENS, count_of, items, name_of, pick, pick_path, text_length
+from asgi_llm_guard.wire.shape import MOST_TOKENS, count_of, decode, items, name_of, pick, pick_path, text_length
 from asgi_llm_guard.wire.sse import Block
 
 __all__ = ["OpenAIResponses"]
@@ -240,7 +240,7 @@ def _searches(output: list[object]) -> int | None:
 
 def _is_search(action: object) -> bool:
     if isinstance(action, msgspec.Raw):
-        action = msgspec.json.decode(action)
+        action = decode(bytes(action))  # of what is not read, nobody has checked that it is JSON
     return pick(action, "type") in (None, "search")
 
 
