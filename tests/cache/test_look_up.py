@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import sqlite3
 from contextlib import closing
@@ -647,11 +648,13 @@ async def test_observers_are_told() -> None:
     ]
 
 
-async def test_without_a_scope_nothing_is_kept() -> None:
+async def test_without_a_scope_nothing_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     """C12: a cache without a `CacheScope` among the policies keeps nothing, and says so."""
     client = Client(Guard([], cache=Cache()))
-    await client.send(ADA)
-    assert (await client.send(ADA)).state == "pass"
+    with caplog.at_level(logging.WARNING):
+        await client.send(ADA)
+        assert (await client.send(ADA)).state == "pass"
+    assert caplog.text.count("add CacheScope() to the policies") == 1
     assert cache_of(client.guard).stats()["reasons"] == {"no CacheScope is among the policies": 2}
 
 

@@ -149,6 +149,7 @@ class ResponseCache:
         requests: bool = False,
     ) -> Lookup:
         if directive is None:
+            self._warn_once("nothing is kept of a call without a scope", "add CacheScope() to the policies")
             return self._pass(call, "no CacheScope is among the policies")
         if not directive.allowed:
             return self._pass(call, directive.reason)
@@ -298,7 +299,7 @@ class ResponseCache:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _warn_once(self, what: str, error: Exception) -> None:
+    def _warn_once(self, what: str, why: object) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            _log.warning("cache: %s: %s; this is said once", what, error)
+            _log.warning("cache: %s: %s; this is said once", what, why)
