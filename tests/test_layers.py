@@ -50,6 +50,8 @@ ENTRANCES = {
 APART = {"adapters", "skins"}
 BESIDE = {
     ("gateway.app", "middleware"): "the mountable gateway admits its requests where nobody around it has",
+    ("integrations.langchain.chat_model", "gateway"): "the chat model is one over a gateway",
+    ("integrations.langchain.messages", "gateway"): "turns answers of the gateway into messages",
 }
 
 # Which files may import a library that is not `msgspec`; one that is not here, none.
@@ -71,7 +73,7 @@ LIBRARIES = {
     "limits": "policies.rate storage.limits",
     "litellm": "gateway.providers.litellm integrations.litellm",
     "opentelemetry": "telemetry",
-    "pydantic": "settings",
+    "pydantic": "integrations.langchain settings",
     "pydantic_core": "settings",
     "pydantic_settings": "settings",
     "redis": "storage.redis storage.redis_wire storage.redis_cluster storage.limits",
