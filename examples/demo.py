@@ -1,4 +1,4 @@
-"""`make demo`: the Starlette example behind a real server, called by the real OpenAI SDK; the provider is a fake."""
+"""`make demo`: the Starlette example behind a real server, called by the real SDKs; all its providers are one fake."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import uvicorn
+from anthropic import AsyncAnthropic
 from examples.starlette_app.app import from_environment
 from openai import APIStatusError, AsyncOpenAI
 from starlette.types import Receive, Scope, Send
@@ -24,7 +25,11 @@ from starlette.types import Receive, Scope, Send
 from asgi_llm_guard.money import from_nano
 from asgi_llm_guard.testing import DEFAULT_PRICE, Behaviour, FakeProvider, Price
 
-PRICES = {"gpt-4o-mini": DEFAULT_PRICE, "gpt-4o": Price(input=2500, output=10000, cache_read=1250)}
+PRICES = {
+    "gpt-4o-mini": DEFAULT_PRICE,
+    "gpt-4o": Price(input=2500, output=10000, cache_read=1250),
+    "claude-haiku-4-5": Price(input=1000, output=5000, cache_read=100),
+}
 SECRET = "demo-secret-of-the-starlette-app"  # noqa: S105 - as published in its README
 LONGEST_S = 15
 
@@ -66,6 +71,7 @@ class Scenes:
         self.provider = provider
         self.http = httpx2.AsyncClient(trust_env=False)
         self.problems: list[str] = []
+        self.answered_by = ""
 
     def check(self, holds: bool, what: str) -> None:
         if not holds:
@@ -94,8 +100,20 @@ class Scenes:
             return error.status_code
         usage = answer.usage
         tokens = "?" if usage is None else f"{usage.prompt_tokens} + {usage.completion_tokens}"
-        print(f"   {name}: 200, {tokens} tokens: {shortened(answer.choices[0].message.content or '')}")
+        words = shortened(answer.choices[0].message.content or "")
+        print(f"   {name}: 200, {tokens} tokens of {answer.model}: {words}")
+        self.answered_by = answer.model
         return 200
+
+    async def message(self, name: str, text: str, *, model: str) -> None:
+        """The same with the SDK of Anthropic, whoever serves the model."""
+        client = AsyncAnthropic(api_key=f"demo-key-for-{name}", base_url=self.url, http_client=self.http)
+        answer = await client.messages.create(model=model, max_tokens=450, messages=[{"role": "user", "content": text}])
+        words = "".join(block.text for block in answer.content if block.type == "text")
+        print(
+            f"   {name}, by Anthropic's SDK: {answer.usage.output_tokens} tokens of {answer.model}: {shortened(words)}"
+        )
+        self.check(bool(words), "the message is empty")
 
     async def stream(self, name: str, text: str) -> None:
         chunks = [
@@ -113,9 +131,10 @@ class Scenes:
         self.check(all(chunk.usage is None for chunk in chunks), "the caller sees usage that it did not ask for")
 
     async def play(self) -> None:
-        print("1. A call, and a streamed one")
+        print("1. A call, a streamed one, and one by the SDK of Anthropic")
         self.check(await self.ask("alice", "What is a llama?") == 200, "the first call is not admitted")
         await self.stream("alice", "And an alpaca?")
+        await self.message("alice", "And a vicuña?", model="openai/gpt-4o-mini")
 
         print("\n2. An agent that does not stop: its sessions may make 3 calls")
         statuses = [await self.ask("crawler", "next page", session="crawl-17") for _ in range(4)]
@@ -133,6 +152,11 @@ class Scenes:
         print("\n5. The provider fails: the caller sees its error, and no money is charged")
         self.provider.script(Behaviour.error(400))
         self.check(await self.ask("alice", "What is a llama?") == 400, "expected the provider's own 400")
+
+        print("\n6. OpenAI is overloaded: after a second try Anthropic answers, as guard.toml says")
+        self.provider.script(*[Behaviour.error(503)] * 2)
+        self.check(await self.ask("alice", "What is a llama?", model="quick") == 200, "expected an answer")
+        self.check(self.answered_by.startswith("claude"), f"expected Claude to answer, got {self.answered_by}")
 
 
 async def books(guard: Any, scenes: Scenes) -> None:
@@ -165,7 +189,8 @@ async def main() -> int:
                     LLM_GUARD_STORAGE=f"sqlite:///{Path(folder) / 'guard.db'}",
                     LLM_GUARD_IDENTITY__SECRET=SECRET,
                     PROVIDER_URL=provider_url,
-                    PROVIDER_KEY="not needed here",
+                    OPENAI_API_KEY="not needed here",
+                    ANTHROPIC_API_KEY="nor here",
                 )
                 app = from_environment()
                 requests = Requests(app)

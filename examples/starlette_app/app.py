@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint in front of a provider, guarded as `guard.toml` says.
+"""A gateway for a company: three models of two providers behind one address, under budgets, as `guard.toml` says.
 
-Callers use any OpenAI SDK with a key of `keys.toml`; the provider's key stays here.
+Callers use any SDK of OpenAI or Anthropic with a key of `keys.toml`; the providers' keys stay here.
 """
 
 from __future__ import annotations
@@ -11,68 +11,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Mount
 
-from asgi_llm_guard import Guard, GuardMiddleware
+from asgi_llm_guard import Guard
+from asgi_llm_guard.gateway import Gateway
 from asgi_llm_guard.identity import Identity, IdentityError, Resolver
-from asgi_llm_guard.settings import build_guard_arguments, build_middleware_arguments, load_settings
+from asgi_llm_guard.settings import build_gateway_arguments, build_guard_arguments, load_settings
 
 HERE = Path(__file__).parent
-PASSED_ON = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry")
-
-
-class ChatCompletions:
-    """Hands a request on to the provider, and the answer back as it comes.
-
-    The middleware has read the body, and admitted the call that it describes. The provider's client is guarded,
-    and takes that over: it meters what passes, and settles it however the request ends.
-    """
-
-    def __init__(self, provider: httpx2.AsyncClient) -> None:
-        self.provider = provider
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await Request(scope, receive).body()
-        try:
-            async with self.provider.stream("POST", "chat/completions", content=body) as answer:
-                response = await respond(answer)
-                await response(scope, receive, send)
-        except httpx2.TransportError as error:
-            await failure(error)(scope, receive, send)
-
-
-async def respond(answer: httpx2.Response) -> Response:
-    """The provider's answer as a response of ours."""
-    headers = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
-    if headers.get("content-type", "").startswith("text/event-stream"):
-        return StreamingResponse(events(answer), answer.status_code, headers)
-    return Response(await answer.aread(), answer.status_code, headers)
-
-
-async def events(answer: httpx2.Response) -> AsyncIterator[bytes]:
-    """The provider's events, and an event that says so if they break off."""
-    try:
-        async for chunk in answer.aiter_bytes():
-            yield chunk
-    except httpx2.TransportError as error:
-        yield b"\n\ndata: " + failure(error).body + b"\n\n"
-
-
-def failure(error: httpx2.TransportError) -> JSONResponse:
-    """What callers are told when the provider does not answer, or not to the end."""
-    status, message = 502, "The provider's answer broke off."
-    if isinstance(error, httpx2.TimeoutException):
-        status, message = 504, "The provider did not answer in time."
-    elif isinstance(error, httpx2.ConnectError):
-        message = "The provider cannot be reached."
-    content = {"message": message, "type": "server_error", "param": None, "code": "provider_failed"}
-    return JSONResponse({"error": content}, status)
 
 
 def key_required(keys: Resolver) -> Resolver:
@@ -87,37 +34,24 @@ def key_required(keys: Resolver) -> Resolver:
     return resolve
 
 
-async def health(request: Request) -> Response:  # noqa: ARG001 - Starlette passes it
-    return PlainTextResponse("ok")
-
-
-def create_app(guard: Guard, provider: httpx2.AsyncClient, **guarding: Any) -> Starlette:
-    """The service. `guarding`: further arguments of `GuardMiddleware`."""
+def create_app(guard: Guard, gateway: Gateway) -> Starlette:
+    """The service. What is mounted is guarded; routes of your own stand beside it."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001 - Starlette passes it
-        async with guard, provider:
+        async with guard, gateway:
             yield
 
-    app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", ChatCompletions(provider), methods=["POST"]),
-            Route("/health", health),
-        ],
-        middleware=[Middleware(GuardMiddleware, guard=guard, **guarding)],
-        lifespan=lifespan,
-    )
+    app = Starlette(routes=[Mount("/", gateway.app(expose=True))], lifespan=lifespan)
     app.state.guard = guard
     return app
 
 
-def provider_client(guard: Guard, url: str, key: str) -> httpx2.AsyncClient:
-    """A guarded client of the provider's OpenAI-compatible API."""
-    return guard.httpx_client(
-        base_url=url,
-        headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
-        trust_env=False,
-    )
+def everywhere_at(url: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the gateway, with all deployments at one address: that of a fake provider, for example."""
+    if url is None:
+        return arguments
+    return {**arguments, "deployments": [{**entry, "api_base": url} for entry in arguments["deployments"]]}
 
 
 def from_environment() -> Starlette:
@@ -125,6 +59,5 @@ def from_environment() -> Starlette:
     settings = load_settings(os.environ.get("GUARD_FILE") or HERE / "guard.toml")
     arguments = build_guard_arguments(settings)
     guard = Guard(**{**arguments, "identity": key_required(arguments["identity"])})
-    url = os.environ.get("PROVIDER_URL", "https://api.openai.com/v1")
-    provider = provider_client(guard, url, os.environ["PROVIDER_KEY"])
-    return create_app(guard, provider, **build_middleware_arguments(settings))
+    gateway = Gateway(guard, **everywhere_at(os.environ.get("PROVIDER_URL"), build_gateway_arguments(settings)))
+    return create_app(guard, gateway)

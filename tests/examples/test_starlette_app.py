@@ -1,7 +1,8 @@
-"""The Starlette example as its files describe it, in front of a fake provider."""
+"""The Starlette example as its files describe it, in front of a fake that is all its providers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -34,7 +35,8 @@ async def client(
         monkeypatch.setenv("LLM_GUARD_STORAGE", f"sqlite:///{tmp_path / 'guard.db'}")
         monkeypatch.setenv("LLM_GUARD_IDENTITY__SECRET", SECRET)
         monkeypatch.setenv("PROVIDER_URL", provider_url)
-        monkeypatch.setenv("PROVIDER_KEY", "the key that the provider wants")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-of-anthropic")
         app = from_environment()
         async with app.router.lifespan_context(app), asgi_client(app) as client:
             yield client
@@ -50,30 +52,42 @@ async def ask(
     return await client.post(PATH, headers=headers, json=body)
 
 
-async def test_call_is_handed_on_with_the_providers_key(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
-    """The provider sees its own key, and the caller the provider's answer."""
-    response = await ask(client, "alice")
+async def test_deployments_of_the_readme(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
+    """Each model is answered by the deployment that the table says, with the key of its provider and not the caller's."""
+    answers = [await ask(client, "alice", model=model) for model in ("quick", "gpt-4o", "claude-haiku-4-5")]
 
-    assert (response.status_code, response.json()["choices"][0]["message"]["content"]) == (200, "Echo: hello")
-    assert response.headers["x-request-id"] == "chatcmpl-1"
-    assert provider.requests[0].headers["authorization"] == "Bearer the key that the provider wants"
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {"Echo: hello"}
+    named = [answer.headers["x-guard-deployment"] for answer in answers]
+    assert named == re.findall(r"^\| `(\w+)` \| `(?:gpt|claude)", README.read_text("utf-8"), re.MULTILINE)
+    openai, _, anthropic = provider.requests
+    assert openai.headers["authorization"] == "Bearer sk-of-openai"
+    assert anthropic.headers["x-api-key"] == "sk-of-anthropic"
+    assert not [request for request in provider.requests if "demo-key" in str(request.headers)]
+
+
+async def test_another_provider_answers(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
+    """When OpenAI fails twice, `haiku` answers, for a department that may ask it; the others are told."""
+    provider.when(lambda request: request.model == "gpt-4o-mini", Behaviour.error(503))
+    answer = await ask(client, "alice")
+    refused = await ask(client, "bob")
+
+    assert (answer.status_code, answer.headers["x-guard-deployment"]) == (200, "haiku")
+    assert answer.headers["x-guard-attempts"] == "3"
+    assert refused.status_code >= 400
+    assert "haiku" not in [request.model for request in provider.requests[3:]]
 
 
 async def test_nobody_is_anonymous(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
-    """Without a key nothing is spent; the health check needs none."""
+    """Without a key nothing is spent, and nothing shown; probes need none."""
     response = await ask(client, None)
 
     assert response.status_code == 403
     assert "Send an API key" in response.json()["error"]["message"]
-    assert (await client.get("/health")).text == "ok"
+    assert (await client.get("/v1/models")).status_code == 403
+    assert (await client.get("/healthz")).json() == {"status": "ok"}
+    assert (await client.get("/readyz")).json()["deployments"] == 3
     assert provider.calls == 0
-
-
-async def test_other_routes_are_refused(client: httpx2.AsyncClient) -> None:
-    """What is not listed cannot be posted to."""
-    response = await client.post("/v1/embeddings", json={})
-
-    assert (response.status_code, response.json()["code"]) == (403, "route_not_listed")
 
 
 async def test_keys_of_the_readme(client: httpx2.AsyncClient, provider: FakeProvider) -> None:
@@ -102,4 +116,14 @@ def test_start_needs_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the secret of the keys the service does not start, and the message says what is missing."""
     monkeypatch.delenv("LLM_GUARD_IDENTITY__SECRET", raising=False)
     with pytest.raises(ConfigurationError, match="secret"):
+        from_environment()
+
+
+def test_start_needs_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any provider's key it does not start either."""
+    monkeypatch.setenv("LLM_GUARD_STORAGE", "memory://")
+    monkeypatch.setenv("LLM_GUARD_IDENTITY__SECRET", SECRET)
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigurationError, match="deployments: none is left"):
         from_environment()
