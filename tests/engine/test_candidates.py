@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,13 @@ async def chosen(guard: Guard, *models: str, more: tuple[Any, ...] = ()) -> tupl
     call = new_call(guard.engine, None, ())
     denied = await call.claim_any(candidates(guard, call, *models, more=more))
     return call, None if denied else (call.call.model if call.call else None)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others go on until the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)
 
 
 async def test_takes_the_first_that_fits(new_guard: NewGuard) -> None:
@@ -230,8 +237,7 @@ async def test_waits_for_holds_of_others_where_one_is_enough(new_guard: NewGuard
         first, model = await chosen(guard, more=(limits,))
         assert model == "middle"
         second = asyncio.create_task(chosen(guard, more=(limits,)))
-        while not guard.engine.waiting:  # noqa: ASYNC110 - nothing tells of it
-            await asyncio.sleep(0)
+        await until(lambda: bool(guard.engine.waiting))
         first.record(Usage(input_tokens=100, output_tokens=50))
         first.end()
         call, model = await second
@@ -291,8 +297,7 @@ async def test_cancelled_while_it_waits_holds_nothing(new_guard: NewGuard) -> No
     async with guard.open(CONTEXT):
         running = [(await chosen(guard, more=(limits,)))[0] for _ in COSTS]
         waiting = asyncio.create_task(chosen(guard, more=(limits,)))
-        while not guard.engine.waiting:  # noqa: ASYNC110 - nothing tells of it
-            await asyncio.sleep(0)
+        await until(lambda: bool(guard.engine.waiting))
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -112,6 +112,20 @@ async def test_asked_as_anthropic(clock: FrozenClock) -> None:
         await made.settled()
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
+async def test_usage_of_a_stream_is_for_those_who_ask(clock: FrozenClock, asked_for: bool) -> None:
+    """The gateway asks streams what they used; a client that did not ask does not see it."""
+    body = {"model": "auto", "messages": MESSAGES, "stream": True}
+    if asked_for:
+        body["stream_options"] = {"include_usage": True}
+    async with fleet(clock, "a") as made, made.guard.open(CONTEXT):
+        async with await made.gateway.ask("openai", body) as reply:
+            told = await reply.read()
+
+        assert (b'"prompt_tokens"' in told) is asked_for
+        await made.settled()
+
+
 async def test_timings_are_told(clock: FrozenClock) -> None:
     """D8: each attempt is told with its times, its class of failure, and what it is charged as."""
     async with in_order(clock, "a", "b") as made:
@@ -425,6 +439,21 @@ async def test_group_is_admitted_if_one_of_its_models_is(clock: FrozenClock) -> 
         await made.settled()
 
 
+async def test_group_that_nobody_asks_for_is_held_for_as_the_dearest(clock: FrozenClock) -> None:
+    """A request for a group, in which no call is seen, is charged as a call to the dearest of its models."""
+
+    async def answer(_request: Request) -> Any:
+        return JSONResponse({})
+
+    async with fleet(clock, "a", "c", "b", policies=[Budget("$1/1d")]) as made:
+        app = Starlette(routes=[Path("/v1/chat/completions", answer, methods=["POST"])])
+        app.add_middleware(GuardMiddleware, guard=made.guard, routes=[Route("/v1/chat/completions")])
+        async with asgi_client(app) as client:
+            await client.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, "max_tokens": 20})
+        (record,) = await made.records()
+        assert (record.model, record.outcome, record.deployment) == ("model-c", "unmetered", None)
+
+
 async def test_name_of_nobody_is_refused_by_the_middleware(clock: FrozenClock) -> None:
     """A name that no gateway serves is a model without a price, as ever."""
     async with fleet(clock, "a", policies=[Budget("$1/1d")]) as made:
@@ -475,8 +504,9 @@ async def test_stream_that_is_left_may_be_read_to_its_end(clock: FrozenClock) ->
             await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
         made["a"].release()
         await made["a"].idle()
-        while not await made.records():  # noqa: ASYNC110 - nobody waits for it
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while not await made.records():  # noqa: ASYNC110 - nobody waits for it
+                await asyncio.sleep(0)
         (record,) = await made.records()
         assert record.outcome == "measured"
         assert made["a"].disconnects == 0

@@ -301,6 +301,7 @@ async def test_own_budget_of_a_deployment(clock: FrozenClock) -> None:
     """Conformance 15, 16: a deployment over its own budget is passed over; the only one is named where it refuses."""
     async with in_order(clock, "a", "b", limits={"a": {"budget": "$0.00001/1d"}}, guard={"disclose": "all"}) as made:
         assert [(await made.chat()).deployment for _ in range(3)] == ["b"] * 3
+        assert [made.gateway.stats.requests(name) for name in "ab"] == [0, 3]  # what was not asked has not been busy
         with pytest.raises(LimitExceeded, match="deployment 'a'"):
             await made.chat("openai/model-a")
 
@@ -402,6 +403,15 @@ async def test_overflow_falls_back_to_a_larger_model(clock: FrozenClock) -> None
         made["a"].script(Behaviour.refuse("context"))
         assert (await made.chat("openai/model-a")).deployment == "c"
         assert made.asked == ["a", "c"]
+
+
+async def test_foreseen_overflow_falls_back_too(clock: FrozenClock) -> None:
+    """D4: what is foreseen goes the way of what a provider refuses, without asking it."""
+    windows = {"a": {"context_window": 1_000}, "b": {"context_window": 90_000}, "c": {"context_window": 90_000}}
+    listed = Fallbacks({"openai/model-a": ["openai/model-b"]}, context={"openai/model-a": ["openai/model-c"]})
+    async with in_order(clock, "a", "b", "c", limits=windows, fallbacks=listed) as made:
+        assert (await made.chat("openai/model-a", [{"role": "user", "content": "word " * 20_000}])).deployment == "c"
+        assert made.asked == ["c"]
 
 
 # ------------------------------------------------------------------------------------ cooldowns

@@ -81,7 +81,7 @@ class Question:
         self.ask = dialect_named(dialect).read_request(self.view)
         self._describer = describer
         self._calls: dict[tuple[object, ...], Call] = {}
-        self._bodies: dict[int, tuple[Ask, BodyView]] = {}
+        self._bodies: dict[str, tuple[Ask, BodyView]] = {}
         self._translations: dict[str, Translation] = {}
 
     @property
@@ -103,7 +103,7 @@ class Question:
         return Place(deployment, provider, spoken, self._call(deployment, target), window)
 
     def _call(self, deployment: Deployment, target: Target) -> Call:
-        key = (target.provider, target.model, target.priced_as, id(deployment.params))
+        key = (target.provider, target.model, target.priced_as, deployment.name if deployment.params else None)
         call = self._calls.get(key)
         if call is None:  # reading a long body takes longer than all the rest
             ask, view = self._with_params(deployment)
@@ -121,10 +121,10 @@ class Question:
                 params.pop(name, None)
         if not params:
             return self.ask, self.view
-        found = self._bodies.get(id(deployment.params))
+        found = self._bodies.get(deployment.name)
         if found is None:
             view = read_body(_encoded({**params, **self.body}))
-            found = self._bodies[id(deployment.params)] = (dialect_named(self.dialect).read_request(view), view)
+            found = self._bodies[deployment.name] = (dialect_named(self.dialect).read_request(view), view)
         return found
 
     def is_too_long(self, place: Place, *, surely: bool) -> bool:
