@@ -185,13 +185,20 @@ class ActiveCall(Claimed):
         settlements: list[Settlement] = []
         if self._close():
             charge = self._charge(error, complete=complete)
-            self.failed = error is not None or charge.outcome in _FAILED
+            self.failed = charge.outcome in _FAILED or self._broke_off(error)
             settlements = self._ended(charge)
         with self._lock:
             side, self.side = self.side, None
         if side is not None:
             settlements.append(request_settlement(side))
         return settlements
+
+    def _broke_off(self, error: BaseException | None) -> bool:
+        """Whether it was answered by an error, or has ended in one before its answer was complete."""
+        answer = self._answer
+        if answer is None or answer.usage is None:
+            return error is not None
+        return answer.kind == "error" or (error is not None and not answer.finished)
 
     def close_unseen(self, answer: Answer | None, *, status: int | None, complete: bool) -> list[Settlement]:
         """End the call that a request stood for, by what its response body said."""

@@ -311,8 +311,11 @@ class Exchange:
             denied = await self._claim(call)
             if denied is None and self.kept is None:
                 self._rewrite(view, call)
+        except BodyError as error:  # what is to be changed in it is malformed, and was not read before
+            self.unsent()
+            return self._body_refused(error)
         except BaseException:
-            self.close()
+            self.unsent()
             raise
         if denied is not None or self.kept is not None:
             self.ended = True
@@ -322,7 +325,13 @@ class Exchange:
 
     def admit_sync(self, body: bytes) -> Denied | None:
         """As `admit`, for synchronous code, on whatever thread it runs."""
-        return background.run(self.admit(body), undo=self.close, anywhere=True)
+        return background.run(self.admit(body), undo=self.unsent, anywhere=True)
+
+    def unsent(self) -> None:
+        """Nothing was sent: what was claimed is given back."""
+        if self.call is not None:
+            self.call.release()
+        self.close()
 
     async def _claim(self, described: Call) -> Denied | None:
         admission = self._admission

@@ -236,3 +236,38 @@ def test_search_that_is_not_utf8() -> None:
 def test_bound_of_the_cases() -> None:
     """The text of these cases is more than what is held, so that a count would show."""
     assert len(LONG) > MAX_TOKENS * SURE_BYTES
+
+
+@pytest.mark.parametrize(("parts", "calls"), [([STREAM], 2), ([chunk("x", usage=usage(1))], 1)])
+async def test_made_again_after_its_connection_broke(offline: Stage, way: Way, parts: list[bytes], calls: int) -> None:
+    """B9: after an answer that was complete the same request is a new call; after one that broke off, an attempt."""
+    library = library_of(way)
+
+    def body() -> Any:
+        yield from parts
+        raise library.ReadError("gone")
+
+    def provider(request: Any) -> Any:
+        return library.Response(200, headers=STREAMED, content=pieces(way, body()))
+
+    async with over(offline, way, provider) as client:
+        for _ in range(2):
+            with pytest.raises(library.ReadError):
+                await client.chunks(asked(stream=True))
+
+    assert [outcome for outcome, _ in await outcomes(offline)] == ["measured", "measured"]
+    assert (await offline.counters())[0] == calls
+
+
+async def test_made_again_after_an_error_that_was_billed(offline: Stage, way: Way) -> None:
+    """B9: an error that tells what it used is charged that, and is followed by an attempt of the same call."""
+
+    def provider(request: Any) -> Any:
+        return library_of(way).Response(500, json={"error": {"message": "late"}, "usage": ANSWER["usage"]})
+
+    async with over(offline, way, provider) as client:
+        for _ in range(2):
+            await client.post(asked())
+
+    assert await outcomes(offline) == [("measured", COST)] * 2
+    assert (await offline.counters())[0] == 1

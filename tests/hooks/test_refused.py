@@ -16,6 +16,8 @@ from asgi_llm_guard.policies.base import Policy
 
 pytestmark = pytest.mark.anyio
 
+ROOM = Budget("$0.005/1d", name="room")
+
 REFUSALS = {
     "iterations": (Iterations(1, name="one"), 429, "session_iterations_exhausted"),
     "budget": (Budget("$0.000001/1d", name="small"), 402, "request_exceeds_budget"),
@@ -264,3 +266,20 @@ async def test_on_the_thread_of_an_event_loop(stage: Stage) -> None:
     assert streamed
     await stage.settled(calls=2)
     await in_thread(client.close)
+
+
+async def test_clamped_body_that_cannot_be_changed(offline: Stage, way: Way) -> None:
+    """A body in which no limit can be lowered is refused, and nothing is charged: it was not sent."""
+    model = "claude-haiku-4-5"
+    body = asked(model=model, max_tokens=10_000, fallbacks=[{"model": model, "thinking": "deep"}])
+
+    def provider(request: Any) -> Any:
+        raise AssertionError("nothing is to be sent")
+
+    async with over(offline, way, provider, clamp=True) as client, offline.guard.open(CONTEXT, extra=[ROOM]):
+        response = await client.post(body, path="/messages")
+
+    assert response.status_code == 400
+    assert "thinking" in response.json()["error"]["message"]
+    assert await offline.storage.records() == []
+    assert (await offline.counters())[:2] == (0, 0)
