@@ -151,6 +151,28 @@ async def test_limits_are_exact_under_many_at_once(new_guard: NewGuard) -> None:
     assert await guard.storage.open_holds() == 0
 
 
+async def test_limits_are_exact_beside_leases(new_guard: NewGuard) -> None:
+    """B5: a budget that is leased in part and limits that are not hold together, for whichever candidate is taken."""
+    guard = guarded(new_guard, Budget("$0.02/1d", per="global", lease="$0.002"))
+    limits = DeploymentLimits({"cheap": DeploymentLimit.of(rpm=7), "middle": DeploymentLimit.of(rpm=5)})
+    async with guard.open(CONTEXT):
+        answers = []
+        for _ in range(4):
+            answers += await asyncio.gather(*(chosen(guard, more=(limits,)) for _ in range(20)))
+        models = [model for _, model in answers]
+        assert (models.count("cheap"), models.count("middle")) == (7, 5)
+        held = sum(COSTS[model] for model in models if model is not None)
+        assert 20_000_000 - COSTS["dear"] < held <= 20_000_000
+        for call, model in answers:
+            if model is not None:
+                call.record(Usage(input_tokens=100, output_tokens=50))
+                call.end()
+    await guard.engine.retire()
+
+    assert sum(record.cost_nanousd or 0 for record in await guard.storage.records()) == held
+    assert await guard.storage.open_holds() == 0
+
+
 async def test_every_attempt_counts_where_it_goes(new_guard: NewGuard) -> None:
     """D9: a call that is made again counts again in the rpm of its deployment, and once in everything else."""
     guard = guarded(new_guard, Iterations(9), RateLimit("9/minute", counts="calls"), Concurrency(1, counts="calls"))
