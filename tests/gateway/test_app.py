@@ -339,38 +339,30 @@ async def test_client_that_leaves_before_the_first_word() -> None:
         assert (record.cost_nanousd or 0) >= app.provider.total_nanousd > 0
 
 
-async def test_client_that_leaves_a_whole_answer() -> None:
+@pytest.mark.parametrize("raises", [True, False])
+async def test_client_that_leaves_a_whole_answer(raises: bool) -> None:
     """An answer that is not streamed is read to its end though its client has left, and charged exactly."""
-    async with service(Budget("$1/daily")) as app:
-        app.provider.script(Behaviour.hang())
-        http = await app.http()
-        with pytest.raises(httpx2.ReadTimeout):
-            await http.post(CHAT, json=body(), timeout=httpx2.Timeout(5, read=0.05))
-        app.provider.release()
+    async with in_process(Budget("$1/daily")) as (gateway, provider):
+        await call(Disconnect(gateway.app(), after_messages=0, raises=raises), body())
 
-        (record,) = await app.records()
-        assert record.outcome == "measured"
-        await app.check_books()
+        (record,) = await gateway.guard.storage.records()
+        assert (record.outcome, record.cost_nanousd) == ("measured", provider.total_nanousd)
 
 
 @pytest.mark.parametrize("raises", [True, False])
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 async def test_servers_tell_of_leaving_in_two_ways(after: int, raises: bool) -> None:
     """Whether `send` raises or `receive` tells, the stream is ended, and settled once; too early, it is not begun."""
-    provider = FakeProvider(prices=BILLED)
-    async with provider.serve() as url:
-        guard = Guard([Budget("$1/daily")], prices=PRICES)
-        gateway = Gateway(guard, [Deployment(provider="openai", model="model-a", api_base=str(url), api_key="k")])
+    async with in_process(Budget("$1/daily")) as (gateway, provider):
         provider.script(Behaviour.slow())
         provider.release(2 if after else 0)
-        app = Disconnect(gateway.app(), after_messages=after, raises=raises)
-        async with guard, gateway:
-            await call(app, body(stream=True))
-            await provider.idle()
-            records = await guard.storage.records()
-            assert await guard.storage.open_holds() == 0
-            assert provider.calls == provider.disconnects == len(records) == (1 if after else 0)
-            assert [record for record in records if (record.cost_nanousd or 0) < provider.total_nanousd] == []
+        await call(Disconnect(gateway.app(), after_messages=after, raises=raises), body(stream=True))
+        await provider.idle()
+
+        records = await gateway.guard.storage.records()
+        assert await gateway.guard.storage.open_holds() == 0
+        assert provider.calls == provider.disconnects == len(records) == (1 if after else 0)
+        assert [record for record in records if (record.cost_nanousd or 0) < provider.total_nanousd] == []
 
 
 async def call(app: Any, asked: dict[str, Any]) -> None:
@@ -412,20 +404,46 @@ async def test_the_middleware_around_may_not_read_bodies() -> None:
         assert provider.total_nanousd == sum(record.cost_nanousd or 0 for record in await guard.storage.records()) > 0
 
 
+async def test_bodies_that_nobody_has_read_are_bounded() -> None:
+    """The gateway bounds bodies itself, where the middleware around does not read them."""
+    async with in_starlette([], routes=[Route(f"/llm{CHAT}", dialect=None)]) as (http, _, provider):
+        answer = await http.post(f"/llm{CHAT}", json=body(user="x" * 9_000_000))
+        assert (answer.status_code, answer.json()["error"]["code"], provider.calls) == (413, "body_too_large", 0)
+
+
+async def test_refusals_of_a_deployment_give_back_what_was_held() -> None:
+    """Where calls may be made that nobody sees, a call that the gateway refuses is known not to have been made."""
+    route = Route(f"/llm{CHAT}", calls="opaque")
+    policies = [Budget("$1/daily")]
+    async with in_starlette(policies, routes=[route], budget="$0.0000001/1d") as (http, guard, provider):
+        answer = await http.post(f"/llm{CHAT}", json=body())
+        assert (answer.status_code, provider.calls) == (402, 0)
+        assert await guard.storage.records() == []
+        assert await guard.storage.open_holds() == 0
+
+
+@contextlib.asynccontextmanager
+async def in_process(*policies: Policy, **fields: Any) -> AsyncIterator[tuple[Gateway, FakeProvider]]:
+    """A gateway of one deployment."""
+    provider = FakeProvider(prices=BILLED)
+    async with provider.serve() as url:
+        deployment = Deployment(provider="openai", model="model-a", api_base=str(url), api_key="k", **fields)
+        guard = Guard(policies, prices=PRICES, identity=ApiKeys([RECORD], secret=SECRET))
+        async with guard, Gateway(guard, [deployment]) as gateway:
+            yield gateway, provider
+
+
 @contextlib.asynccontextmanager
 async def in_starlette(
-    policies: Sequence[Policy], *, routes: Sequence[Route] | None = None, around: Guard | None = None
+    policies: Sequence[Policy], *, routes: Sequence[Route] | None = None, around: Guard | None = None, **fields: Any
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, Guard, FakeProvider]]:
-    """The gateway mounted under `/llm`, in an application with a middleware of this guard, or another one, around."""
-    provider = FakeProvider(prices=BILLED)
-    guard = Guard(policies, prices=PRICES, identity=ApiKeys([RECORD], secret=SECRET))
-    async with provider.serve() as url:
-        gateway = Gateway(guard, [Deployment(provider="openai", model="model-a", api_base=str(url), api_key="k")])
-        middleware = Middleware(GuardMiddleware, guard=around or guard, routes=routes)
+    """The gateway mounted under `/llm`, in an application with a middleware of its guard, or another one, around."""
+    async with in_process(*policies, **fields) as (gateway, provider):
+        middleware = Middleware(GuardMiddleware, guard=around or gateway.guard, routes=routes)
         app = Starlette(routes=[Mount("/llm", gateway.app())], middleware=[middleware])
-        async with guard, gateway, asgi_client(app) as http:
+        async with asgi_client(app) as http:
             http.headers["authorization"] = f"Bearer {KEY}"
-            yield http, guard, provider
+            yield http, gateway.guard, provider
 
 
 async def test_websockets_are_closed() -> None:
