@@ -3,7 +3,8 @@
     litellm.callbacks.append(GuardCallback(guard))
 
 A call is admitted after LiteLLM has chosen a deployment and before anything is sent; each retry and fallback is an
-attempt of it, at its own price. LiteLLM does not let callbacks stop its synchronous functions: guard these by
+attempt of it, at its own price. Before the Router chooses, deployments whose provider is over its `ProviderBudget` are
+taken out. LiteLLM does not let callbacks stop its synchronous functions: guard these by
 `with guard.call_sync(model=...) as call: call.record(litellm.completion(...))`.
 
 Source: litellm 1.106 (`utils.wrapper_async`, `integrations.custom_logger.CustomLogger`) (2026-11).
@@ -12,7 +13,7 @@ Source: litellm 1.106 (`utils.wrapper_async`, `integrations.custom_logger.Custom
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import litellm
@@ -20,10 +21,12 @@ from litellm.integrations.custom_logger import CustomLogger
 from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from litellm.types.utils import CallTypes
 
+from asgi_llm_guard.claims import Claim, Reading
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.errors import LimitExceeded
+from asgi_llm_guard.errors import LimitExceeded, StorageError
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.integrations.calls import BegunCalls
+from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 
 __all__ = ["GuardCallback", "Refused"]
 
@@ -62,6 +65,8 @@ _NEVER_SENT: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout",
 _NOT_ANSWERED: Final = frozenset({"APIConnectionError", "ClientError", "Timeout", "TimeoutError", "TransportError"})
 """Names of openai's, aiohttp's, LiteLLM's, Python's and httpx's errors that are no provider's answer."""
 _CAUSES: Final = 8
+_ANYONE: Final = Context()
+"""Budgets of providers do not ask who calls."""
 
 
 class Refused(LimitExceeded):
@@ -97,6 +102,57 @@ class GuardCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not in th
         self._calls = BegunCalls(guard, context, told_late=GLOBAL_LOGGING_WORKER.flush)
         self._include_usage = include_usage
         self._told = False
+
+    # ------------------------------------------------------------------------------- routing
+
+    async def async_filter_deployments(
+        self,
+        model: str,  # noqa: ARG002 - see CustomLogger
+        healthy_deployments: list[Any],
+        messages: list[Any] | None,
+        request_kwargs: dict[str, Any] | None = None,
+        parent_otel_span: Any = None,  # noqa: ARG002 - see CustomLogger
+    ) -> list[Any]:
+        """Leave the Router those deployments whose provider is under budget, whatever its strategy.
+
+        Where the rest of a budget is less than the call may cost, the others go before it; if it is so for all of them,
+        all stay, and the attempt is refused.
+
+        Raises:
+            Refused: none is left; `denied.details` has what each provider has spent and may spend, and the soonest
+                reset.
+            StorageError: the storage does not answer, and a budget says `on_outage="deny"`.
+        """
+        guard = self._calls.guard
+        try:
+            left = await guard.filter(healthy_deployments)
+        except LimitExceeded as error:
+            raise Refused(error.denied) from error
+        budgets = [policy for policy in guard.policies if isinstance(policy, DeploymentFilter)]
+        if not budgets or len(left) < 2:
+            return left
+        asked = {**(request_kwargs or {}), "messages": messages}
+        claims = [self._claims(budgets, each, asked) for each in left]
+        meters = {claim.meter.key: claim.meter for each in claims for claim in each}
+        try:
+            readings = dict(zip(meters, await guard.storage.read(list(meters.values())), strict=True))
+        except StorageError:
+            return left  # each call is decided on when it is made
+        fitting = [
+            deployment
+            for deployment, each in zip(left, claims, strict=True)
+            if all(_fits(claim, readings[claim.meter.key]) for claim in each)
+        ]
+        return fitting or left
+
+    def _claims(
+        self, budgets: Sequence[Policy], deployment: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> list[Claim]:
+        """What the call would take of the budgets at a deployment."""
+        guard = self._calls.guard
+        call = self._described({**asked, **(deployment.get("litellm_params") or {})})
+        now_ms = guard.clock.now_ms()
+        return [claim for policy in budgets for claim in policy.plan(_ANYONE, call, now_ms).claims]
 
     # ------------------------------------------------------------------------------ attempts
 
@@ -230,6 +286,11 @@ class GuardCallback(CustomLogger):  # type: ignore[misc]  # LiteLLM is not in th
                 begun.call.release()
             error = TimeoutError(str(error))
         self._calls.end(call_id, error, complete=False)
+
+
+def _fits(claim: Claim, reading: Reading) -> bool:
+    limit = claim.meter.limit
+    return limit is None or not claim.meter.enforce or reading.used + reading.held + claim.amount <= limit
 
 
 def _names(error: BaseException) -> set[str]:
