@@ -23,7 +23,7 @@ from asgi_llm_guard.admission import Admission, Scope, current_scope
 from asgi_llm_guard.cache import CacheRequest, Lookup, ProviderAnswer
 from asgi_llm_guard.context import Context, Target
 from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
-from asgi_llm_guard.gateway.attempt import Running, Whole
+from asgi_llm_guard.gateway.attempt import Whole
 from asgi_llm_guard.gateway.deployment import Deployment
 from asgi_llm_guard.gateway.errors import Failure, UnknownModel
 from asgi_llm_guard.gateway.health import CooldownRules, Cooldowns, cooldown_entries
@@ -34,6 +34,7 @@ from asgi_llm_guard.gateway.providers.registry import Providers
 from asgi_llm_guard.gateway.request import DIALECTS, Question, target_of
 from asgi_llm_guard.gateway.resolve import Directory
 from asgi_llm_guard.gateway.router import Found, Router, TierDown
+from asgi_llm_guard.gateway.running import Running
 from asgi_llm_guard.gateway.stats import Stats
 from asgi_llm_guard.gateway.strategies import Strategy
 from asgi_llm_guard.gateway.translate import Chunk, ChunkReader, Completion, Timings

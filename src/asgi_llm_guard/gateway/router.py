@@ -28,7 +28,7 @@ from asgi_llm_guard.claims import Rule, Unit
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.denials import together
 from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
-from asgi_llm_guard.gateway.attempt import Attempt, Running, Whole
+from asgi_llm_guard.gateway.attempt import Attempt, Whole
 from asgi_llm_guard.gateway.deployment import Deployment
 from asgi_llm_guard.gateway.errors import (
     CannotExpress,
@@ -46,6 +46,7 @@ from asgi_llm_guard.gateway.policy import Fallbacks, RetryRules
 from asgi_llm_guard.gateway.providers.registry import Providers
 from asgi_llm_guard.gateway.request import Place, Question
 from asgi_llm_guard.gateway.resolve import Directory, Resolved
+from asgi_llm_guard.gateway.running import Running
 from asgi_llm_guard.gateway.stats import Run, Stats
 from asgi_llm_guard.gateway.strategies import Candidate, Strategy, strategy_named
 from asgi_llm_guard.policies.base import Policy

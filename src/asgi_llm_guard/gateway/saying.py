@@ -8,9 +8,9 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from asgi_llm_guard.wire.base import Head
-from asgi_llm_guard.wire.shape import items, pick
+from asgi_llm_guard.wire.shape import decode, items, pick
 
-__all__ = ["begins_tool_call", "retry_after_s", "says_something"]
+__all__ = ["begins_tool_call", "message_of", "retry_after_s", "says_something"]
 
 _TOOL: Final = re.compile(rb'"tool_calls"\s*:\s*\[\s*\{|"tool_use"|"function_call"|"image_generation_call"')
 _PARTS: Final = ("text", "refusal", "thinking_text")
@@ -73,3 +73,16 @@ def retry_after_s(head: Head, now_ms: int) -> float | None:
         if 0 <= seconds < 10**9:  # neither is a `nan`
             return seconds
     return None
+
+
+def message_of(body: bytes) -> str:
+    """What an error says, for people to read."""
+    value = decode(body)
+    for part in (value.get("error") if isinstance(value, dict) else None, value):
+        if isinstance(part, str):
+            return part
+        if isinstance(part, dict):
+            for name in ("message", "detail"):
+                if isinstance(part.get(name), str):
+                    return str(part[name])
+    return ""
