@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -455,6 +455,31 @@ def test_what_cannot_be_cached_is_told_at_once() -> None:
     async def closed() -> int:
         return outer
 
+    def speaking(language: str) -> Callable[[Any], Any]:
+        def decorate(function: Any) -> Any:
+            @functools.wraps(function)
+            async def speak(value: Any) -> str:
+                return f"{language}: {await function(value)}"
+
+            return speak
+
+        return decorate
+
+    async def plain(value: Any) -> int:
+        return 1
+
+    @functools.wraps(plain)
+    async def early(value: Any) -> int:
+        return await late(value) + outer
+
+    with pytest.raises(ConfigurationError, match="decorator"):
+        guarded(cache=True)(early)
+
+    async def late(value: Any) -> int:
+        return 1
+
+    assert guarded(cache=lambda value: ["de", value])(speaking("de")(plain))
+
     class Called:
         async def __call__(self) -> int:
             return 1
@@ -464,6 +489,7 @@ def test_what_cannot_be_cached_is_told_at_once() -> None:
         (stream_sync, "streams"),
         (respond, "JSONResponse"),
         (closed, "depends on more"),
+        (speaking("de")(plain), "values of a decorator"),
         (either, "Title | .*Later"),
         (functools.partial(anything, 1), "depends on more"),
         (Called(), "depends on more"),

@@ -45,11 +45,14 @@ class FunctionCache:
         if inspect.isasyncgenfunction(code) or inspect.isgeneratorfunction(code):
             raise ConfigurationError(f"@guarded {name}: cache= is for functions that return a value; this one streams")
         if key is None and (
-            isinstance(function, functools.partial) or not inspect.isfunction(code) or code.__closure__
+            isinstance(function, functools.partial)
+            or not inspect.isfunction(code)
+            or code.__closure__
+            or _wrappers_have_values(function)
         ):
             raise ConfigurationError(
-                f"@guarded {name}: its value depends on more than its arguments (an object, a partial, or variables of the "
-                "function around it); say on what: cache=lambda *args, **kwargs: [...]"
+                f"@guarded {name}: its value depends on more than its arguments (an object, a partial, variables of the "
+                "function around it, or values of a decorator); say on what: cache=lambda *args, **kwargs: [...]"
             )
         self.kind = _kind(code, name)
         self._name = name
@@ -108,6 +111,19 @@ class FunctionCache:
             except (NameError, ConfigurationError):  # too late to refuse it: what JSON cannot say is not kept
                 self._form = _Json()
         return self._form
+
+
+def _wrappers_have_values(function: Any) -> bool:
+    """Whether a decorator that a function was put into holds more than functions: it may say another thing elsewhere."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                if not callable(cell.cell_contents):
+                    return True
+            except ValueError:  # it is filled later
+                return True
+        function = inner
+    return False
 
 
 def _kind(function: Any, name: str) -> str:
