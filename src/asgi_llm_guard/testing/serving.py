@@ -61,6 +61,8 @@ class Serving:
         server = self._server(uvicorn.Server, config)
         logging.getLogger("uvicorn.error").addFilter(self._log_filter)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        # Its connections have it too; asyncio sets it only where the socket names its protocol.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._thread = threading.Thread(target=asyncio.run, args=[self._run(server, self._listener)], daemon=True)
         self._thread.start()
         self._ready.wait()
