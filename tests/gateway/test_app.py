@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -411,11 +412,13 @@ async def test_bodies_that_nobody_has_read_are_bounded() -> None:
         assert (answer.status_code, answer.json()["error"]["code"], provider.calls) == (413, "body_too_large", 0)
 
 
-async def test_refusals_of_a_deployment_give_back_what_was_held() -> None:
+async def test_refusals_of_a_deployment_give_back_what_was_held(tmp_path: Path) -> None:
     """Where calls may be made that nobody sees, a call that the gateway refuses is known not to have been made."""
     route = Route(f"/llm{CHAT}", calls="opaque")
     policies = [Budget("$1/daily")]
-    async with in_starlette(policies, routes=[route], budget="$0.0000001/1d") as (http, guard, provider):
+    storage = f"sqlite:///{tmp_path / 'guard.db'}"  # which the refusal is waited for
+    budget = "$0.0000001/1d"
+    async with in_starlette(policies, routes=[route], storage=storage, budget=budget) as (http, guard, provider):
         answer = await http.post(f"/llm{CHAT}", json=body())
         assert (answer.status_code, provider.calls) == (402, 0)
         assert await guard.storage.records() == []
@@ -423,12 +426,15 @@ async def test_refusals_of_a_deployment_give_back_what_was_held() -> None:
 
 
 @contextlib.asynccontextmanager
-async def in_process(*policies: Policy, **fields: Any) -> AsyncIterator[tuple[Gateway, FakeProvider]]:
+async def in_process(
+    *policies: Policy, storage: str = "memory://", **fields: Any
+) -> AsyncIterator[tuple[Gateway, FakeProvider]]:
     """A gateway of one deployment."""
     provider = FakeProvider(prices=BILLED)
     async with provider.serve() as url:
         deployment = Deployment(provider="openai", model="model-a", api_base=str(url), api_key="k", **fields)
-        guard = Guard(policies, prices=PRICES, identity=ApiKeys([RECORD], secret=SECRET))
+        identity = ApiKeys([RECORD], secret=SECRET)
+        guard = Guard(policies, storage=storage, prices=PRICES, identity=identity)
         async with guard, Gateway(guard, [deployment]) as gateway:
             yield gateway, provider
 
