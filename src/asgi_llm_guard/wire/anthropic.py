@@ -14,7 +14,7 @@ from asgi_llm_guard.wire.anthropic_usage import Report
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
 from asgi_llm_guard.wire.faults import kind_of_status
 from asgi_llm_guard.wire.items import Items
-from asgi_llm_guard.wire.meters import Streamed, Whole
+from asgi_llm_guard.wire.meters import Streamed, Whole, told_early
 from asgi_llm_guard.wire.overflow import says_overflow
 from asgi_llm_guard.wire.peek import BodyError, BodyView, read_body
 from asgi_llm_guard.wire.shape import (
@@ -256,13 +256,15 @@ _STARTS_PIECE: Final = (b'{"type":"content_block_delta"', b'{"type": "content_bl
 class MessageTally:
     """What an answer says, from its events or as one piece. Reports of usage replace each other, field by field."""
 
-    __slots__ = ("_done", "_error", "_model", "_report", "_undecoded", "seen", "text_bytes")
+    __slots__ = ("_done", "_error", "_model", "_report", "_told_at", "_undecoded", "seen", "text_bytes")
 
     def __init__(self) -> None:
         self._model: str | None = None
         self._report = Report()
         self._error: ErrorKind | None = None
         self._undecoded = 0
+        self._told_at = 0
+        """How much text had come when the output was reported."""
         self._done = False
         self.text_bytes = 0
         self.seen = False
@@ -277,6 +279,7 @@ class MessageTally:
             self.text_bytes += sum(text_length(pick(delta, name)) for name in _Delta.__struct_fields__)
         elif kind == "message_delta":
             self._report.update(pick(value, "usage"))
+            self._told_at = self.text_bytes
             self._done = self._done or pick_path(value, "delta", "stop_reason") is not None
         elif kind == "message_start":
             message = pick(value, "message")
@@ -290,7 +293,7 @@ class MessageTally:
         elif kind == "message":
             self._model = name_of(pick(value, "model")) or self._model
             self._report.update(pick(value, "usage"))
-            self.text_bytes += sum(map(_block_bytes, items(pick(value, "content"))))
+            self._told_at = self.text_bytes = self.text_bytes + sum(map(_block_bytes, items(pick(value, "content"))))
         elif kind == "error":
             self._error = classify(None, value)
 
@@ -320,9 +323,12 @@ class MessageTally:
 
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
+        usage = self._report.usage(self._model)
+        if usage is not None and self.text_bytes > self._told_at:
+            usage = told_early(usage)
         return Answer(
             kind="success" if self._error is None else "error",
-            usage=self._report.usage(self._model),
+            usage=usage,
             model=self._model,
             error=self._error,
             text_bytes=self.text_bytes,

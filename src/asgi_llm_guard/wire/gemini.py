@@ -16,7 +16,7 @@ from asgi_llm_guard.wire.array import ArrayMeter
 from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Meter
 from asgi_llm_guard.wire.faults import is_overflow, kind_of_status
 from asgi_llm_guard.wire.items import Items
-from asgi_llm_guard.wire.meters import Streamed, Whole
+from asgi_llm_guard.wire.meters import Streamed, Whole, told_early
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import (
     MOST_CHOICES,
@@ -272,8 +272,8 @@ class _Tally:
     """What an answer says, from its chunks or as one piece. The last report of usage wins; none are summed."""
 
     __slots__ = (
-        "_blocked", "_embedded", "_error", "_images", "_model", "_open", "_report", "_searches", "_tier", "_undecoded",
-        "seen", "text_bytes",
+        "_blocked", "_embedded", "_error", "_images", "_model", "_open", "_report", "_searches", "_tier", "_told_at",
+        "_undecoded", "seen", "text_bytes",
     )  # fmt: skip
 
     def __init__(self, tier: str | None = None) -> None:
@@ -287,6 +287,7 @@ class _Tally:
         self._searches: dict[int, int] = {}
         self._open: dict[int, bool] = {}
         self._undecoded = 0
+        self._told_at = 0  # how much text had come when the report did
         self.seen = False
         self.text_bytes = 0
 
@@ -327,6 +328,8 @@ class _Tally:
             queries = _either(grounding, "webSearchQueries", "web_search_queries")
             if isinstance(queries, (list, tuple)) and queries:
                 self._searches[index] = len(queries)
+        if report is not None and self._report is report:
+            self._told_at = self.text_bytes
 
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
@@ -344,6 +347,8 @@ class _Tally:
 
     def _used(self, model: str | None) -> Usage | None:
         usage = _usage(self._report)
+        if usage is not None and self.text_bytes > self._told_at:
+            usage = told_early(usage)
         if self._embedded is not None or self._images is not None:
             entered = self._embedded if usage is None else usage.input_tokens
             written = 0 if self._embedded is not None else None if usage is None else usage.output_tokens
@@ -363,17 +368,18 @@ class _Tally:
         """Count a chunk or response that is text and counts, and nothing else."""
         self.seen = True
         self._model = plain.model_version or self._model
-        report = plain.usage_metadata
-        if report is not None and (
-            self._report is None or report.total_token_count is not None or report.candidates_token_count is not None
-        ):
-            self._report = report
         for candidate in plain.candidates:
             if candidate.content is not None:
                 for part in candidate.content.parts or ():
                     if part.text:
                         self.text_bytes += text_length(part.text)
             self._note(candidate.index, ended=candidate.finish_reason is not None)
+        report = plain.usage_metadata
+        if report is not None and (
+            self._report is None or report.total_token_count is not None or report.candidates_token_count is not None
+        ):
+            self._report = report
+            self._told_at = self.text_bytes
 
     def _add_loose(self, data: bytes) -> None:
         value = decode(data)

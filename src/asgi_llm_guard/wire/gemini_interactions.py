@@ -14,7 +14,7 @@ from asgi_llm_guard.wire.base import Answer, Ask, ErrorKind, Head, ItemMeter, Me
 from asgi_llm_guard.wire.faults import is_overflow, kind_of_status, status_error
 from asgi_llm_guard.wire.gemini import limit_output, read_limits, spelled
 from asgi_llm_guard.wire.items import Items
-from asgi_llm_guard.wire.meters import Streamed, Whole
+from asgi_llm_guard.wire.meters import Streamed, Whole, told_early
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import (
     LONGEST_NAME,
@@ -148,7 +148,7 @@ _PLAIN: Final = msgspec.json.Decoder(_Plain)
 class _Tally:
     """What an interaction says, from its events or as one piece. The last report of usage wins; none are summed."""
 
-    __slots__ = ("_error", "_finished", "_model", "_report", "_tier", "_undecoded", "seen", "text_bytes")
+    __slots__ = ("_error", "_finished", "_model", "_report", "_tier", "_told_at", "_undecoded", "seen", "text_bytes")
 
     def __init__(self) -> None:
         self._model: str | None = None
@@ -159,6 +159,8 @@ class _Tally:
         self._undecoded = 0
         self.seen = False
         self.text_bytes = 0
+        self._told_at = 0
+        """How much text had come when the usage was reported."""
 
     def event(self, block: Block) -> bool:
         data = block.data
@@ -209,9 +211,12 @@ class _Tally:
 
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
+        usage = _usage(self._report, self._model, self._tier)
+        if usage is not None and self.text_bytes > self._told_at:
+            usage = told_early(usage)
         return Answer(
             kind="success" if self._error is None else "error",
-            usage=_usage(self._report, self._model, self._tier),
+            usage=usage,
             model=self._model,
             error=self._error,
             text_bytes=self.text_bytes,
@@ -222,10 +227,10 @@ class _Tally:
     def _add_interaction(self, value: object, *, with_text: bool) -> None:
         self._model = (name_of(pick(value, "model")) or "").removeprefix("models/") or self._model
         self._tier = name_of(pick(value, "service_tier")) or self._tier
-        self._note(pick(value, "usage"))
-        self._end(pick(value, "status"))
         if with_text:  # a stream has told it before
             self.text_bytes += sum(_step_bytes(step) for step in items(pick(value, "steps")))
+        self._note(pick(value, "usage"))
+        self._end(pick(value, "status"))
 
     def _end(self, status: object) -> None:
         if status == "failed":
@@ -236,6 +241,7 @@ class _Tally:
     def _note(self, report: object) -> None:
         if _usage(report, None, None) is not None:
             self._report = report
+            self._told_at = self.text_bytes
 
 
 def _is_ours(value: object) -> bool:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
+import msgspec
+
+from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer
 from asgi_llm_guard.wire.sse import Block
 
-__all__ = ["MAX_BODY_BYTES", "Opaque", "Splitter", "Streamed", "Tally", "Whole"]
+__all__ = ["MAX_BODY_BYTES", "Opaque", "Splitter", "Streamed", "Tally", "Whole", "told_early"]
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """A body longer than this is forwarded unread."""
@@ -62,6 +65,22 @@ class Tally(Protocol):
     def answer(self, *, unread: int = 0) -> Answer:
         """The sum so far. `unread`: pieces that were too long."""
         ...
+
+
+def told_early(usage: Usage) -> Usage | None:
+    """What is left of a report that more text has followed: its input, since the output goes on; `None`: nothing."""
+    if not usage.output_tokens:
+        return usage
+    if usage.input_tokens is None:
+        return None
+    return msgspec.structs.replace(
+        usage,
+        output_tokens=None,
+        reasoning_tokens=None,
+        output_audio_tokens=None,
+        output_image_tokens=None,
+        reported_nanousd=None,
+    )
 
 
 class Streamed:

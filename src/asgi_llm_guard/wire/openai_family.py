@@ -10,7 +10,7 @@ import msgspec
 
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Answer, ErrorKind, Head, ItemMeter, Meter
-from asgi_llm_guard.wire.meters import Streamed, Whole
+from asgi_llm_guard.wire.meters import Streamed, Whole, told_early
 from asgi_llm_guard.wire.openai_errors import classify, error_of
 from asgi_llm_guard.wire.peek import BodyError, BodyView
 from asgi_llm_guard.wire.shape import LONGEST_NAME, decode, name_of, path_parts, pick
@@ -183,10 +183,8 @@ class FamilyTally(ABC):
     def answer(self, *, whole: bool = False, unread: int = 0) -> Answer:
         """The sum of it. `whole`: there is no more to come."""
         usage = self.usage
-        if usage is not None and self.text_bytes > self._told_at and usage.output_tokens:
-            usage = (
-                _of_input(usage) if usage.input_tokens is not None else None
-            )  # it was told too early to have all of the output in it
+        if usage is not None and self.text_bytes > self._told_at:
+            usage = told_early(usage)
         if usage is not None and (self.model is not None or self.tier is not None):
             usage = msgspec.structs.replace(usage, model=self.model, service_tier=self.tier)
         return Answer(
@@ -204,17 +202,6 @@ def _is_empty(usage: Usage) -> bool:
     """Whether nothing at all was used, as servers say that do not count."""
     return usage.total_tokens == 0 and not (
         usage.audio_ms or usage.web_searches or usage.extra or usage.reported_nanousd
-    )
-
-
-def _of_input(usage: Usage) -> Usage:
-    return msgspec.structs.replace(
-        usage,
-        output_tokens=None,
-        reasoning_tokens=None,
-        output_audio_tokens=None,
-        output_image_tokens=None,
-        reported_nanousd=None,
     )
 
 
