@@ -354,3 +354,19 @@ async def test_unlisted_requests_are_refused() -> None:
     assert (exchange.status, exchange.json["code"]) == (403, "route_not_listed")
     assert [(await ask(app, path=path)).status for path in ("/hook", CHAT)] == [200, 200]
     assert len(provider.bodies) == 2
+
+
+async def test_clamped_body_that_cannot_be_changed() -> None:
+    """A body in which no limit can be lowered is refused before the application sees it, and nothing is charged."""
+    model = "claude-haiku-4-5"
+    body = {"model": model, "max_tokens": 100_000, "messages": [], "fallbacks": [{"model": model, "thinking": "deep"}]}
+    guard = new_guard(Budget("$0.005/1d", per="caller"))
+    provider = Provider()
+    exchange = await request("/v1/messages", body=json.dumps(body).encode(), headers=JSON_HEADERS).run(
+        guarded(provider, guard, routes=[Route("/v1/messages", clamp=True)])
+    )
+
+    assert exchange.status == 400
+    assert "thinking" in exchange.json["error"]["message"]
+    assert provider.bodies == []
+    assert await ledger(guard) == []

@@ -13,6 +13,7 @@ import msgspec
 from asgi_llm_guard.admission import Admission, enter, leave
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
+from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.idempotency import KeptResponse
 from asgi_llm_guard.identity.base import IdentityError
@@ -166,7 +167,7 @@ class GuardedRequest:
                     assumed_output_tokens=route.assumed_output_tokens,
                 )
         except BodyError as error:
-            return self._refused(Refusal(policy="request", code=error.code, message=str(error), status=error.status))
+            return self._refused(_unreadable(error))
         except IdentityError as error:
             return self._refused(unidentified(error))
         self.context = context
@@ -200,7 +201,7 @@ class GuardedRequest:
         try:
             return await replays.begin(self.scope, context, self._whole_body, replay_ms, self.dialect)
         except BodyError as error:
-            return Refusal(policy="request", code=error.code, message=str(error), status=error.status)
+            return _unreadable(error)
 
     async def _whole_body(self) -> bytes:
         if self.body is None:
@@ -253,7 +254,10 @@ class GuardedRequest:
                 limit = held.output_tokens // held.choices
         include = route.inject_usage and stream
         self.strip = include and not wants_usage
-        body = self.dialect.rewrite(self.view, include_usage=include, max_output_tokens=limit)
+        try:
+            body = self.dialect.rewrite(self.view, include_usage=include, max_output_tokens=limit)
+        except BodyError as error:  # what is to be changed in it is malformed, and was not read before
+            raise LimitExceeded(self._refused(_unreadable(error))) from error
         if body is not self.body:
             self.body = body
             headers = [(name, value) for name, value in self.scope["headers"] if name not in _FRAMING]
@@ -437,6 +441,10 @@ class GuardedRequest:
 def cache_control(scope: Scope) -> str:
     """What a request says of caches."""
     return b",".join([value for name, value in scope["headers"] if name.lower() == b"cache-control"]).decode("latin-1")
+
+
+def _unreadable(error: BodyError) -> Refusal:
+    return Refusal(policy="request", code=error.code, message=str(error), status=error.status)
 
 
 async def finished(guard: Guard, admission: Admission) -> None:
