@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 from asgi_llm_guard import Context, Guard, background
@@ -46,6 +47,10 @@ def wanted(request: FakeRequest) -> str | None:
     return None
 
 
+def _wants(name: str, request: FakeRequest) -> bool:
+    return wanted(request) == name
+
+
 class Stage:
     """A provider, and the gateway over it: `auto` is `openai/small` and `openai/large`, with windows of their own."""
 
@@ -84,7 +89,7 @@ def staged() -> Iterator[Stage]:
         }
     )
     for name, arguments in ARGUMENTS.items():
-        provider.when(lambda request, name=name: wanted(request) == name, Behaviour.call_tool(name, **arguments))
+        provider.when(partial(_wants, name), Behaviour.call_tool(name, **arguments))
     provider.when(lambda request: "response_format" in request.body, Behaviour.answer(json.dumps(ARGUMENTS["Joke"])))
     with provider.serve() as url:
         guard = Guard(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 from langchain_core.language_models import BaseChatModel
@@ -70,7 +70,7 @@ class TestIntegration(_Gateway, ChatModelIntegrationTests):
             return model.invoke("hello")
         full: AIMessageChunk | None = None
         for chunk in model.stream("hello"):
-            full = cast("AIMessageChunk", chunk) if full is None else full + cast("AIMessageChunk", chunk)
+            full = chunk if full is None else full + chunk
         assert full is not None
         return full
 

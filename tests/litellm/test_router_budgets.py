@@ -117,7 +117,7 @@ async def test_none_left_is_one_error_with_each_provider(stage: Stage) -> None:
         "mistral: $0.00 of $0.00 spent",
         f"soonest reset: openai at {soonest}",
     )
-    stage.budgets()
+    stage.budgets(openai="$10/1d")
     await stage.ask(router)
     assert stage.provider.calls == 2
 

@@ -97,7 +97,9 @@ def _part(block: dict[str, Any]) -> dict[str, Any]:
     if block.get("type") == "text" and isinstance(block.get("text"), str):
         part = {"type": "text", "text": block["text"]}
     else:
-        (message,) = convert_to_openai_messages([HumanMessage([block])], text_format="block")
+        (message,) = convert_to_openai_messages(
+            [HumanMessage([block])], text_format="block", pass_through_unknown_blocks=False
+        )
         (part,) = message["content"]
     if "cache_control" in block:
         part = {**part, "cache_control": block["cache_control"]}
