@@ -232,9 +232,6 @@ class _Answering:
         await self._send({"type": "http.response.body", "body": body})
 
     async def fail(self, fault: Fault) -> None:
-        admission = self.scope.get(STATE_KEY)
-        if isinstance(fault, LimitExceeded) and isinstance(admission, Admission):
-            admission.refusal_answered()
         accept = b", ".join(value for name, value in self.scope["headers"] if name == b"accept") or None
         instance = request_id(self.scope)
         await self.whole(rendered(fault, self.dialect, accept=accept, instance=instance, expose=self._app.expose))
