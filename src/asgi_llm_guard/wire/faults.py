@@ -8,7 +8,7 @@ from asgi_llm_guard.wire.base import ErrorKind
 from asgi_llm_guard.wire.overflow import says_overflow
 from asgi_llm_guard.wire.shape import pick
 
-__all__ = ["is_overflow", "kind_of_status", "status_error"]
+__all__ = ["is_overflow", "kind_of_status", "may_be_overflow", "status_error"]
 
 _STATUSES: Final[dict[int, ErrorKind]] = {
     401: "auth",
@@ -26,7 +26,12 @@ _UNUSABLE: Final = frozenset({None, 400, 413, 422})
 
 def is_overflow(status: int | None, message: object) -> bool:
     """Whether an error says that the input is larger than the model's window; `status=None`: in mid-stream."""
-    return status in _UNUSABLE and says_overflow(message)
+    return may_be_overflow(status) and says_overflow(message)
+
+
+def may_be_overflow(status: int | None) -> bool:
+    """Whether errors with this status may say so; `None`: in mid-stream."""
+    return status in _UNUSABLE
 
 
 def kind_of_status(status: int | None) -> ErrorKind:

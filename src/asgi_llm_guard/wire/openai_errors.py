@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from asgi_llm_guard.wire.base import ErrorKind
-from asgi_llm_guard.wire.overflow import says_overflow
+from asgi_llm_guard.wire.faults import is_overflow, kind_of_status, may_be_overflow
 from asgi_llm_guard.wire.shape import pick
 
 __all__ = ["classify", "error_of", "is_error"]
@@ -35,17 +35,6 @@ _KINDS: Final[dict[object, ErrorKind]] = {
     "RESOURCE_EXHAUSTED": "rate_limit",
     "UNAVAILABLE": "overload",
 }
-_STATUSES: Final[dict[int | None, ErrorKind]] = {
-    401: "auth",
-    402: "quota",
-    403: "auth",
-    407: "auth",
-    408: "other",
-    429: "rate_limit",
-    502: "overload",
-    503: "overload",
-    529: "overload",
-}
 
 
 def error_of(value: object) -> object:
@@ -67,16 +56,17 @@ def classify(status: int | None, value: object) -> ErrorKind:
         status = code
     if code == "string_above_max_length" or "string too long" in text:
         return "invalid"  # a text that is too long for its field; reads much like an overflow
-    if status in (None, 400, 413, 422) and (code == "context_length_exceeded" or says_overflow(message)):
+    if is_overflow(status, message) or (code == "context_length_exceeded" and may_be_overflow(status)):
         return "context_overflow"
     for word in (code, kind):
         if isinstance(word, str) and word in _KINDS:
             return _KINDS[word]
     if status == 402 and pick(pick(error, "metadata"), "limit_source") == "openrouter_in_flight_budget":
         return "rate_limit"
-    if status in _STATUSES:
-        return _STATUSES[status]
-    return "invalid" if kind == "invalid_request_error" or status in range(400, 500) else "other"
+    found = kind_of_status(status)
+    if found == "other" and kind == "invalid_request_error" and status not in range(400, 500):
+        return "invalid"
+    return found
 
 
 def is_error(value: object) -> bool:
