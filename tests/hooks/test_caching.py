@@ -58,6 +58,20 @@ async def test_kept(caching: Stage, way: Way) -> None:
     assert sum(record.cost_nanousd or 0 for record in records) == caching.provider.total_nanousd
 
 
+async def test_answers_that_were_not_sent_for_are_like_others(caching: Stage, way: Way) -> None:
+    """What is kept, and what is refused, comes as an answer of the network does: it is read, and took some time."""
+    async with hooked(caching, way) as client, caching.guard.open(ADA):
+        sent, kept = [await client.post(asked()) for _ in range(2)]
+        async with caching.guard.open(ADA, extra=[Budget("$0.000001/1d", name="small")]):
+            refused = await client.post(asked("another"))
+
+    assert (kept.status_code, refused.status_code) == (200, 402)
+    for response in (sent, kept, refused):
+        assert response.elapsed.total_seconds() >= 0
+        assert response.is_closed
+        assert response.num_bytes_downloaded == len(response.content)
+
+
 async def test_not_for_others(caching: Stage, way: Way) -> None:
     """T5: what one caller was answered is given to no other one, and to nobody without a name."""
     async with hooked(caching, way) as client:

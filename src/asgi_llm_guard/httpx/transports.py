@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
@@ -248,13 +248,17 @@ def _to_send(request: Any, exchange: Exchange) -> Any:
 
 def _refusal(hook: Hook, denied: Denied, outgoing: Outgoing, request: Any) -> Any:
     rendered = hook.rendered(denied, outgoing)
-    return library_of(request).Response(
-        rendered.status, headers=rendered.headers, content=rendered.body, extensions={REFUSED: denied}
-    )
+    return _made(request, rendered.status, rendered.headers, rendered.body, {REFUSED: denied})
 
 
 def _kept(request: Any, answer: ProviderAnswer) -> Any:
-    return library_of(request).Response(answer.status, headers=answer.headers, content=answer.body)
+    return _made(request, answer.status, answer.headers, answer.body, {})
+
+
+def _made(request: Any, status: int, headers: Sequence[Any], body: bytes, extensions: dict[str, Any]) -> Any:
+    library = library_of(request)
+    # A stream, which the client has still to read: of a body that is there already it does not note when it came.
+    return library.Response(status, headers=headers, stream=library.ByteStream(body), extensions=extensions)
 
 
 def _answered(request: Any, response: Any, exchange: Exchange, body: Callable[..., Any]) -> Any:
