@@ -69,9 +69,9 @@ async def test_openai_chat(way: Way, model: str) -> None:
 
 @pytest.mark.parametrize("model", [SMALL, OTHER])
 @pytest.mark.parametrize("wants_usage", [True, False])
-async def test_openai_chat_stream(way: Way, model: str, wants_usage: bool) -> None:
+async def test_openai_chat_stream(model: str, wants_usage: bool) -> None:
     """A stream comes in chunks, with the usage if the client asked for it."""
-    async with service(*policies(), way=way) as app:
+    async with service(*policies()) as app:
         client = await app.openai()
         options: dict[str, Any] = {"stream_options": {"include_usage": True}} if wants_usage else {}
         stream: Any = await client.chat.completions.create(
@@ -125,19 +125,17 @@ async def test_openai_sync(stream: bool) -> None:
         await app.check_books()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_openai_responses(way: Way, stream: bool) -> None:
+async def test_openai_responses(way: Way) -> None:
     """Responses, whole and streamed."""
     async with service(*policies(), way=way) as app:
         client = await app.openai()
         options: Any = {"model": SMALL, "input": "Say hello to everybody here", "max_output_tokens": 50}
-        if stream:
-            async with client.responses.stream(**options) as events:
-                response = await events.get_final_response()
-        else:
-            response = await client.responses.create(**options)
+        async with client.responses.stream(**options) as events:
+            streamed = await events.get_final_response()
+        response = await client.responses.create(**options)
 
-        assert response.output_text == ECHO
+        assert response.output_text == streamed.output_text == ECHO
+        assert app.provider.calls == len(await app.records()) == 2
         await app.check_books()
 
 
@@ -181,9 +179,9 @@ async def test_anthropic_messages(way: Way, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", [OTHER, SMALL])
-async def test_anthropic_stream(way: Way, model: str) -> None:
+async def test_anthropic_stream(model: str) -> None:
     """The SDK puts a stream of either API together."""
-    async with service(*policies(), way=way) as app:
+    async with service(*policies()) as app:
         client = await app.anthropic()
         async with client.messages.stream(model=model, max_tokens=50, messages=ASKED) as stream:
             pieces = [text async for text in stream.text_stream]
@@ -246,19 +244,19 @@ REFUSALS: dict[str, tuple[Policy, int, type[openai.APIStatusError], type[anthrop
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", REFUSALS)
-async def test_refusals_in_openai(way: Way, case: str, stream: bool) -> None:
+async def test_refusals_in_openai(way: Way, case: str) -> None:
     """A refusal is the SDK's own error, after exactly one request, and no provider is asked."""
     policy, status, error, _ = REFUSALS[case]
     async with service(policy, way=way) as app:
         client = await app.openai()
-        with pytest.raises(error) as caught:
-            await client.chat.completions.create(model=SMALL, messages=ASKED, max_completion_tokens=50, stream=stream)
-
-        assert caught.value.status_code == status
-        assert caught.value.body is not None
-        assert (app.requests.count, app.provider.calls) == (1, 0)
+        for number, stream in enumerate((False, True), start=1):
+            asked: dict[str, Any] = {"model": SMALL, "messages": ASKED, "max_completion_tokens": 50, "stream": stream}
+            with pytest.raises(error) as caught:
+                await client.chat.completions.create(**asked)
+            assert caught.value.status_code == status
+            assert caught.value.body is not None
+            assert (app.requests.count, app.provider.calls) == (number, 0)
         assert await app.records() == []
 
 
