@@ -40,7 +40,6 @@ __all__ = ["Attempt", "Health", "Whole"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
-_JSON: Final = b"application/json"
 _SHOWN: Final = 2_000
 
 
