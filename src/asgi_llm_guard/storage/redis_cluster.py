@@ -78,7 +78,8 @@ class Cluster:
         self._reason = ""
         self._task: asyncio.Task[None] | None = None
         self._later: asyncio.TimerHandle | None = None
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], Node] = {}
+        """Nodes without a slot, while what they were asked is answered."""
         self._refusing = ""
 
     @property
@@ -217,14 +218,17 @@ class Cluster:
             node = self._nodes.pop(endpoint)
             self._on_change(node, "")
             task = self._loop.create_task(node.aclose(2 * self._timeout_s))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[task] = node
+            task.add_done_callback(self._retired)
         lobby, self._lobby = self._lobby, deque()
         for call in lobby:
             if self._slots[call.slot] is None:
                 call.fail(f"redis: no node of {self._address} has slot {call.slot}; see CLUSTER INFO", sent=False)
             elif call.wanted:
                 self.put(call)
+
+    def _retired(self, task: asyncio.Task[None]) -> None:
+        self._retiring.pop(task).end()  # a task that is cancelled before it begins has closed nothing
 
     def _failed(self, reason: str) -> None:
         self._reason = f"no node of {self._address} tells who has which slot: {reason}"
@@ -264,8 +268,20 @@ class Cluster:
             node.refuse(reason)
 
     async def aclose(self, within_s: float) -> None:
-        """Wait for what is under way, within some seconds; then fail the rest, and close."""
+        """Wait for what is under way, within some seconds; then fail the rest, and close. Cancelled, close at once."""
         self._refusing = "the link was closed"
+        try:
+            await self._wait_and_close(within_s)
+        finally:
+            if self._task is not None:
+                self._task.cancel()
+            for call in self._own():
+                call.fail("redis: the link was closed", sent=False)
+            # Those too that calls were sent on to while the others closed.
+            for node in (*self._nodes.values(), *self._retiring.values()):
+                node.end()
+
+    async def _wait_and_close(self, within_s: float) -> None:
         if self._later is not None:
             self._later.cancel()
             self._later = None

@@ -192,8 +192,10 @@ class Link:
         if self._closed:
             return
         self._closed = True
-        await self._servers.aclose(2 * self._timeout_s)
-        self._expiry.cancel()
+        try:
+            await self._servers.aclose(2 * self._timeout_s)
+        finally:
+            self._expiry.cancel()
 
     def _expire(self, now: float) -> float | None:
         return self._servers.expire(now)

@@ -53,12 +53,14 @@ class Connected:
             yield
         finally:
             self.ended = True
-            self.lane.flush()
-            for group in tuple(self.lane.unsettled):
-                with contextlib.suppress(StorageError):
-                    await group.handed
-            self.lane.fail(StorageError("redis: this storage, or the event loop it was used by, was closed"))
-            await self.link.aclose()
+            try:
+                self.lane.flush()
+                for group in tuple(self.lane.unsettled):
+                    with contextlib.suppress(StorageError):
+                        await group.handed
+            finally:  # it may be cancelled meanwhile, by somebody who does not wait so long
+                self.lane.fail(StorageError("redis: this storage, or the event loop it was used by, was closed"))
+                await self.link.aclose()
 
     async def aclose(self) -> None:
         await self._end.aclose()
@@ -106,6 +108,8 @@ class Home:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        # Its lane, if the storage could not wait for it to close.
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
 
     def stop(self) -> None:

@@ -501,12 +501,33 @@ class Node:
     # Closing
 
     async def aclose(self, within_s: float) -> None:
-        """Take no more calls, wait for those under way, within some seconds; then fail the rest, and close."""
+        """Take no more calls, wait for those under way, within some seconds; then fail the rest, and close.
+
+        Cancelled, it waits no longer, and closes all the same: nobody would call it again.
+        """
         self.refuse("the link was closed")
         waiting = self._wire.waiting if self._wire is not None else ()
         futures = [call.future for call in (*waiting, *(self._again or ()), *self._kept) if not call.future.done()]
-        if futures:
-            await asyncio.wait(futures, timeout=within_s)
+        try:
+            if futures:
+                await asyncio.wait(futures, timeout=within_s)
+            task = self._connect_no_more()
+            if task is not None:
+                await asyncio.wait((task,))
+            if self._wire is not None:
+                await self._wire.aclose(within_s)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Close at once: fail what has no answer, and leave no connection. Idempotent."""
+        self.refuse("the link was closed")
+        self._connect_no_more()
+        self._cut("the link was closed")
+        self._give_back("the link was closed")
+
+    def _connect_no_more(self) -> asyncio.Task[None] | None:
+        """The attempt that was under way, which is about to end."""
         self._over = True
         if self._later is not None:
             self._later.cancel()
@@ -514,10 +535,7 @@ class Node:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            await asyncio.wait((task,))
-        if self._wire is not None:
-            await self._wire.aclose(within_s)
-        self._give_back("the link was closed")
+        return task
 
     def refuse(self, reason: str) -> None:
         """Take no more calls."""

@@ -256,12 +256,14 @@ class Wire(asyncio.Protocol):
         self._end(reason)
 
     async def aclose(self, within_s: float) -> None:
-        """Close in good order, or at least within some seconds."""
+        """Close in good order, or at least within some seconds, or as soon as this is cancelled."""
         self._transport.close()
-        await asyncio.wait((self._closed,), timeout=within_s)
-        if not self._closed.done():
-            self._transport.abort()
-        self._end("the link was closed")
+        try:
+            await asyncio.wait((self._closed,), timeout=within_s)
+        finally:
+            if not self._closed.done():
+                self._transport.abort()
+            self._end("the link was closed")
 
     @property
     def lost(self) -> bool:

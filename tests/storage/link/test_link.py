@@ -750,6 +750,29 @@ async def test_closing_ends_when_the_server_does_not_answer(redis_server: RedisS
     assert asyncio.all_tasks() == before
 
 
+async def test_closing_that_is_cancelled_closes_all_the_same(redis_server: RedisServer, key: bytes) -> None:
+    """Who has no time to wait for the last answers leaves neither a connection nor a task, connected or connecting."""
+    before = asyncio.all_tasks()
+    with FaultProxy(redis_server.url) as proxy:
+        up, connecting = [Link(Address.parse(proxy.url)[0], scripts=SCRIPTS, timeout_s=PATIENT_S) for _ in range(2)]
+        await up.command("PING")
+        proxy.to_client.hold()
+        calls = [link.submit(COUNT, key, [b"1"]) for link in (up, connecting)]
+        await connected(proxy, 2)
+        closing = [asyncio.create_task(link.aclose()) for link in (up, connecting)]
+        await asyncio.sleep(0)
+        for task in closing:
+            task.cancel()
+        await asyncio.wait(closing)
+        assert all(task.cancelled() for task in closing)
+        errors = await outcomes(calls)
+        assert [(type(error), error.sent) for error in errors] == [(LinkError, True), (LinkError, False)]
+        proxy.heal()
+        await proxy.until(lambda counts: counts.open == 0)
+
+    assert asyncio.all_tasks() == before
+
+
 def test_a_loop_that_ends_without_closing_makes_no_noise(own_redis: OwnRedis, caplog: pytest.LogCaptureFixture) -> None:
     """Connected, or trying to connect, a link that is simply forgotten leaves no task that complains."""
     server = own_redis()

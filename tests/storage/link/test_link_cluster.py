@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 from tests.ports import free_port
 from tests.servers import FaultProxy, OwnRedis, RedisCluster, RedisServer, wait_until
-from tests.storage.link.kit import COUNT, PATIENT_S, PUSH, QUICK_S, Changes, linked, outcome, outcomes, until
+from tests.storage.link.kit import COUNT, PATIENT_S, PUSH, QUICK_S, SCRIPTS, Changes, linked, outcome, outcomes, until
 
-from asgi_llm_guard.storage.redis_address import Endpoint
+from asgi_llm_guard.storage.redis_address import Address, Endpoint
 from asgi_llm_guard.storage.redis_cluster import Cluster
-from asgi_llm_guard.storage.redis_link import LinkError
+from asgi_llm_guard.storage.redis_link import Link, LinkError
 
 pytestmark = pytest.mark.anyio
 
@@ -220,33 +220,46 @@ async def test_a_server_without_a_cluster_is_named(redis_server: RedisServer) ->
 
 async def test_a_cluster_that_is_gone_is_left_alone_until_it_is_back(cluster: RedisCluster) -> None:
     """Without any node the link is down, calls fail at once as not sent; it comes up by itself."""
-    port = free_port()
     changes = Changes()
-    async with linked(f"redis+cluster://127.0.0.1:{port}", on_change=changes) as link:
-        error = await outcome(link.submit(COUNT, b"{a}", [b"0"]))
-        assert isinstance(error, LinkError)
-        assert not error.sent
-        assert changes.told == ["down"]
-        again = link.submit(COUNT, b"{a}", [b"0"]).exception()
-        assert "is left alone for now" in str(again)
-
-        relay = await asyncio.start_server(_relay_to(cluster.masters[0]), "127.0.0.1", port)
-        async with relay:
+    with FaultProxy(cluster.masters[0].url) as seed:
+        seed.refuse()
+        async with linked(f"redis+cluster://{seed.host}:{seed.port}", on_change=changes) as link:
+            error = await outcome(link.submit(COUNT, b"{a}", [b"0"]))
+            assert isinstance(error, LinkError)
+            assert not error.sent
+            assert changes.told == ["down"]
+            again = link.submit(COUNT, b"{a}", [b"0"]).exception()
+            assert "is left alone for now" in str(again)
+            seed.heal()
             await changes.last("up")
-        assert await link.submit(COUNT, b"{a}:back", [b"0"]) == 0
+            assert await link.submit(COUNT, b"{a}:back", [b"0"]) == 0
 
 
-def _relay_to(server: RedisServer):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65_536):
-            writer.write(data)
-        writer.close()
+def connections(node: RedisServer) -> int:
+    """How many there are of links that call themselves `cancelled`."""
+    return bytes(node.call("CLIENT", "LIST")).count(b" name=cancelled ")
 
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(server.host, server.port)
-        await asyncio.gather(copy(reader, back), copy(there, writer))
 
-    return relay
+async def test_closing_that_is_cancelled_closes_every_node(cluster: RedisCluster) -> None:
+    """Who has no time to wait for a node that hangs leaves no connection to any of them, and no call without an outcome."""
+    keys = [f"{tag}:cancelled".encode() for tag in TAGS]
+    link = Link(Address.parse(f"{cluster.url}?client_name=cancelled")[0], scripts=SCRIPTS, timeout_s=PATIENT_S)
+    assert all(isinstance(each, int) for each in await outcomes([link.submit(COUNT, key, [b"1"]) for key in keys]))
+    hanging = cluster.node_of(cluster.slot_of(keys[0]))
+    assert sum(map(connections, cluster.masters)) == len({cluster.node_of(cluster.slot_of(key)).port for key in keys})
+    hanging.pause()
+    try:
+        call = link.submit(COUNT, keys[0], [b"1"])
+        closing = asyncio.create_task(link.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait((closing,))
+        error = await outcome(call)
+        assert isinstance(error, LinkError)
+        assert error.sent
+    finally:
+        hanging.resume()
+    await asyncio.to_thread(wait_until, lambda: not any(map(connections, cluster.masters)), "all is closed")
 
 
 async def test_a_node_that_hangs_after_its_slot_moved_is_passed_over(cluster: RedisCluster) -> None:
@@ -256,7 +269,8 @@ async def test_a_node_that_hangs_after_its_slot_moved_is_passed_over(cluster: Re
     slot, other_slot = cluster.slot_of(key), cluster.slot_of(other)
     source = cluster.node_of(slot)
     target, third = (node for node in cluster.masters if node is not source)
-    cluster.move_slot(other_slot, target)
+    if cluster.node_of(other_slot) is not target:
+        cluster.move_slot(other_slot, target)
     async with linked(cluster.url, timeout_s=QUICK_S) as link:
         asked = [link.submit_command("GET", each, key=each, timeout_s=PATIENT_S) for each in (key, other)]
         assert await outcomes(asked) == [None, None]
