@@ -61,3 +61,20 @@ def test_text_behind_a_report(name: str) -> None:
     answer = meter.answer()
     assert answer.text_bytes >= len(MORE)
     assert answer.usage == Usage(input_tokens=10, model=told.model)
+
+
+@pytest.mark.parametrize(("behind", "written"), [([], None), ([{"choices": [], "usage": (10, 7)}], 7)])
+def test_reports_of_single_choices(behind: list[dict[str, Any]], written: int | None) -> None:
+    """T4: reports all along that tell of one choice each are none of the whole, which the last report tells."""
+    meter = dialect_named("openai").meter(Head(200, ((b"content-type", b"text/event-stream"),)))
+    parts: list[dict[str, Any]] = [
+        {"choices": [{"index": index, "delta": {"content": "word "}}], "usage": (10, number)}
+        for number in (1, 2, 3)
+        for index in (0, 1)
+    ]
+    for part in parts + behind:
+        entered, told = part["usage"]
+        report = {"prompt_tokens": entered, "completion_tokens": told, "total_tokens": entered + told}
+        meter.feed(b"data: " + json.dumps({**part, "usage": report}).encode() + b"\n\n")
+
+    assert meter.answer().usage == Usage(input_tokens=10, output_tokens=written)

@@ -306,6 +306,8 @@ class _Tally(FamilyTally):
             self._open[index] = self._open.get(index, True) and pick(choice, "finish_reason") is None
         # Groq reports in its own place as well, and there even when nobody asked.
         self.take_usage(completion_usage(pick(value, "usage")) or completion_usage(pick_path(value, "x_groq", "usage")))
+        if choices and len(self._open) > 1 and not self.ended:
+            self.told_in_part()  # vLLM's reports all along are of the choice that they come with
         return True
 
     def event(self, block: Block) -> bool:

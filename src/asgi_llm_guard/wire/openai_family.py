@@ -175,6 +175,10 @@ class FamilyTally(ABC):
         self.usage = usage
         self._told_at = self.text_bytes
 
+    def told_in_part(self) -> None:
+        """The last report leaves out some of the text that came before it."""
+        self._told_at = -1
+
     @property
     def ended(self) -> bool:
         """What was seen is all there is to come."""
