@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from asgi_llm_guard import Context, Guard, background
-from asgi_llm_guard.gateway import Deployment, Gateway
+from asgi_llm_guard.gateway import CooldownRules, Deployment, Gateway, RetryRules
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.testing import Behaviour, FakeProvider, Price
 from asgi_llm_guard.testing.sale import FakeRequest
@@ -36,15 +36,22 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, object]]] = {
 
 def wanted(request: FakeRequest) -> str | None:
     """The tool that a model would call: the one it must, or the first of those it may if a question is open."""
-    tools = [tool["function"]["name"] for tool in request.body.get("tools", ())]
+    tools = [tool.get("function", tool)["name"] for tool in request.body.get("tools", ())]
     choice = request.body.get("tool_choice", "auto")
     if isinstance(choice, dict):
-        return str(choice["function"]["name"])
+        named = choice.get("function", choice).get("name")
+        if named is not None:
+            return str(named)
+        choice = {"any": "required"}.get(choice["type"], choice["type"])
     if not tools or choice == "none":
         return None
-    if choice == "required" or request.messages[-1]["role"] == "user":
-        return str(tools[0])
-    return None
+    last = request.messages[-1]
+    open_question = last["role"] == "user" and "tool_result" not in str(last["content"])
+    return str(tools[0]) if choice == "required" or open_question else None
+
+
+def _wants_json(request: FakeRequest) -> bool:
+    return "response_format" in request.body or "format" in request.body.get("output_config", ())
 
 
 def _wants(name: str, request: FakeRequest) -> bool:
@@ -81,7 +88,7 @@ class Stage:
 
 @contextlib.contextmanager
 def staged() -> Iterator[Stage]:
-    dollars = {"openai/small": (1, 2), "openai/large": (1, 2)}
+    dollars = {"openai/small": (1, 2), "openai/large": (1, 2), "anthropic/claude-small": (1, 2)}
     provider = FakeProvider(
         prices={
             name.partition("/")[2]: Price(input=1000 * put_in, output=1000 * put_out)
@@ -90,7 +97,7 @@ def staged() -> Iterator[Stage]:
     )
     for name, arguments in ARGUMENTS.items():
         provider.when(partial(_wants, name), Behaviour.call_tool(name, **arguments))
-    provider.when(lambda request: "response_format" in request.body, Behaviour.answer(json.dumps(ARGUMENTS["Joke"])))
+    provider.when(_wants_json, Behaviour.answer(json.dumps(ARGUMENTS["Joke"])))
     with provider.serve() as url:
         guard = Guard(
             prices=PriceBook.snapshot(
@@ -101,11 +108,18 @@ def staged() -> Iterator[Stage]:
         gateway = Gateway(
             guard,
             [
-                Deployment(provider="openai", model=model, name=model, api_key=KEY, api_base=url, context_window=window)
-                for model, window in (("small", 100_000), ("large", 200_000))
+                *(
+                    Deployment(
+                        provider="openai", model=model, name=model, api_key=KEY, api_base=url, context_window=window
+                    )
+                    for model, window in (("small", 100_000), ("large", 200_000))
+                ),
+                Deployment(provider="anthropic", model="claude-small", api_key=KEY, api_base=url.root, groups=()),
             ],
             aliases={"one": "openai/small"},
             context=CONTEXT,
+            retry=RetryRules(retries=0),
+            cooldowns=CooldownRules(cooldown_s=0),
         )
         yield Stage(provider, guard, gateway)
         background.run(gateway.aclose(), anywhere=True)

@@ -65,7 +65,7 @@ class TestIntegration(_Gateway, ChatModelIntegrationTests):
 
     def _used(self, behaviour: Behaviour, *, stream: bool) -> AIMessage:
         self.stage.provider.script(behaviour)
-        model = GatewayChatModel(gateway=self.gateway, model="openai/small")
+        model = GatewayChatModel(**self.chat_model_params)
         if not stream:
             return model.invoke("hello")
         full: AIMessageChunk | None = None
@@ -90,3 +90,17 @@ class TestIntegration(_Gateway, ChatModelIntegrationTests):
 
     def invoke_with_cache_creation_input(self, *, stream: bool = False) -> AIMessage:
         return self._used(Behaviour.answer(input_tokens=20, cache_write_tokens=7), stream=stream)
+
+
+class TestAnthropic(TestIntegration):
+    """D7: the integration part, where the gateway translates for another provider, which knows neither sound nor JSON
+    without a schema."""
+
+    supports_json_mode = False
+    supports_audio_inputs = False
+    supported_usage_metadata_details = {"invoke": DETAILS[2:], "stream": DETAILS[2:]}  # noqa: RUF012 - as above
+    model_override_value = "claude-small"
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"gateway": self.gateway, "model": "anthropic/claude-small"}
