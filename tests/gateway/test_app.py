@@ -17,11 +17,13 @@ from starlette.routing import Mount
 from tests.gateway.app_kit import ASKED, CANARY, KEY, RECORD, SECRET, WAYS, Way, service
 from tests.gateway.kit import BILLED, PRICES
 
-from asgi_llm_guard import Budget, Guard, GuardMiddleware, Iterations, RateLimit, Route
+from asgi_llm_guard import Budget, CacheScope, Guard, GuardMiddleware, Iterations, RateLimit, Route
+from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.gateway import Deployment, Gateway
 from asgi_llm_guard.identity import ApiKeys
 from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.testing import Behaviour, Disconnect, FakeProvider, asgi_client
 
 pytestmark = pytest.mark.anyio
@@ -373,6 +375,49 @@ async def call(app: Any, asked: dict[str, Any]) -> None:
             await http.post(CHAT, json=asked)
         except (OSError, AssertionError):  # the client has left; the transport in this process misses its answer
             return
+
+
+@pytest.mark.parametrize("model", [SMALL, OTHER])
+async def test_rules_of_the_guard_for_streams(way: Way, model: str) -> None:
+    """With deadlines and cuts, which the middleware watches as well, a stream is metered and charged once."""
+    rules = StreamRules(cut=True, idle_s=30, total_s=60)
+    async with service(Budget("$1/daily"), way=way, guard={"streams": rules}) as app:
+        http = await app.http()
+        answer = await http.post(CHAT, json=body(model=model, stream=True))
+        assert answer.text.endswith("data: [DONE]\n\n")
+        await app.check_books()
+
+
+async def test_streams_that_are_read_on(way: Way) -> None:
+    """Where the guard says so, a stream whose client has left is read to its end, and charged exactly."""
+    async with service(Budget("$1/daily"), way=way, guard={"streams": StreamRules(drain="read", total_s=60)}) as app:
+        app.provider.script(Behaviour.slow())
+        http = await app.http()
+        app.provider.release(2)
+        async with http.stream("POST", CHAT, json=body(stream=True)) as answer:
+            async for piece in answer.aiter_text():
+                if "Say " in piece:
+                    break
+        app.provider.release()
+
+        (record,) = await app.records()
+        assert (record.outcome, app.provider.disconnects) == ("measured", 0)
+        await app.check_books()
+
+
+async def test_answers_that_are_kept(way: Way) -> None:
+    """C14: an answer that the guard has kept is given again, whole or streamed, costs nothing, and says so."""
+    policies = (CacheScope(), Budget("$1/daily"))
+    async with service(*policies, way=way, expose=True, guard={"cache": Cache(streams=True)}) as app:
+        http = await app.http()
+        for stream in (False, True):
+            first, second = [await http.post(CHAT, json=body(stream=stream)) for _ in range(2)]
+            assert first.text == second.text
+            assert "x-guard-cached" not in first.headers
+            assert (second.headers["x-guard-cached"], second.headers["x-guard-attempts"]) == ("true", "0")
+
+        assert app.provider.calls == 2
+        await app.check_books()
 
 
 # ---------------------------------------------------------------------------- who admits

@@ -321,7 +321,8 @@ async def _while_connected(
         left = not working.done()
         working.cancel()
         leaving.cancel()
-        await asyncio.wait((working, leaving))
+        # Gathered, so that what either of them raises when nobody is there any more is not told as forgotten.
+        await asyncio.gather(working, leaving, return_exceptions=True)
     if not left:
         working.result()
 
