@@ -362,6 +362,10 @@ class Exchange:
                 if failed is not None:
                     admission.attempts.note(self._key, call)  # a refusal that is waited for is followed by another one
                 return error.denied
+            except BaseException:
+                if failed is not None:
+                    admission.attempts.note(self._key, failed)  # it is still to be repeated
+                raise
             self.call = call
             call.dispatched()
             return None
@@ -528,8 +532,14 @@ class Exchange:
     def close(self) -> None:
         """Nobody reads the answer any more. After its end, nothing happens."""
         if not self.ended:
+            stream = self._stream
+            answer = None if stream is None or stream.ended else stream.answer()
             self._end(None, complete=False)
-            self._abandon()
+            # Some SDKs leave a stream at its last event, before the body ends. The cache judges itself what is whole.
+            if self._found is not None and answer is not None and answer.finished:
+                self._found.finish()
+            else:
+                self._abandon()
 
     def _abandon(self) -> None:
         """There is no answer to be kept."""

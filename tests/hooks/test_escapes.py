@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import zstandard
-from tests.exits.kit import MAX_TOKENS, Stage
+from tests.exits.kit import CONTEXT, MAX_TOKENS, Stage
 from tests.hooks.kit import Way, asked, library_of, over, pieces
 from tests.hooks.test_answers import ANSWER, COST, STREAM, STREAMED, outcomes, raw, the_hold
 
+from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.streams import SURE_BYTES
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire import dialect_named
@@ -270,4 +272,38 @@ async def test_made_again_after_an_error_that_was_billed(offline: Stage, way: Wa
             await client.post(asked())
 
     assert await outcomes(offline) == [("measured", COST)] * 2
+    assert (await offline.counters())[0] == 1
+
+
+class Moody:
+    """A policy that fails when it is asked for the `fails`-th time."""
+
+    name = "moody"
+    counts: Literal["calls"] = "calls"
+
+    def __init__(self, fails: int) -> None:
+        self._left = fails
+
+    def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy
+        self._left -= call is not None
+        if self._left == 0:
+            raise ZeroDivisionError
+        return Verdict()
+
+
+async def test_attempt_that_was_never_granted(offline: Stage, way: Way) -> None:
+    """B9: an attempt that broke off before it was granted is made again as the same attempt, and counts no call."""
+    answers = [500, 200]
+    asked_ = asked()
+
+    def provider(request: Any) -> Any:
+        return library_of(way).Response(answers.pop(0), json=ANSWER | {"usage": None})
+
+    async with over(offline, way, provider) as client, offline.guard.open(CONTEXT, extra=[Moody(2)]):
+        await client.post(asked_)
+        with pytest.raises(ZeroDivisionError):
+            await client.post(asked_)
+        await client.post(asked_)
+
+    assert [outcome for outcome, _ in await outcomes(offline)] == ["provider_error", "unmetered"]
     assert (await offline.counters())[0] == 1
