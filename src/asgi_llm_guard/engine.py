@@ -328,10 +328,10 @@ class Engine:
                 answer, plans, degraded = await self._ask_storage(plans)
                 if isinstance(answer, Granted):
                     index, asked = offers[answer.plan]
+                    plan, call = plans[answer.plan], candidates[index][1]
                     return self._granted(
-                        *(asked, plans[answer.plan], answer, context, candidates[index][1]),
-                        shared=shared, degraded=degraded, candidate=index,
-                    )  # fmt: skip
+                        asked, plan, answer, context, call, shared=shared, degraded=degraded, candidate=index
+                    )
                 if self.session_overflow == "share" and not shared and any(map(_overflows, answer)):
                     shared = True
                     continue
@@ -453,28 +453,36 @@ class Engine:
         shared: bool,
     ) -> tuple[tuple[Bundle, ...], ...]:
         """A plan for each offer, all with the same ids: one for the call, and one for the request where any needs it."""
-        claims = []
-        for _, asked in offers:
-            request_claims, call_claims = asked.requests, asked.calls
-            if context.session is not None and not shared:
-                ids = self._session_claim(context, call_claims, request_claims)
-                if ids is not None and calls:
-                    call_claims = (ids, *call_claims)
-                elif ids is not None:
-                    request_claims = (ids, *request_claims)
-            claims.append((call_claims, request_claims))
-        call_id = self.new_id() if calls else None
-        request_id = self.new_id() if any(request_claims for _, request_claims in claims) else None
+        call_id = self.new_id() if calls else ""
+        if len(offers) == 1:  # nearly always, so it is spared the steps of the others
+            index, asked = offers[0]
+            call_claims, request_claims = self._claims(asked, context, calls=calls, shared=shared)
+            if not calls:
+                return ((Bundle(self.new_id(), request_claims),) if request_claims else (),)
+            bundle = Bundle(call_id, call_claims, draft(call_id, context, candidates[index][1], now_ms, attempt))
+            return ((bundle, Bundle(self.new_id(), request_claims)) if request_claims else (bundle,),)
+        claims = [self._claims(asked, context, calls=calls, shared=shared) for _, asked in offers]
+        request_id = self.new_id() if any(request_claims for _, request_claims in claims) else ""
         plans = []
         for (index, _), (call_claims, request_claims) in zip(offers, claims, strict=True):
-            plan = []
-            if call_id is not None:
+            request = (Bundle(request_id, request_claims),) if request_id else ()
+            if calls:
                 record = draft(call_id, context, candidates[index][1], now_ms, attempt)
-                plan.append(Bundle(call_id, call_claims, record))
-            if request_id is not None:
-                plan.append(Bundle(request_id, request_claims))
-            plans.append(tuple(plan))
+                plans.append((Bundle(call_id, call_claims, record), *request))
+            else:
+                plans.append(request)
         return tuple(plans)
+
+    def _claims(
+        self, asked: Asked, context: Context, *, calls: bool, shared: bool
+    ) -> tuple[tuple[Claim, ...], tuple[Claim, ...]]:
+        """What the call and the request claim, the id of the session included."""
+        if context.session is None or shared:
+            return asked.calls, asked.requests
+        ids = self._session_claim(context, asked.calls, asked.requests)
+        if ids is None:
+            return asked.calls, asked.requests
+        return ((ids, *asked.calls), asked.requests) if calls else (asked.calls, (ids, *asked.requests))
 
     def _session_claim(
         self, context: Context, call_claims: tuple[Claim, ...], request_claims: tuple[Claim, ...]
