@@ -365,9 +365,10 @@ async def test_leaving_a_stream_tells_the_provider(stage: Stage, how: str) -> No
 
 
 @pytest.mark.parametrize("how", ["stream", "astream"])
-async def test_errors_in_mid_stream_are_raised(stage: Stage, how: str) -> None:
-    """D7: a stream that ends in an error is not taken for a complete answer; what came before was given."""
-    stage.provider.script(Behaviour(text="one two three", fail_after=2))
+@pytest.mark.parametrize("trouble", ["fail_after", "cut_after"])
+async def test_errors_in_mid_stream_are_raised(stage: Stage, how: str, trouble: str) -> None:
+    """D7: a stream that tells an error, or breaks off, is not taken for a complete answer; what came was given."""
+    stage.provider.script(Behaviour(text="one two three", **{trouble: 2}))  # type: ignore[arg-type]
     chunks: list[BaseMessage] = []
 
     def read() -> None:

@@ -8,7 +8,6 @@ admission of the guard, or the gateway's own `context`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from operator import itemgetter
@@ -187,15 +186,9 @@ class GatewayChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         pieces = self._pieces(messages, stop, kwargs)
-        ended = False
-        try:
-            while (piece := background.run(_next(pieces))) is not None:
-                yield piece
-            ended = True
-        finally:
-            if not ended:
-                # Whoever leaves may be the garbage collector, which must not wait.
-                background.later(lambda: _close_soon(pieces))
+        # Whoever leaves drops it, and so does the garbage collector, which must not wait: its own loop closes it.
+        while (piece := background.run(_next(pieces))) is not None:
+            yield piece
 
     # ------------------------------------------------------------------------ tools and schemas
 
@@ -285,15 +278,6 @@ def _generation(completion: Completion) -> ChatGeneration:
 
 async def _next(pieces: AsyncIterator[ChatGenerationChunk]) -> ChatGenerationChunk | None:
     return await anext(pieces, None)
-
-
-_closing: Final[set[asyncio.Task[None]]] = set()
-
-
-def _close_soon(pieces: AsyncGenerator[ChatGenerationChunk, None]) -> None:
-    task = asyncio.get_running_loop().create_task(pieces.aclose())
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
 
 
 def _choice(choice: str | bool | dict[str, Any] | None, tools: Sequence[dict[str, Any]]) -> str | dict[str, Any] | None:
