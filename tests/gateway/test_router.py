@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from asgi_llm_guard.gateway import (
     ContextOverflow,
     CooldownRules,
     Fallbacks,
+    Gateway,
+    GatewayError,
     NoDeployment,
     ProviderFailed,
     RequestRejected,
@@ -22,6 +25,7 @@ from asgi_llm_guard.gateway import (
     UnknownModel,
 )
 from asgi_llm_guard.testing import Behaviour, FrozenClock
+from asgi_llm_guard.wire.peek import BodyError
 
 pytestmark = pytest.mark.anyio
 
@@ -241,6 +245,36 @@ async def test_allow_list_holds_at_every_hop(clock: FrozenClock) -> None:
 
         assert made["d"].calls == made["e"].calls == 0
         await made.settled()
+
+
+SPELLINGS = [
+    "anthropic/model-d", "Anthropic/model-d", "ANTHROPIC/MODEL-D", "anthropic:model-d", "Anthropic:Model-D",
+    " anthropic/model-d", "anthropic/model-d ", "anthropic/ model-d", "anthropic /model-d", "model-d", "MODEL-D", "Model-d",
+    "d", "fast", "FAST", "Fast", "faster", "anthropic//model-d", "anthropic/model-d/", "anthropic/*", "*", "anthropic/model-d*",
+    "openai/anthropic/model-d", "models/model-d",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hop", ["asked", "fallback", "default", "cheaper"])
+async def test_no_spelling_reaches_a_model_that_is_not_allowed(clock: FrozenClock, hop: str) -> None:
+    """T12: however a model is written, and at whatever hop, an allow-list without it keeps it from being asked."""
+    aliases = {"fast": "anthropic/model-d", "faster": "FAST"}
+    async with in_order(clock, "a", "d", policies=[ModelAllow(["openai/*"]), Budget("$1/1d")]) as made:
+        for spelling in SPELLINGS:
+            more: dict[str, Any] = {}
+            if hop == "fallback":
+                more["fallbacks"] = {"openai/model-a": [spelling]}
+            elif hop == "default":
+                more["fallbacks"] = Fallbacks(default=[spelling])
+            elif hop == "cheaper":
+                more["tier_down"] = TierDown(to={"openai/model-a": "faster"}, at=0.000001)
+            if hop in ("fallback", "default"):
+                made["a"].script(Behaviour.error(500))
+            made.gateway = Gateway(made.guard, made.deployments.values(), aliases=aliases, retry=NO_RETRY, **more)
+            with contextlib.suppress(LimitExceeded, GatewayError, BodyError):
+                await made.chat(spelling if hop == "asked" else "openai/model-a")
+            await made.gateway.aclose()
+            assert made["d"].calls == 0, spelling
 
 
 async def test_dear_fallback_of_a_spent_budget_is_passed_over(clock: FrozenClock) -> None:
