@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.exits.kit import BILL, CONTEXT, PRICES, Stage
+from openai import APIError, OpenAI
+from tests.exits.kit import BILL, BILLED, CONTEXT, PRICES, Stage
 from tests.exits.kit import Settlements as Seen
-from tests.hooks.kit import Way, asked, hooked, library_of, over, text_of
+from tests.hooks.kit import Way, asked, hooked, in_thread, library_of, over, text_of
 from tests.hooks.test_answers import ANSWER
 
 from asgi_llm_guard import Budget, CacheScope, Context, Guard, Iterations
@@ -111,6 +113,28 @@ async def test_streams(caching: Stage, way: Way) -> None:
     assert text_of(again) == "Echo: one two three"
     assert b"prompt_tokens" not in b"".join(again)
     assert caching.provider.calls == 1
+
+
+async def test_streams_of_the_sdk(caching: Stage) -> None:
+    """OpenAI's SDK closes a stream at its last event, before the end of the body: it is whole, and kept."""
+    messages: Any = asked()["messages"]
+
+    def ask(text: str) -> str:
+        stream = client.chat.completions.create(model=BILLED, max_tokens=50, messages=messages, stream=True, user=text)
+        return "".join(choice.delta.content or "" for part in stream for choice in part.choices)
+
+    with caching.guard.httpx_client_sync(trust_env=False) as http:
+        client = OpenAI(api_key="any", base_url=caching.base_url, http_client=http)
+        async with caching.guard.open(ADA):
+            texts = [await in_thread(lambda: ask("one")) for _ in range(2)]
+            caching.provider.script(Behaviour.cut())
+            with contextlib.suppress(APIError, library_of("httpx2 sync").HTTPError):
+                await in_thread(lambda: ask("cut"))
+            assert caching.provider.calls == 2
+            texts.append(await in_thread(lambda: ask("cut")))
+
+    assert texts == ["Echo: one two three"] * 3
+    assert caching.provider.calls == 3
 
 
 async def test_stream_that_is_left(caching: Stage, way: Way) -> None:
