@@ -284,7 +284,7 @@ class Moody:
     def __init__(self, fails: int) -> None:
         self._left = fails
 
-    def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy
+    def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:
         self._left -= call is not None
         if self._left == 0:
             raise ZeroDivisionError
