@@ -7,6 +7,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from asgi_llm_guard.errors import ConfigurationError
+
 Message = MutableMapping[str, Any]
 App = Callable[..., Awaitable[None]]
 
@@ -109,8 +111,14 @@ def websocket(
 
 
 async def start(app: App) -> list[Message]:
-    """Run the application's start-up, and its shut-down if it came up; gives the messages that it sent."""
+    """Run the application's start-up, and its shut-down if it came up; gives the messages that it sent. One that failed
+    to start ends with an error, for which test clients wait, and says it once."""
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
     exchange = Exchange(scope, [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-    await exchange.run(app)
+    try:
+        await exchange.run(app)
+    except ConfigurationError:
+        assert [message["type"] for message in exchange.sent] == ["lifespan.startup.failed"]
+    else:
+        assert all(message["type"] != "lifespan.startup.failed" for message in exchange.sent)
     return exchange.sent

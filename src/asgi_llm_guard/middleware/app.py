@@ -323,14 +323,19 @@ class GuardMiddleware:
         return drained
 
     def _lifespan_send(self, scope: Scope, send: Send) -> Send:
+        failed = False
+
         async def checked(message: Message) -> None:
+            nonlocal failed
             if message["type"] == "lifespan.startup.complete":
                 try:
                     self._check(scope)
                 except ConfigurationError as error:
+                    failed = True
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
-                    return
-            await send(message)
+                    raise  # the application ends: who waits for that would wait for ever
+            if not failed:  # it has been said
+                await send(message)
 
         return checked
 
