@@ -96,22 +96,38 @@ def _share(used: int, own: int | None, highest: int | None) -> float:
 class Weighted:
     """Each deployment in turn, in proportion to its weight, evenly spread. Keeps where it is; one for each group.
 
-    Who was away for a while has at most one turn to make up for.
+    Who was away for a while has at most one turn to make up for. The turns of one that refuses are spread over the
+    others in the same proportion, so each of the first places is taken in turn by itself: by who is before it.
     """
 
+    _TURNS: Final = 3
+    """Places that are taken in turn; behind them the weight decides."""
+    _MOST: Final = 4096
+
     def __init__(self) -> None:
-        self._credit: dict[str, float] = {}
+        self._credit: dict[frozenset[str], dict[str, float]] = {}
+        """By those who are before a place, what each of the others has for it."""
 
     def order(self, candidates: Sequence[Candidate], stats: Stats, random: Random, /) -> list[int]:  # noqa: ARG002 - see `Strategy.order`
+        if len(self._credit) > self._MOST:
+            self._credit.clear()
+        left = list(range(len(candidates)))
+        order: list[int] = []
+        while left and len(order) < self._TURNS:
+            place = self._turn([candidates[at] for at in left], frozenset(candidates[at].name for at in order), random)
+            order.append(left.pop(place))
+        rest = _sorted([candidates[at] for at in left], lambda each: (-each.weight,), random)
+        return order + [left[at] for at in rest]
+
+    def _turn(self, candidates: Sequence[Candidate], before: frozenset[str], random: Random) -> int:
         total = sum(each.weight for each in candidates)
-        credit = self._credit
+        credit = self._credit.setdefault(before, {})
         for each in candidates:
             # Who is not among the candidates keeps what it has, which is never more than about a turn.
             credit[each.name] = credit.get(each.name, 0) + (each.weight / total if total else 0)
-        order = _sorted(candidates, lambda each: (not each.weight, -credit[each.name]), random)
-        if order:
-            credit[candidates[order[0]].name] -= 1
-        return order
+        first = _sorted(candidates, lambda each: (not each.weight, -credit[each.name]), random)[0]
+        credit[candidates[first].name] -= 1
+        return first
 
 
 class LeastBusy:
