@@ -248,8 +248,9 @@ def test_keys_of_values() -> None:
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
-    for value in (object(), [lambda: 0], nested):
-        with pytest.raises(Unfit, match="key"):
+    wrong = ((object(), "has a object"), ([lambda: 0], "has a function"), (nested, "too deep"), (1e999, "a number"))
+    for value, message in wrong:
+        with pytest.raises(Unfit, match=message):
             value_digest("f", value)
 
 

@@ -187,6 +187,8 @@ def value_digest(kind: str, value: object, *parts: str | None) -> bytes:
         data = json.dumps(_plain(value), separators=(",", ":"), allow_nan=False).encode()
     except RecursionError:
         raise Unfit("the key is nested too deeply") from None
+    except Unfit:
+        raise
     except ValueError:
         raise Unfit("the key has a number that JSON cannot say") from None
     return digest_of(kind, data, *parts)
