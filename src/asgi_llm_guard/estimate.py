@@ -96,6 +96,8 @@ _MARKS: Final = re.compile(
 _TOOLS: Final = frozenset({b'tools"', b'functions"', b'toolConfig"', b'tool_config"', b'web_search_options"'})
 _CACHES: Final = frozenset({b'cache_control"', b'cachePoint"', b'cache_point"', b'cachepoint"'})
 _KEEPS: Final = frozenset({b'prompt_cache_options"', b'prompt_cache_retention"'})
+_HARMLESS: Final = _TOOLS | _CACHES | _KEEPS
+"""With no other marks, the bytes are the bound."""
 _SOUNDS: Final = frozenset({b"audio", b"input_audio", b"video"})
 _HELD_KEYS: Final = (
     "previous_response_id",
@@ -207,14 +209,15 @@ def needs(
     name = (model or "").lower()
     tokens = FRAMING_TOKENS
     marks = set(_MARKS.findall(body))
-    hiding = _HIDING.search(body) is not None
+    escapes = b"\\u" in body
+    hiding = escapes and _HIDING.search(body) is not None
     writes = _cache_writes(body, marks, provider, name, hiding=hiding)
     if not marks.isdisjoint(_TOOLS):
         tokens += TOOLS_TOKENS
-    ranks = b'"documents"' in body and b'"query"' in body
-    if counter is None:
+    ranks = b"document" in marks and b'"documents"' in body and b'"query"' in body
+    if counter is None and (escapes or not body.isascii()):
         tokens += _growth(body)
-    if not hiding and not ranks and marks <= _TOOLS | _CACHES | _KEEPS:
+    if not hiding and not ranks and marks <= _HARMLESS:
         tokens += len(body) if counter is None else counter.count(body)
         return Needs(input_tokens=tokens, cache_writes=writes, may_have_audio=False, web_searches=_asked(marks))
     root = _decode(body)

@@ -21,6 +21,11 @@ def dialects() -> tuple[Dialect, ...]:
     return DIALECTS
 
 
+@cache
+def _by_name() -> dict[str, Dialect]:
+    return {dialect.name: dialect for dialect in dialects()}
+
+
 def dialect_for(path: str, host: str = "") -> Dialect | None:
     """The dialect that requests to `path` (at `host`, where it is known) speak; `None`: no dialect has such a path."""
     return next((dialect for dialect in dialects() if dialect.recognises(path, host)), None)
@@ -32,9 +37,9 @@ def dialect_named(name: str) -> Dialect:
     Raises:
         ConfigurationError: there is none; the message lists those there are.
     """
-    for dialect in dialects():
-        if dialect.name == name:
-            return dialect
+    dialect = _by_name().get(name)
+    if dialect is not None:
+        return dialect
     known = ", ".join(repr(dialect.name) for dialect in dialects())
     raise ConfigurationError(f"dialect: expected one of {known}, got {name!r}")
 

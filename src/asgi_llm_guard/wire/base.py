@@ -70,7 +70,11 @@ class Head(msgspec.Struct, frozen=True):
 
     def header(self, name: bytes) -> bytes:
         """The first header of this name (given in lower case); empty if there is none."""
-        return next((value for key, value in self.headers if key.lower() == name), b"")
+        length = len(name)
+        for key, value in self.headers:
+            if len(key) == length and key.lower() == name:
+                return value
+        return b""
 
     def streams(self, *types: bytes) -> bool:
         """Whether the body is a stream of one of these content types. An error is read as one piece, whatever its type."""
