@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.gateway.gateway_work import Work, call_gateway, opened, policies
+from tests.gateway.gateway_work import Work, call_gateway, policies
 from tests.gateway.kit import BILLED, CONTEXT, MESSAGES, MODELS, fleet
+from tests.gateway.processes_work import opened
 from tests.servers import RedisServer
 from tests.storage.sqlite_kit import workers
 
