@@ -87,7 +87,8 @@ assumption. Source: Claude's web search, whose examples set `max_uses` to 5 and 
 #: Names that say what a request has besides text, as each API writes them. They are looked for before
 #: anything is decoded: one pass, and most bodies need no more.
 _MARKS: Final = re.compile(
-    rb'"(image|audio|input_audio|video|file|inline|document'
+    rb'"(?=[iavfdpctwWoegs])'  # says nothing new, and passes over most quotes at once
+    rb"(image|audio|input_audio|video|file|inline|document"
     rb'|previous_|conversation"|cached|prompt"'
     rb'|cache_control"|cache_?[pP]oint"|prompt_cache_options"|prompt_cache_retention"'
     rb'|tools"|functions"|tool_?[cC]onfig"|web_search_options"'
@@ -209,7 +210,7 @@ def needs(
     name = (model or "").lower()
     tokens = FRAMING_TOKENS
     marks = set(_MARKS.findall(body))
-    escapes = b"\\u" in body
+    escapes = b"\\" in body and b"\\u" in body  # one byte is found far faster than two
     hiding = escapes and _HIDING.search(body) is not None
     writes = _cache_writes(body, marks, provider, name, hiding=hiding)
     if not marks.isdisjoint(_TOOLS):

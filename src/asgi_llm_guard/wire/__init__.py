@@ -49,7 +49,7 @@ _READABLE: Final = re.compile(rb"json|^text/event-stream|^application/vnd\.amazo
 
 def is_readable(content_type: bytes) -> bool:
     """Whether something is known of a body of this type: JSON, a stream of it, or speech, of which the request tells."""
-    return _READABLE.search(content_type) is not None
+    return b"json" in content_type or _READABLE.search(content_type) is not None
 
 
 def meter_object(obj: object) -> Answer | None:
