@@ -20,7 +20,7 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import AttemptEnded, emit
 from asgi_llm_guard.gateway.errors import CannotExpress, Failure
 from asgi_llm_guard.gateway.failures import ErrorClass, class_of, class_of_error
-from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, read_whole
+from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, let_go, read_whole
 from asgi_llm_guard.gateway.running import CLASSES, Running
 from asgi_llm_guard.gateway.saying import message_of, retry_after_s, says_something
 from asgi_llm_guard.gateway.translate import Timings
@@ -167,8 +167,10 @@ class Attempt:
         try:
             return await self._answered(upstream)
         except BaseException as error:
-            await upstream.aclose()
-            self.broken_off(error)
+            try:
+                await let_go(upstream)
+            finally:
+                self.broken_off(error)
             raise
 
     async def _answered(self, upstream: Upstream) -> Whole | Running | Failure:
@@ -194,8 +196,7 @@ class Attempt:
                 self.call.answered(Answer(kind="error"))
                 return await self.failed(class_of(head.status), error=error, head=head)
             return await self._not_answered(error)
-        except TypeError as error:
-            await upstream.aclose()
+        except Exception as error:  # noqa: BLE001 - as in `make`
             return await self._raised(error)
         answer = dialect.read_response(head.status, body)
         self.call.answered(answer)
@@ -233,7 +234,7 @@ class Attempt:
         pieces = upstream.__aiter__()
         if inspect.iscoroutine(pieces):
             pieces.close()
-            await upstream.aclose()
+            await let_go(upstream)
             return await self._misbuilt("__aiter__() of its answer is a coroutine; make it an async generator")
         running = Running(self, upstream, pieces, stream, None if translation is None else translation.stream())
         failure = await running.begin()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_llm_guard.gateway.errors import Failure
 from asgi_llm_guard.gateway.failures import ErrorClass, class_of, class_of_error
 from asgi_llm_guard.gateway.faults import last_event
-from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream
+from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, let_go
 from asgi_llm_guard.gateway.saying import begins_tool_call, message_of
 from asgi_llm_guard.gateway.translate import Transcoder
 from asgi_llm_guard.streams import StreamGuard
@@ -79,6 +79,10 @@ class Running:
         except TypeError as error:
             _log.warning("the answer of %s is not built as one", attempt.place.name, exc_info=error)
             return await self._no_answer("other", f"{type(attempt.place.provider).__name__}: {error}", error)
+        except Exception as error:  # noqa: BLE001 - the answer of somebody's own provider
+            _log.warning("the answer of %s broke off", attempt.place.name, exc_info=error)
+            what = f"{type(attempt.place.provider).__name__} raised {type(error).__name__}"
+            return await self._no_answer(class_of_error(error), what, error)
         self._held.append(self._finish())
         answer = stream.meter.answer()
         if answer.kind == "error":
@@ -86,7 +90,7 @@ class Running:
         return await self._no_answer("empty", "the stream has neither text nor a tool call")
 
     async def _no_answer(self, kind: ErrorClass, message: str, error: BaseException | None = None) -> Failure:
-        await self._upstream.aclose()
+        await let_go(self._upstream)
         answer = self._stream.answer()
         if answer is not None:
             self._attempt.call.answered(answer)
@@ -182,7 +186,7 @@ class Running:
         if self._drains():
             return
         try:
-            await self._upstream.aclose()
+            await let_go(self._upstream)
         finally:
             self._attempt.stream_ended(self._stream, None, complete=False, failure=None)
 
@@ -204,7 +208,7 @@ class Running:
         except (TransportFailed, TimeoutError):
             _log.debug("an answer that was read to its end for its usage broke off", exc_info=True)
         finally:
-            await self._upstream.aclose()
+            await let_go(self._upstream)
             self._attempt.stream_ended(stream, None, complete=False, failure=None)
 
 

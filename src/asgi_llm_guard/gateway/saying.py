@@ -66,10 +66,10 @@ def retry_after_s(head: Head, now_ms: int) -> float | None:
         except ValueError:
             try:
                 at = parsedate_to_datetime(text)
-            except ValueError:
+                at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+                seconds = (at - datetime.fromtimestamp(now_ms / 1000, UTC)).total_seconds()
+            except (ValueError, OverflowError):  # no date, or one that no calendar has
                 continue
-            at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-            seconds = (at - datetime.fromtimestamp(now_ms / 1000, UTC)).total_seconds()
         if 0 <= seconds < 10**9:  # neither is a `nan`
             return seconds
     return None

@@ -7,6 +7,7 @@ deployment's alone (`gateway.fields`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
@@ -24,9 +25,12 @@ __all__ = [
     "TransportFailed",
     "Upstream",
     "forwarded",
+    "let_go",
     "pick_dialect",
     "read_whole",
 ]
+
+_log = logging.getLogger("asgi_llm_guard")
 
 FailureKind = Literal[
     "connect",  # no connection: refused, no such host, no free one in time
@@ -155,8 +159,16 @@ async def read_whole(upstream: Upstream, *, most: int = 64 * 1024 * 1024) -> byt
                 raise TransportFailed("malformed", f"the answer is longer than {most} bytes", sent=True)
             pieces.append(piece)
     finally:
-        await upstream.aclose()
+        await let_go(upstream)
     return b"".join(pieces)
+
+
+async def let_go(upstream: Upstream) -> None:
+    """Close an answer. One that cannot be closed is logged: what it has cost is charged all the same."""
+    try:
+        await upstream.aclose()
+    except Exception as error:  # noqa: BLE001 - of somebody's own provider, or of the library below
+        _log.warning("an answer of a provider cannot be closed (%s)", type(error).__name__)
 
 
 def pick_dialect(taken: Sequence[str], asked: str) -> str | None:
