@@ -21,7 +21,7 @@ from asgi_llm_guard.policies.grammar import Limit, parse_limits, whole
 from asgi_llm_guard.policies.providers import canonical_provider, qualified
 from asgi_llm_guard.windows import Lifetime
 
-__all__ = ["ANY_MODEL", "DEFAULT_GROUP", "Deployment", "MissingKey", "Timeouts"]
+__all__ = ["ANY_MODEL", "DEFAULT_GROUP", "Deployment", "MissingKey", "Timeouts", "is_name"]
 
 DEFAULT_GROUP: Final = "auto"
 """The name that stands for all deployments together."""
@@ -30,6 +30,8 @@ ANY_MODEL: Final = "*"
 
 _EVER: Final = Lifetime(366 * 86_400_000)
 _NAME: Final = re.compile(r"[^\x00-\x20\x7f]{1,256}")
+_LONGEST_NAME: Final = 200
+"""Of a deployment: limits are kept by it."""
 _PROVIDER: Final = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _SECRETIVE: Final = re.compile(r"key|secret|token|password|credential|authorization|cookie", re.IGNORECASE)
 _FIELDS: Final = re.compile(r"\{(\w+)\}")
@@ -130,11 +132,14 @@ class Deployment:
         if self.base_model is not None:
             self._set(base_model=_model_of(self.base_model, platform.name))
         self._set(name=self.name or f"{platform.name}/{self.model}")
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise ConfigurationError(f"name: expected 1 to 256 characters without spaces, got {self.name!r}")
+        if not is_name(self.name) or len(self.name) > _LONGEST_NAME:
+            raise ConfigurationError(
+                f"name: expected 1 to {_LONGEST_NAME} characters without spaces, got {self.name!r}; "
+                "where the model's is longer, give the deployment one of its own"
+            )
         groups = (self.groups,) if isinstance(self.groups, str) else tuple(self.groups)
         for group in groups:
-            if not isinstance(group, str) or not _NAME.fullmatch(group):
+            if not is_name(group):
                 raise ConfigurationError(f"groups: expected names without spaces, got {group!r}")
         self._set(groups=groups)
         for name in ("rpm", "tpm", "max_parallel", "context_window"):
@@ -249,8 +254,13 @@ class Deployment:
 # ------------------------------------------------------------------------------- parts
 
 
+def is_name(value: object) -> bool:
+    """Whether this may name a model or a group: 1 to 256 characters, without spaces."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def _model_of(model: object, provider: str) -> str:
-    if not isinstance(model, str) or not _NAME.fullmatch(model.strip()):
+    if not isinstance(model, str) or not is_name(model.strip()):
         raise ConfigurationError(f"model: expected 1 to 256 characters without spaces, got {model!r}")
     name = model.strip()
     prefix, slash, rest = name.partition("/")

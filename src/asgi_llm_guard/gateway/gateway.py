@@ -266,8 +266,9 @@ class Gateway:
         Raises:
             ConfigurationError: an entry is wrong, or none is left; a name that something leads to is not served.
         """
-        if not len(self):
-            self._directory.initialise(deployments)
+        changes = self._directory.changes
+        self._directory.initialise(deployments)
+        if self._directory.changes != changes:
             if self.router.tier_down is not None:
                 for name in self.router.tier_down.to.values():
                     self._check_served("tier_down", name)
@@ -347,14 +348,11 @@ class Gateway:
         if not len(self):
             return ()
         try:
-            found = list(self._directory.resolve(name).deployments)
+            resolved = self._directory.resolve(name)
         except UnknownModel:
             return ()
-        fallbacks, tier_down = self.router.fallbacks, self.router.tier_down
-        others = [*fallbacks.models.get(name, ()), *fallbacks.default]
-        if tier_down is not None and name in tier_down.to:
-            others.append(tier_down.to[name])
-        for other in others:
+        found = list(resolved.deployments)
+        for other in self.router.others(name, resolved):
             try:
                 found += self._directory.resolve(other).deployments
             except UnknownModel:

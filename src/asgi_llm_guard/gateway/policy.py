@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -174,6 +174,16 @@ class Fallbacks:
             self.models, default=self.default, context=context, content=self.content, max_depth=self.max_depth
         )
 
+    def spelled(self, spell: Callable[[str], str]) -> Fallbacks:
+        """The same under other names. Chains of models that are one then follow each other."""
+        return Fallbacks(
+            _spelled(self.models, spell),
+            default=[spell(name) for name in self.default],
+            context=_spelled(self.context, spell),
+            content=_spelled(self.content, spell),
+            max_depth=self.max_depth,
+        )
+
     def walk(self, model: str, *, windows: Mapping[str, int | None] | None = None, enabled: bool = True) -> Walk:
         """The way of one call that asks for `model`. `windows`: the largest input in tokens by model, where known.
 
@@ -256,6 +266,14 @@ def _chains(chains: Mapping[str, Sequence[str]] | None, name: str) -> dict[str, 
     if not isinstance(chains, Mapping):
         raise ConfigurationError(f"{name}: expected lists of models by model, got {chains!r}")
     return {model: _names(chain, f"{name}[{model!r}]") for model, chain in chains.items()}
+
+
+def _spelled(chains: Mapping[str, Sequence[str]], spell: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    spelled: dict[str, tuple[str, ...]] = {}
+    for model, chain in chains.items():
+        key = spell(model)
+        spelled[key] = (*spelled.get(key, ()), *map(spell, chain))
+    return spelled
 
 
 def _names(names: Iterable[str], where: str) -> tuple[str, ...]:

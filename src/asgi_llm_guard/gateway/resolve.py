@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.gateway.deployment import ANY_MODEL, Deployment
+from asgi_llm_guard.gateway.deployment import ANY_MODEL, Deployment, is_name
 from asgi_llm_guard.gateway.entries import parse_deployments
 from asgi_llm_guard.gateway.errors import NotInitialised, UnknownModel
 from asgi_llm_guard.policies.providers import provider_of, qualified
@@ -39,6 +39,8 @@ class Resolved(NamedTuple):
     """As it was asked for; an alias: what it stands for."""
     deployments: tuple[Deployment, ...]
     """At least one. One that serves every model of its provider is as if it served this one alone."""
+    key: str
+    """One for all spellings of the name: a group's or a deployment's name, or `provider/model`."""
 
 
 class Directory:
@@ -56,7 +58,7 @@ class Directory:
         ConfigurationError: two deployments of one name; an alias that leads nowhere or in a circle.
     """
 
-    __slots__ = ("_aliases", "_index", "_memo", "_own")
+    __slots__ = ("_aliases", "_index", "_initialised", "_memo", "_own", "changes")
 
     def __init__(
         self,
@@ -70,6 +72,9 @@ class Directory:
         self._aliases = _checked(aliases or {})
         self._index: _Index | None = None
         self._memo: dict[str, Resolved] = {}
+        self._initialised = False
+        self.changes = 0
+        """How often deployments have come or gone."""
         if deployments is not None:
             self.initialise(deployments, environ=environ)
 
@@ -81,13 +86,18 @@ class Directory:
         Raises:
             ConfigurationError: as `parse_deployments`; none is left; an alias leads nowhere.
         """
-        if self._index is None:
-            index = _Index(parse_deployments(deployments, environ=environ, own=self._own))
-            if not index.by_name:
+        if not self._initialised:
+            given = parse_deployments(deployments, environ=environ, own=self._own)
+            if not given:
                 raise ConfigurationError("deployments: none is left; give at least one that has a model and a key")
+            twice = next((each.name for each in given if self.get(each.name) is not None), None)
+            if twice is not None:
+                raise ConfigurationError(f"there is a deployment called {twice!r}, which was added before")
+            index = _Index((*self.deployments, *given))
             for alias, target in self._aliases.items():
                 self._check_alias(alias, target, index)
             self._take(index)
+            self._initialised = True
         return len(self)
 
     def add(self, deployment: Deployment) -> None:
@@ -150,6 +160,11 @@ class Directory:
                 memo[name] = found
         return found
 
+    def alias(self, name: str) -> str | None:
+        """The alias that this is, in the one spelling that there is of it; `None`: it is none."""
+        folded = name.strip().lower()
+        return folded if folded in self._aliases else None
+
     def _meant(self, name: str) -> str:
         for _ in range(_DEEPEST):
             target = self._aliases.get(name.lower())
@@ -167,6 +182,7 @@ class Directory:
     def _take(self, index: _Index) -> None:
         self._memo = {}  # a new one: what is being resolved still goes into the old one
         self._index = index
+        self.changes += 1
 
 
 class _Index:
@@ -194,16 +210,17 @@ class _Index:
     def find(self, name: str) -> Resolved:
         group = self.groups.get(name.lower())
         if group is not None:
-            return Resolved(name.lower(), tuple(group))
+            return Resolved(name.lower(), tuple(group), name.lower())
         provider, bare = provider_of(name, known=self.providers)
         if provider is not None and bare != name:
             found = [*self.full.get(qualified(provider, bare), ()), *self._of_any(provider, bare)]
             if found:
-                return Resolved(name, tuple(found))
+                return Resolved(name, tuple(found), found[0].full_model)
         named = self.by_name.get(name)
         if named is not None and named.model != ANY_MODEL:
-            return Resolved(name, (named,))
-        return Resolved(name, tuple(self._find_bare(name, provider)))
+            return Resolved(name, (named,), name)
+        bare_ones = self._find_bare(name, provider)
+        return Resolved(name, tuple(bare_ones), bare_ones[0].full_model)
 
     def _find_bare(self, name: str, provider: str | None) -> list[Deployment]:
         exact = self.bare.get(name.lower(), [])
@@ -212,7 +229,7 @@ class _Index:
             raise UnknownModel(f"model {name[:_SHOWN]!r} is served by several providers; write {' or '.join(spelled)}")
         if exact:
             return [*exact, *self._of_any(exact[0].provider, name)]
-        if provider in self.any_model:
+        if provider in self.any_model and is_name(name):
             return self._of_any(provider, name)
         if len(self.providers) == 1 and provider is None:
             found = self._of_any(next(iter(self.providers)), name)
@@ -223,6 +240,8 @@ class _Index:
         raise UnknownModel(f"model {name[:_SHOWN]!r} is not known here; try {', '.join(known[:_LISTED])}{more}")
 
     def _of_any(self, provider: str, model: str) -> list[Deployment]:
+        if not is_name(model):
+            return []
         return [replace(each, model=model) for each in self.any_model.get(provider, ())]
 
 

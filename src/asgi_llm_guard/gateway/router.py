@@ -18,7 +18,7 @@ import logging
 import random as randomness
 import time as clock
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -90,6 +90,17 @@ class Found(msgspec.Struct, frozen=True):
     """The model that was asked for, if a cheaper one has answered because a budget is nearly spent."""
     waited_s: float = 0.0
     """Between attempts."""
+
+
+class _Rules(NamedTuple):
+    """What was said of models by their names, by the keys of those who serve them now."""
+
+    changes: int
+    """Of the directory: it was read then."""
+    fallbacks: Fallbacks
+    lower: Mapping[str, str]
+    """As `TierDown.to`."""
+    retry: Mapping[str, RetryRules]
 
 
 class _Way:
@@ -166,6 +177,11 @@ class Router:
         self._window_of = window_of
         self._strategy = strategy
         self._strategies: dict[str, Strategy] = {}
+        self._spelled: _Rules | None = None
+        chains = (self.fallbacks.models, self.fallbacks.context, self.fallbacks.content)
+        told_of = [*(name for chain in chains for name in chain), *(() if tier_down is None else tier_down.to)]
+        self._told_of: Final = frozenset(name.strip().lower() for name in told_of)
+        """The names that something is said of."""
         self._random = random or randomness.Random()  # noqa: S311 - spreads load; nothing secret
         self._sleep = sleep
         self._time = time
@@ -186,10 +202,9 @@ class Router:
         way = _Way(admission, parent, (*inherited, self.limits))
         asked = question.model
         resolved = self.directory.resolve(asked)
-        listed = self.fallbacks
-        known = asked in listed.models or asked in listed.context or asked in listed.content
-        start = asked if known else resolved.name
-        walk = listed.walk(start, windows=self._windows(start), enabled=fallbacks)
+        rules = self._rules()
+        start = self._key(asked)
+        walk = rules.fallbacks.walk(start, windows=self._windows(start), enabled=fallbacks)
         name: str | None = start
         first = True
         while name is not None:
@@ -199,7 +214,7 @@ class Router:
                 name = walk.after("unavailable")
                 continue
             found = await self._of_model(
-                question, way, resolved, cheaper=self._cheaper(asked, resolved) if first else None
+                question, way, resolved, cheaper=self._cheaper(start, resolved) if first else None
             )
             if isinstance(found, Found):
                 return found
@@ -213,7 +228,7 @@ class Router:
         """Ask those who serve one model. What the last of them failed with, or `unavailable`: there was nobody to ask."""
         places = self._places(question, way, resolved)
         lowered = [] if cheaper is None else self._places(question, way, cheaper)
-        rules = self.retry.of(resolved.name)
+        rules = self._rules().retry.get(resolved.key, self.retry)
         alone = len(resolved.deployments) == 1
         failure: ErrorClass | Literal["unavailable"] = "unavailable"
         above: int | None = None
@@ -225,6 +240,7 @@ class Router:
                 place
                 for place in places
                 if place.key not in way.tried
+                and self._is_served(place)
                 and (above is None or place.window is None or place.window > above)
                 and not self._rests(way, place, cooling)
             ]
@@ -235,6 +251,8 @@ class Router:
                     return "context_overflow"
                 open_ = short
             candidates = self._ordered(question, resolved, open_) if here is None else [here]
+            if here is not None and not self._is_served(here):  # it was removed during the pause
+                return failure
             if not candidates:
                 return failure
             cheap = [place for place in lowered if place.key not in way.tried and place.name not in cooling]
@@ -284,6 +302,39 @@ class Router:
                 way.waited_s += step.wait_s
                 await self._sleep(step.wait_s)
 
+    # ---------------------------------------------------------------------------------- names
+
+    def others(self, name: str, resolved: Resolved) -> tuple[str, ...]:
+        """The models that may answer in place of one: those that take over, and the cheaper one."""
+        rules, key = self._rules(), self._key(name)
+        lower = rules.lower.get(key) or rules.lower.get(resolved.key)
+        return (*rules.fallbacks.models.get(key, ()), *rules.fallbacks.default, *(() if lower is None else (lower,)))
+
+    def _rules(self) -> _Rules:
+        rules, changes = self._spelled, self.directory.changes
+        if rules is None or rules.changes != changes:
+            rules = self._spelled = _Rules(
+                changes,
+                self.fallbacks.spelled(self._key),
+                {self._key(name): cheaper for name, cheaper in (self.tier_down.to if self.tier_down else {}).items()},
+                {self._key(name): each for name, each in self.retry.groups.items()},
+            )
+        return rules
+
+    def _key(self, name: str) -> str:
+        """One for all spellings of a name: of an alias that something is said of itself, else of what it stands for."""
+        alias = self.directory.alias(name)
+        if alias is not None and alias in self._told_of:
+            return alias
+        try:
+            return self.directory.resolve(name).key
+        except UnknownModel:
+            return name
+
+    def _is_served(self, place: Place) -> bool:
+        """Whether its deployment is still there."""
+        return self.directory.get(place.name) is not None
+
     # --------------------------------------------------------------------------------- places
 
     def _places(self, question: Question, way: _Way, resolved: Resolved) -> list[Place]:
@@ -293,7 +344,7 @@ class Router:
             place = question.place(deployment, self.providers.of(deployment))
             if place is None:
                 if way.unsaid is None:
-                    message = f"{deployment.name} does not take requests of {question.dialect}"
+                    message = f"{deployment.full_model} does not take requests of {question.dialect}"
                     way.unsaid = CannotExpress("model", message)
             elif place.key not in way.tried:
                 places.append(place)
@@ -320,7 +371,7 @@ class Router:
             )
             for place in places
         ]
-        order = self._strategy_of(resolved.name).order(candidates, self.stats, self._random)
+        order = self._strategy_of(resolved.key).order(candidates, self.stats, self._random)
         return sorted((places[at] for at in order), key=lambda place: question.is_too_long(place, surely=False))
 
     def _strategy_of(self, name: str) -> Strategy:
@@ -335,7 +386,7 @@ class Router:
 
     def _windows(self, name: str) -> dict[str, int | None]:
         """The largest window of each model that may take over, as far as it is known."""
-        others = self.fallbacks.names
+        others = self._rules().fallbacks.names
         return {each: self._window(each) for each in (name, *others)} if others else {}
 
     def _window(self, name: str) -> int | None:
@@ -382,12 +433,14 @@ class Router:
             run.move(place.name, place.call.total_tokens)
         return place, call, run, was_lowered
 
-    def _cheaper(self, asked: str, resolved: Resolved) -> Resolved | None:
+    def _cheaper(self, key: str, resolved: Resolved) -> Resolved | None:
         """Those who serve the model that is asked when a budget is nearly spent."""
-        if self.tier_down is None:
+        rules = self._rules()
+        name = rules.lower.get(key) or rules.lower.get(resolved.key)
+        try:
+            return None if name is None else self.directory.resolve(name)
+        except UnknownModel:  # its last deployment was removed
             return None
-        name = self.tier_down.to.get(asked) or self.tier_down.to.get(resolved.name)
-        return None if name is None else self.directory.resolve(name)
 
     def _nearly_spent(self, call: ActiveCall) -> bool:
         assert self.tier_down is not None  # noqa: S101 - there is a cheaper model
@@ -420,7 +473,8 @@ class Router:
             return RequestRejected(failures)
         if any(each.kind == "context_overflow" for each in failures):
             told = next(each for each in reversed(failures) if each.kind == "context_overflow")
-            return ContextOverflow(f"the input is larger than the context window: {told.message or told}", failures)
+            said = f": {told.message}" if told.message else ""
+            return ContextOverflow(f"the input is larger than the context window{said}", failures)
         if failures:
             waits = [each.retry_after_s for each in failures if each.retry_after_s is not None]
             return ProviderFailed(failures, retry_after_s=-int(-min(waits) // 1) if waits else None)
