@@ -128,6 +128,7 @@ class GatewayApp:
                 _allow(method, "POST")
                 body = await _read(scope, receive, self.guard.max_body_bytes)
                 if dialect is None:
+                    self._turn_strangers_away(scope)
                     await answering.whole(self._counted(body))
                 else:
                     await self._ask(answering, dialect, body, receive)

@@ -183,7 +183,7 @@ class RequestRejected(ProviderFailed):
     def __init__(self, failures: Sequence[Failure]) -> None:
         super().__init__(failures)
         last = failures[-1]
-        self.args = (last.message or f"the provider refuses the request ({last})",)
+        self.args = (last.message or f"the provider refuses the request ({last.kind})",)
         self.status = last.status if last.status is not None and 400 <= last.status < 500 else 400
         if last.kind == "content_policy":
             self.code = "content_policy_violation"
