@@ -50,6 +50,8 @@ class Requests:
 async def serve(app: Any) -> AsyncIterator[str]:
     """The app under uvicorn on a free loopback port; gives its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        # asyncio does so only for sockets that it makes; without it, answers of two writes take 40 ms longer.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
