@@ -161,7 +161,7 @@ async def main(rounds: int, requests: int) -> None:
         ]
     )
     with served() as url:
-        clients = {
+        clients: dict[str, Any] = {
             "httpx2, plain": httpx2.AsyncClient(trust_env=False, timeout=60),
             "httpx2, guarded": guard.httpx_client(trust_env=False),
             "httpx, plain": httpx.AsyncClient(trust_env=False, timeout=60),
