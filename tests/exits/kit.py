@@ -322,6 +322,8 @@ async def serve(
     log.addFilter(quiet)
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            # asyncio does so only for sockets that it makes; without it, answers of two writes take 40 ms longer.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             port: int = listener.getsockname()[1]
             thread = asyncio.create_task(asyncio.to_thread(asyncio.run, run(listener)))
             try:

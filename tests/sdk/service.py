@@ -143,6 +143,8 @@ async def serve(app: Any) -> AsyncIterator[str]:
     """The app on a free loopback port, in this event loop; gives its URL."""
     told = asyncio.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        # asyncio does so only for sockets that it makes; without it, answers of two writes take 40 ms longer.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False)
         server = PromptServer(config, told.wait)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
