@@ -22,6 +22,7 @@ Code = Literal[
     "session_required",
     "model_not_allowed",
     "model_unpriced",
+    "model_not_found",
     "feature_not_allowed",
     "invalid_request",
     "credentials_invalid",

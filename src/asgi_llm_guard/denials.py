@@ -79,6 +79,7 @@ _STATUS: Final[Mapping[Code, int]] = {
     "session_required": 400,
     "model_not_allowed": 403,
     "model_unpriced": 403,
+    "model_not_found": 404,
     "feature_not_allowed": 403,
     "invalid_request": 400,
     "credentials_invalid": 403,

@@ -134,6 +134,7 @@ def test_row_of_the_table(receipt: Receipt, status: int, code: Code, retry: bool
 OWN_CODES: dict[Code, int] = {
     "model_not_allowed": 403,
     "model_unpriced": 403,
+    "model_not_found": 404,
     "feature_not_allowed": 403,
     "route_not_listed": 403,
     "session_required": 400,
@@ -160,7 +161,7 @@ def test_own_refusal(code: Code, status: int) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_no_code_has_a_status_that_clients_misread(code: Code) -> None:
     """No refusal is ever answered with 401, 408 or 409."""
-    assert refuse(Refusal(policy="p", code=code, message="m")).status in {400, 402, 403, 413, 415, 429, 503, 504}
+    assert refuse(Refusal(policy="p", code=code, message="m")).status in {400, 402, 403, 404, 413, 415, 429, 503, 504}
 
 
 # -------------------------------------------------------------------------------- several claims

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -32,11 +32,11 @@ from asgi_llm_guard.gateway.faults import Fault, MethodNotAllowed, NoSuchPath, U
 from asgi_llm_guard.gateway.listing import anthropic_list, anthropic_model, openai_list, openai_model
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.middleware import GuardMiddleware
-from asgi_llm_guard.middleware.answers import Receive, Scope, Send, request_id, unidentified
+from asgi_llm_guard.middleware.answers import ASGIApp, Receive, Scope, Send, request_id, unidentified
 from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft
 from asgi_llm_guard.routes import Route, route_path
 from asgi_llm_guard.wire import dialect_named
-from asgi_llm_guard.wire.peek import BodyError, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class GatewayApp:
         self.guard = gateway.guard
         self.expose = expose
         routes = [Route(path, ["POST"], dialect=dialect, calls="hooked") for path, dialect in _DIALECTS.items()]
-        self._guarded = GuardMiddleware(self._serve, self.guard, routes=routes)
+        self._guarded = _Admitting(self._serve, gateway, routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -210,6 +210,32 @@ class GatewayApp:
             self.guard.identity(scope)
         except IdentityError as error:
             raise LimitExceeded(self.guard.engine.refused(Context(), None, unidentified(error))) from error
+
+
+class _Admitting(GuardMiddleware):
+    """Admits what asks for a model that is served here; what nobody serves is no matter of limits, and costs nothing."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway, routes: Sequence[Route]) -> None:
+        super().__init__(app, gateway.guard, routes=routes)
+        self._gateway = gateway
+
+    def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
+        """As any. The name of a model is looked at once it is known who asks.
+
+        Raises:
+            BodyError: 404: nobody serves the model.
+            IdentityError: see `GuardMiddleware.context`.
+        """
+        context = super().context(scope, view, session, route)
+        name = None if view is None else view.get("model")
+        if isinstance(name, str) and len(self._gateway) and not self.guard.known_models(name):
+            raise BodyError(
+                "model_not_found",
+                404,
+                "model: nobody serves it here, or several do and the name does not say who; see the list of models",
+                "model",
+            )
+        return context
 
 
 class _Answering:

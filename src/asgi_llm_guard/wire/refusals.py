@@ -196,7 +196,7 @@ def _violated(denied: Denied) -> list[str]:
 
 
 def _param(denied: Denied) -> str | None:
-    return "model" if denied.code in ("model_not_allowed", "model_unpriced") else None
+    return "model" if denied.code in ("model_not_allowed", "model_unpriced", "model_not_found") else None
 
 
 def _json(value: object) -> bytes:
@@ -217,6 +217,7 @@ _KINDS: Final[Mapping[Code, str]] = {
     "budget_exhausted": "quota",
     "model_not_allowed": "forbidden",
     "model_unpriced": "forbidden",
+    "model_not_found": "missing",
     "feature_not_allowed": "forbidden",
     "route_not_listed": "forbidden",
     "credentials_invalid": "forbidden",
@@ -234,6 +235,7 @@ _OPENAI_TYPES: Final = {
     "rate": "rate_limit_error",
     "quota": "insufficient_quota",
     "forbidden": "permission_error",
+    "missing": "invalid_request_error",
     "invalid": "invalid_request_error",
     "unavailable": "server_error",
 }
@@ -241,6 +243,7 @@ _ANTHROPIC_TYPES: Final = {
     "rate": "rate_limit_error",
     "quota": "rate_limit_error",
     "forbidden": "permission_error",
+    "missing": "not_found_error",
     "invalid": "invalid_request_error",
     "unavailable": "api_error",
 }
@@ -248,6 +251,7 @@ _BEDROCK_TYPES: Final = {
     "rate": "ThrottlingException",
     "quota": "ServiceQuotaExceededException",
     "forbidden": "AccessDeniedException",
+    "missing": "ResourceNotFoundException",
     "invalid": "ValidationException",
     "unavailable": "ServiceUnavailableException",
 }
@@ -255,6 +259,7 @@ _GEMINI_STATUS: Final = {
     "rate": "RESOURCE_EXHAUSTED",
     "quota": "RESOURCE_EXHAUSTED",
     "forbidden": "PERMISSION_DENIED",
+    "missing": "NOT_FOUND",
     "invalid": "INVALID_ARGUMENT",
     "unavailable": "UNAVAILABLE",
 }
