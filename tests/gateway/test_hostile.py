@@ -15,7 +15,7 @@ from tests.gateway.test_router import in_order
 
 from asgi_llm_guard import Budget, Iterations
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.gateway import Deployment, Gateway, ProviderFailed, RetryRules, TierDown
+from asgi_llm_guard.gateway import CooldownRules, Deployment, Gateway, ProviderFailed, RetryRules, TierDown
 from asgi_llm_guard.testing import Behaviour, FrozenClock
 
 pytestmark = pytest.mark.anyio
@@ -168,6 +168,24 @@ async def test_nobody_serves_it() -> None:
                 answer = await http.post(CHAT, json=body(model=name))
                 assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), policies
             assert await app.records() == []
+
+
+# ---------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize("limit", [{"rpm": 0}, {"tpm": 1}, {"budget": "$0/1d"}])
+async def test_who_may_not_be_asked_is_no_alternative(clock: FrozenClock, limit: dict[str, Any]) -> None:
+    """Conformance 80: where our limits keep every other deployment, the one that failed is asked again, as if alone."""
+    async with fleet(clock, "a", "b", limits={"b": limit}, cooldowns=CooldownRules(cooldown_s=0)) as made:
+        made["a"].script(Behaviour.error(503), Behaviour.error(503))
+        assert (await made.chat("auto")).deployment == "a"
+        assert len(made.slept) == 2
+        made["a"].script(*[Behaviour.error(500)] * 9)
+        with pytest.raises(ProviderFailed) as failed:
+            await made.chat("auto", fallbacks=False)
+        assert len(failed.value.failures) == 4
+        assert made["b"].calls == 0
+        await made.settled()
 
 
 # ------------------------------------------------------------------------------------ at run time

@@ -42,7 +42,7 @@ from asgi_llm_guard.gateway.errors import (
 from asgi_llm_guard.gateway.failures import ErrorClass
 from asgi_llm_guard.gateway.health import Cooldown, Cooldowns
 from asgi_llm_guard.gateway.limits import DeploymentLimits
-from asgi_llm_guard.gateway.policy import Fallbacks, RetryRules
+from asgi_llm_guard.gateway.policy import Fallbacks, RetryRules, Step
 from asgi_llm_guard.gateway.providers.registry import Providers
 from asgi_llm_guard.gateway.request import Place, Question
 from asgi_llm_guard.gateway.resolve import Directory, Resolved
@@ -233,6 +233,7 @@ class Router:
         failure: ErrorClass | Literal["unavailable"] = "unavailable"
         above: int | None = None
         here: Place | None = None
+        last: tuple[Place, Failure] | None = None
         made = 0
         while True:
             cooling = await self.cooldowns.cooling()
@@ -253,12 +254,18 @@ class Router:
             candidates = self._ordered(question, resolved, open_) if here is None else [here]
             if here is not None and not self._is_served(here):  # it was removed during the pause
                 return failure
-            if not candidates:
-                return failure
             cheap = [place for place in lowered if place.key not in way.tried and place.name not in cooling]
-            granted = await self._claim(way, candidates, cheap)
+            granted = await self._claim(way, candidates, cheap) if candidates else None
             if granted is None:
-                return failure
+                # The others rest, or our limits keep them: for the one that failed they are no alternative.
+                step = (
+                    None if last is None or here is not None else self._step(rules, *last, made=made, elsewhere=False)
+                )
+                if step is None or last is None:
+                    return failure
+                here = last[0]
+                await self._pause(way, step)
+                continue
             place, call, run, was_lowered = granted
             attempt = Attempt(
                 *(question, place, call, run),
@@ -278,29 +285,37 @@ class Router:
             way.failures.append(answer)
             way.tried.add(place.key)
             way.last = call
+            last = place, answer
             failure = _class(answer)
             if failure == "context_overflow" and place.window is not None:
                 above = place.window if above is None else max(above, place.window)
             cooling = self.cooldowns.known()
-            step = rules.step(
-                failure,
-                made=made,
-                elsewhere=any(
-                    other.key not in way.tried
-                    and other.name not in cooling
-                    and (failure != "context_overflow" or _is_larger(other, place))
-                    for other in places
-                ),
-                here=place.name not in cooling,
-                retry_after_s=answer.retry_after_s,
-                random=self._random,
+            elsewhere = any(
+                other.key not in way.tried
+                and other.name not in cooling
+                and (failure != "context_overflow" or _is_larger(other, place))
+                for other in places
             )
+            step = self._step(rules, place, answer, made=made, elsewhere=elsewhere)
             if step is None:
                 return failure
             here = place if step.where == "here" else None
-            if step.wait_s > 0:
-                way.waited_s += step.wait_s
-                await self._sleep(step.wait_s)
+            await self._pause(way, step)
+
+    def _step(self, rules: RetryRules, place: Place, failure: Failure, *, made: int, elsewhere: bool) -> Step | None:
+        return rules.step(
+            _class(failure),
+            made=made,
+            elsewhere=elsewhere,
+            here=place.name not in self.cooldowns.known(),
+            retry_after_s=failure.retry_after_s,
+            random=self._random,
+        )
+
+    async def _pause(self, way: _Way, step: Step) -> None:
+        if step.wait_s > 0:
+            way.waited_s += step.wait_s
+            await self._sleep(step.wait_s)
 
     # ---------------------------------------------------------------------------------- names
 
