@@ -8,12 +8,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, Final, Protocol, TypeVar
 
 from asgi_llm_guard.errors import ContextError
 from asgi_llm_guard.storage.base import LAPSE_MS
 
-__all__ = ["keep_alive", "later", "let_go", "run"]
+__all__ = ["begin", "keep_alive", "later", "let_go", "run"]
 
 _log = logging.getLogger("asgi_llm_guard")
 _BEAT_S: Final = LAPSE_MS / 3000
@@ -128,6 +129,11 @@ def run(work: Coroutine[Any, Any, T], *, undo: Callable[[], object] | None = Non
         ContextError: called on the thread of an event loop.
     """
     return _background.run(work, undo, anywhere=anywhere)
+
+
+def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run `work` on the background loop, and do not wait for it. From any thread."""
+    return asyncio.run_coroutine_threadsafe(work, _background.loop())
 
 
 def later(work: Callable[[], object]) -> None:

@@ -232,6 +232,15 @@ class Engine:
         self._accepting: concurrent.futures.Future[bool] | None = None
         self._alive = False
 
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell `observer` every event from now on, until what is given is called."""
+        self.observers = (*self.observers, observer)
+
+        def stop() -> None:
+            self.observers = tuple([each for each in self.observers if each is not observer])
+
+        return stop
+
     def new_id(self) -> str:
         """A call id, unique over all processes and restarts."""
         return f"{self.owner}-{next(self._numbers):x}"

@@ -135,6 +135,8 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True):
     """`None`: no answer came."""
     outcome: Outcome | None = None
     """What it is charged as."""
+    usage: Usage | None = None
+    """What the provider said was used; `None`: nothing."""
     connected_ms: float | None = None
     """Until the head of the answer."""
     first_ms: float | None = None

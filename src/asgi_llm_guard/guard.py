@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextvars import Token
 from functools import partial
 from types import TracebackType
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
 from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync, ResponseCache
+from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.context import Call, Context, Target
 from asgi_llm_guard.decision import Refusal
@@ -250,6 +252,14 @@ class Guard:
     def engine(self) -> Engine:
         """What the skins (middleware, decorator, hooks) drive."""
         return self._engine
+
+    def observe(self, observer: Observer, /) -> Callable[[], None]:
+        """Tell `observer` every event from now on, until what is given is called."""
+        return self._engine.observe(observer)
+
+    def begin_reading(self, meters: Sequence[Meter], /) -> Future[tuple[Reading, ...]]:
+        """Read the state of meters in the background. From any thread; the answer need not be waited for."""
+        return background.begin(self._engine.storage.read(meters))
 
     def describe(self, model: str, **described: Any) -> Call:
         """A call with its upper bounds of tokens and cost; see `Describer.describe` for the arguments."""

@@ -358,6 +358,7 @@ class Attempt:
                 failure=failure,
                 status=self.status,
                 outcome=call.outcome,
+                usage=usage,
                 connected_ms=self._connected,
                 first_ms=self._first,
                 total_ms=self.total,

@@ -304,6 +304,11 @@ class ProviderBudget(Budget):
             durable=durable,
         )
 
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Those that are listed, by their canonical names."""
+        return tuple(self._by_subject)
+
     def resolve(self, deployments: object) -> Candidates:
         """The provider of each deployment. Takes a list or a single one; never raises.
 
