@@ -98,9 +98,8 @@ def test_auth_is_not_retried_and_servers_are() -> None:
     )
     assert [retries(rules, failure) for failure in ("auth", "other", "overload", "timeout")] == [0, 2, 0, 1]
     assert retries(rules, "overload", elsewhere=True) == 0
-    careful = rules.of("careful")
+    careful = rules.groups["careful"]
     assert [retries(careful, failure) for failure in ("auth", "other")] == [1, 0]
-    assert rules.of("unknown") is rules
 
 
 @pytest.mark.parametrize("failure", OF_ONE_DEPLOYMENT)

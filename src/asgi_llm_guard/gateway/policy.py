@@ -69,7 +69,7 @@ class RetryRules(msgspec.Struct, frozen=True, kw_only=True):
     classes: Mapping[ErrorClass, int] = msgspec.field(default_factory=dict)
     """Another number of retries by error class. Where it is not 0, the class is worth a pause, too."""
     groups: Mapping[str, RetryRules] = msgspec.field(default_factory=dict)
-    """Other rules by group of deployments."""
+    """Other rules by group of deployments, or by model; in any spelling."""
 
     def __post_init__(self) -> None:
         for name, most in (("pause_s", _LONGEST_S), ("max_wait_s", _LONGEST_S), ("jitter", 1)):
@@ -84,10 +84,6 @@ class RetryRules(msgspec.Struct, frozen=True, kw_only=True):
         for group, rules in self.groups.items():
             if not isinstance(rules, RetryRules) or rules.groups:
                 raise ConfigurationError(f"groups[{group!r}]: expected RetryRules without groups, got {rules!r}")
-
-    def of(self, group: str) -> RetryRules:
-        """The rules of one group."""
-        return self.groups.get(group, self)
 
     def step(
         self,
