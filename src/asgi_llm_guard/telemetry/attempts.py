@@ -10,7 +10,8 @@ from opentelemetry.metrics import Meter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.events import Admission, AttemptEnded, Event, Refused
+from asgi_llm_guard.events import Admission, AttemptEnded, CacheHit, Event, Refused
+from asgi_llm_guard.pricing.book import UNPRICED
 from asgi_llm_guard.telemetry import names
 from asgi_llm_guard.usage import Usage
 
@@ -28,7 +29,7 @@ class AttemptObserver:
     """An observer: makes a span, and points of histograms, of each `AttemptEnded`.
 
     A span is made when its attempt is over, with the times at which it began and ended, under the span that is
-    current for whoever made the call. Decisions are events of the span that is current.
+    current for whoever made the call. Decisions, and answers from the cache, are events of the span that is current.
 
     Names of deployments and models are labels of metrics as long as there are no more than 200 pairs; models without
     a price of their own, and all further pairs, are `other`.
@@ -66,12 +67,14 @@ class AttemptObserver:
         )
 
     def __call__(self, event: Event, /) -> None:
-        """Take an event. Those that are no attempts and no decisions are passed over."""
+        """Take an event. Those that are none of these are passed over."""
         match event:
             case AttemptEnded():
                 self._ended(event)
             case Admission(degraded=degraded):
                 trace.get_current_span().add_event("llm_guard.admitted", {"llm_guard.degraded": degraded})
+            case CacheHit(age_ms=age_ms):
+                trace.get_current_span().add_event("llm_guard.cache_hit", {"llm_guard.cache.age": age_ms / 1000})
             case Refused(denied=denied):
                 attributes = {names.POLICY: denied.policy, "llm_guard.code": denied.code}
                 trace.get_current_span().add_event("llm_guard.refused", attributes)
@@ -131,7 +134,7 @@ class AttemptObserver:
         """The deployment and the model, as metrics may name them."""
         call = event.call
         # A deployment may serve whatever its clients ask for. What has a price of its own is no invention of theirs.
-        known = call is not None and call.price_source is not None and call.billed_model is None
+        known = call is not None and call.price_source not in (None, UNPRICED) and call.billed_model is None
         pair = (event.deployment, model if known else names.OTHER)
         found = self._pairs.get(pair)
         if found is None:
