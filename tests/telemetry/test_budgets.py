@@ -41,7 +41,7 @@ class Gated(MemoryStorage):
         self.gate.set()
 
     async def read(self, meters: Sequence[Meter]) -> tuple[Reading, ...]:
-        await asyncio.to_thread(self.gate.wait)
+        await asyncio.to_thread(self.gate.wait, 10)  # so that a test that fails ends
         return await super().read(meters)
 
 
