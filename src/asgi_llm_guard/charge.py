@@ -132,7 +132,7 @@ def believed(charge: Charge, most: Call) -> Charge:
 
 
 def _measured(call: Call | None, usage: Usage, tokens: int | None, cost: Cost) -> Charge:
-    if (cost.nanousd is None or (usage.reported_nanousd or 0) < 0) and not _can_be(usage):
+    if not _can_be(usage):  # a known cost does not say so: it may be reported, or be nothing for any model
         return Charge(outcome="unmetered", doubted=usage)
     if cost.nanousd is None and (call is None or call.cost_nanousd is not None):
         # Its price is not known: tokens as measured, money as held.

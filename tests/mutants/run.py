@@ -67,7 +67,7 @@ TARGETS = (
     Target(module="asgi_llm_guard.storage.counting", suites=_STORAGE),
     Target(
         module="asgi_llm_guard.charge",
-        suites=(("tests/mutants/test_plan.py",), ("tests/engine/test_outcomes.py",), ("tests/engine",)),
+        suites=(("tests/mutants/test_plan.py", "tests/engine/test_charge.py"), ("tests/engine/test_outcomes.py",)),
     ),
     Target(
         module="asgi_llm_guard.plan",
