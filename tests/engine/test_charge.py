@@ -95,11 +95,12 @@ def test_measured() -> None:
 @pytest.mark.parametrize("unit", ["images", "audio_ms", "characters", "search_units"])
 def test_what_is_billed_by_another_unit_is_measured_without_tokens(unit: str) -> None:
     """An image, a millisecond, a character or a unit of a ranking is a measure, with or without tokens."""
-    usage = Usage(**{unit: 1})
-    assert became(success(usage)).outcome == "measured"
-    zeros = Usage(input_tokens=3, output_tokens=0, **{unit: 1})
+    one: dict[str, Any] = {unit: 1}
+    none: dict[str, Any] = {unit: 0}
+    assert became(success(Usage(**one))).outcome == "measured"
+    zeros = Usage(input_tokens=3, output_tokens=0, **one)
     assert became(success(zeros, text_bytes=9, finished=True)).outcome == "measured"
-    assert became(success(Usage(**{unit: 0}), finished=True)).outcome == "unmetered"
+    assert became(success(Usage(**none), finished=True)).outcome == "unmetered"
 
 
 def test_a_reported_cost_is_measured_without_tokens() -> None:

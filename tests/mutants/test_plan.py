@@ -12,7 +12,7 @@ from asgi_llm_guard.charge import Charge, actuals
 from asgi_llm_guard.claims import Claim, Meter, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Refusal
-from asgi_llm_guard.plan import Asked, ask
+from asgi_llm_guard.plan import Asked, ask, is_rate, only_rates
 from asgi_llm_guard.policies.base import CacheDirective, Verdict
 from asgi_llm_guard.windows import Rolling, Slots
 
@@ -107,6 +107,52 @@ def test_verdicts_besides_claims_are_passed_on() -> None:
     assert asked(Says(Verdict(cache=cached)), shadow, Says(Verdict(refusal=refusal)), claims(claim(on()))) == Asked(
         (), (), refusal, (refusal,), cached
     )
+
+
+@pytest.mark.parametrize("rule", [Rule.RATE, Rule.QUOTA])
+@pytest.mark.parametrize("unit", [Unit.CALLS, Unit.TOKENS])
+def test_rates_are_what_counts_calls_by_rate(rule: Rule, unit: Unit) -> None:
+    """A quota of calls is no rate, and neither is a rate of tokens, which a kept answer uses none of."""
+    one = Meter(key="k", policy="p", scope="user", subject="s", unit=unit, rule=rule, limit=9, window=Rolling(1))
+    rated = rule is Rule.RATE and unit is Unit.CALLS
+    assert is_rate(Claim(one, 1)) is rated
+    both = Asked((Claim(one, 1),), (Claim(one, 2),), None, (), CacheDirective(allowed=True))
+    kept = only_rates(both)
+    assert (kept.requests, kept.calls) == ((both.requests, both.calls) if rated else ((), ()))
+    assert kept.cache == both.cache
+
+
+def cached_by(one: CacheDirective, other: CacheDirective) -> CacheDirective | None:
+    return asked(Says(Verdict(cache=one)), Says(Verdict(cache=other))).cache
+
+
+def test_a_cache_has_to_be_allowed_by_every_policy() -> None:
+    """Whichever policy forbids it, and in whichever order, its reason stays."""
+    yes, no = CacheDirective(allowed=True, partition="x"), CacheDirective(allowed=False, reason="secret")
+    other = CacheDirective(allowed=False, reason="other")
+    assert cached_by(yes, no) == no
+    assert cached_by(no, yes) == no
+    assert cached_by(no, other) == no
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ttl_s"), [(5, 9, 5), (9, 5, 5), (None, 9, 9), (9, None, 9), (None, None, None)]
+)
+def test_two_policies_that_allow_a_cache_share_the_narrower(
+    first: int | None, second: int | None, ttl_s: int | None
+) -> None:
+    """The partition is inside both, the time the shorter one, and either's names revoke it."""
+    one = CacheDirective(allowed=True, partition="a", ttl_s=first, names=("user:a",))
+    other = CacheDirective(allowed=True, partition="bc", ttl_s=second, names=("kb:b",))
+    assert cached_by(one, other) == CacheDirective(
+        allowed=True, partition="1:abc", ttl_s=ttl_s, names=("user:a", "kb:b")
+    )
+
+
+def test_two_partitions_are_told_apart_where_they_meet() -> None:
+    """Two pairs of partitions never make the same one, wherever the first ends."""
+    a, bc, ab, c = (CacheDirective(allowed=True, partition=part) for part in ("a", "bc", "ab", "c"))
+    assert cached_by(a, bc) != cached_by(ab, c)
 
 
 def test_slots_are_settled_with_nothing() -> None:
