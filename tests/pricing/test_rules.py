@@ -221,6 +221,35 @@ def test_what_is_not_told(rates: dict[str, Any], told: Usage, pico: int | None) 
 
 
 @pytest.mark.parametrize(
+    "told, pico",
+    [
+        (Usage(input_tokens=100, output_tokens=10, billed_input_tokens=9, billed_output_tokens=4), 9 * 2 + 4 * 3),
+        (Usage(input_tokens=100, output_tokens=10, billed_input_tokens=9), 9 * 2 + 10 * 3),
+        (Usage(input_tokens=100, output_tokens=10, billed_output_tokens=4), 100 * 2 + 4 * 3),
+        (Usage(input_tokens=100, output_tokens=10, billed_input_tokens=0, billed_output_tokens=0), 0),
+        # What was cached is not among those that are billed, nor are the parts of another output.
+        (Usage(input_tokens=100, output_tokens=10, cache_read_tokens=90, billed_input_tokens=9), 9 * 2 + 10 * 3),
+        (Usage(input_tokens=100, output_tokens=10, reasoning_tokens=9, billed_output_tokens=4), 100 * 2 + 4 * 3),
+        (Usage(input_tokens=100, output_tokens=10, cache_read_tokens=90, billed_output_tokens=4), 10 * 2 + 90 * 1 + 4 * 3),
+    ],
+)  # fmt: skip
+def test_tokens_that_are_billed(told: Usage, pico: int) -> None:
+    """Where a provider bills other numbers of tokens than were counted, those are what costs."""
+    card = book({"m": {"input": 2, "output": 3, "cache_read": 1, "reasoning": 5}}).resolve("p", "m")
+    assert card is not None
+    assert picousd(card, told, START_MS) == pico
+
+
+@pytest.mark.parametrize(("tokens", "pico"), [((1, 1), 5), ((1, 0), 2), ((0, 1), 3), ((0, 0), None)])
+def test_units_without_a_price_are_part_of_the_tokens(tokens: tuple[int, int], pico: int | None) -> None:
+    """Characters that have no price are paid for with the tokens beside them, whichever those are, or are unknown."""
+    card = book({"m": {"input": 2, "output": 3}}).resolve("p", "m")
+    assert card is not None
+    told = Usage(input_tokens=tokens[0], output_tokens=tokens[1], characters=5)
+    assert picousd(card, told, START_MS) == pico
+
+
+@pytest.mark.parametrize(
     "cache_writes, audio, rate",
     [("none", False, 2), ("none", True, 6), ("5m", False, 4), ("5m", True, 6), ("1h", False, 9), ("1h", True, 9)],
 )
