@@ -103,6 +103,7 @@ class Serving:
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - as uvicorn's
                 for server in self.servers:
                     server.close()
+                await asyncio.sleep(_TURN_S)  # what was accepted last becomes a connection
                 for connection in list(self.server_state.connections):
                     connection.shutdown()
                 while self.server_state.connections or self.server_state.tasks:
