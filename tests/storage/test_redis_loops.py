@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -127,16 +127,27 @@ async def take_and_free(storage: RedisStorage, call_id: str) -> Granted | Refuse
     return answer
 
 
-# Whoever closes a loop so is told of its sockets, ours among them, when they are collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_loop_that_is_closed_without_farewell_leaves_its_settlements_to_the_next(redis: RedisStorage) -> None:
-    """A loop that is closed with settlements under way loses none: the next loop hands them over once more."""
+def close_loops_without_farewell(url: str, namespace: str) -> tuple[int, int]:
+    """Close three loops with settlements under way; gives what is used and held in the end."""
+    storage = RedisStorage(url, namespace=namespace, timeout_s=5)
     for n in range(3):
         loop = asyncio.new_event_loop()
-        loop.run_until_complete(back_and_forth(redis, n))
+        loop.run_until_complete(back_and_forth(storage, n))
         loop.close()
-    assert in_thread(level(redis, BUDGET)) == (0, 0)
-    gc.collect()
+    left = in_thread(level(storage, BUDGET))
+    asyncio.run(storage.aclose())
+    return left
+
+
+def test_a_loop_that_is_closed_without_farewell_leaves_its_settlements_to_the_next(
+    redis_server: RedisServer, namespace: str
+) -> None:
+    """A loop that is closed with settlements under way loses none: the next loop hands them over once more."""
+    # In a process of its own: the sockets of such loops are closed when they are collected, with a warning, and that
+    # may be in any later test.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        left = processes.submit(close_loops_without_farewell, redis_server.url, namespace).result(60)
+    assert left == (0, 0)
 
 
 def test_a_thread_that_outlives_the_main_coroutine_still_settles(redis: RedisStorage) -> None:
