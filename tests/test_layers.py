@@ -19,7 +19,7 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 # a layer may import itself and what its line says.
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
-    "protocols": "storage.base storage.entries policies.base identity.base",
+    "protocols": "storage.base storage.entries storage.shared policies.base identity.base",
     "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.grammar policies.providers wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
