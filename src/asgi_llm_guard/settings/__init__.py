@@ -1,0 +1,28 @@
+"""A guard from a TOML file, the environment and secret files. `docs/settings.md` shows every key.
+
+For each key the environment wins over secret files, and secret files over the file. What is said
+here is handed to the constructors that code would call, so that both know the same options, check
+them alike and complain in the same words; this module adds where the wrong value stands.
+"""
+
+from __future__ import annotations
+
+from asgi_llm_guard.settings.load import (
+    GuardSettings,
+    build_gateway_arguments,
+    build_guard_arguments,
+    build_middleware_arguments,
+    load_settings,
+)
+from asgi_llm_guard.settings.policies import RouteSettings
+from asgi_llm_guard.settings.problems import ENV_PREFIX
+
+__all__ = [
+    "ENV_PREFIX",
+    "GuardSettings",
+    "RouteSettings",
+    "build_gateway_arguments",
+    "build_guard_arguments",
+    "build_middleware_arguments",
+    "load_settings",
+]

@@ -1,0 +1,257 @@
+"""Everything that a guard and its middleware can be told, and where it is read from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.identity.keys import read_toml
+from asgi_llm_guard.policies import QuotaBook
+from asgi_llm_guard.routes import RouteTable
+from asgi_llm_guard.settings.identity import IdentitySettings
+from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, extractor_of, problem
+from asgi_llm_guard.settings.policies import DepartmentSettings, PolicySettings, RouteSettings, StreamSettings
+from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, line_of
+from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
+
+__all__ = [
+    "GuardSettings",
+    "build_gateway_arguments",
+    "build_guard_arguments",
+    "build_middleware_arguments",
+    "load_settings",
+]
+
+
+class GuardSettings(BaseSettings):
+    """Everything that a guard and its middleware can be told in a file. `None`: as the guard's own default.
+
+    Built in code, what is passed wins over the environment; `load_settings` lets the environment win
+    over the file.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=NESTED,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        secrets_dir_missing="error",
+        validate_default=False,
+    )
+
+    storage: SecretStr = SecretStr("memory://")
+    """A URL; shown nowhere, because it may hold a password."""
+    policies: list[PolicySettings] = []
+    agents: dict[str, Agent] = {}
+    departments: dict[str, DepartmentSettings] = {}
+    identity: Annotated[IdentitySettings, Field(discriminator="kind")] | None = None
+    session: Sources | None = None
+    prices: PriceSettings | None = None
+    streams: StreamSettings | None = None
+    cache: CacheSettings | None = None
+    gateway: dict[str, Any] | None = Field(default=None, repr=False)
+    """Deployments and how they are chosen; see `build_gateway_arguments`. Shown nowhere, because it may hold keys."""
+    routes: list[RouteSettings] | None = None
+    exempt: list[str] = []
+    unlisted: Literal["deny", "pass"] = "pass"
+    rate_limit_headers: bool = True
+    statuses: Statuses | None = None
+    disclose: Literal["owned", "all"] | None = None
+    hold_wait_s: Seconds | None = Field(default=None, ge=0, le=60)
+    max_waiting: Number | None = Field(default=None, ge=0)
+    max_overage: Number | None = Field(default=None, ge=1)
+    session_limit: Number | None = Field(default=None, ge=0)
+    anonymous_session_limit: Number | None = Field(default=None, ge=0)
+    session_overflow: Literal["deny", "share"] | None = None
+    on_data_loss: Literal["deny", "accept", "rebuild"] | None = None
+    session_ttl: str | None = None
+    assumed_input_tokens: Number | None = Field(default=None, ge=0)
+    assumed_output_tokens: Number | None = Field(default=None, ge=0)
+    learn_output: str | None = None
+    max_body_bytes: Number | None = Field(default=None, ge=0)
+    secrets_dir: Path | None = None
+    """A folder of secret files: `llm_guard_identity__secret`, `llm_guard_storage`, …; relative to the file."""
+
+    _file: Path | None = PrivateAttr(default=None)
+    _book: QuotaBook | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _check(self) -> GuardSettings:
+        everywhere = [*self.policies, *(policy for route in self.routes or () for policy in route.extra)]
+        if self.departments and not any(policy.kind == "quota" for policy in everywhere):
+            raise problem('no policy reads them; add [[policies]] with kind = "quota"', "departments")
+        RouteTable(None, exempt=self.exempt, unlisted=self.unlisted)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """What file names are relative to: where the settings file is, or the working directory."""
+        return Path() if self._file is None else self._file.parent
+
+    @property
+    def book(self) -> QuotaBook:
+        """The quotas of the departments: one book for the guard and all its routes, so that a change reaches all."""
+        if self._book is None:
+            self._book = QuotaBook({name: department.build() for name, department in self.departments.items()})
+        return self._book
+
+    @property
+    def origin(self) -> str:
+        """Where the settings come from, for messages."""
+        return "settings" if self._file is None else str(self._file)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings passes every source by name
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is passed, then the environment, then secret files."""
+        check_environment(os.environ, GuardSettings)
+        return init_settings, env_settings, NestedSecretsSettingsSource(file_secret_settings)
+
+
+class _FileSettings(GuardSettings):
+    """What is passed is a file's content: the environment and secret files win over it."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file, environment, secrets = super().settings_customise_sources(
+            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+        )
+        return environment, secrets, file
+
+
+def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
+    """The settings in the TOML file `path`, with secret files and the environment over them.
+
+    Raises:
+        ConfigurationError: a line for each problem: the file or the environment variable, the key, the
+            value (never a secret) and what is allowed; line and column where the file is not TOML.
+    """
+    file = Path(path)
+    content = read_toml(file)
+    folder = os.environ.get(f"{ENV_PREFIX}SECRETS_DIR") or content.get("secrets_dir")
+    secrets_dir = file.parent / folder if isinstance(folder, str) else None
+    if secrets_dir is not None and not secrets_dir.is_dir():
+        raise ConfigurationError(f"{file}: secrets_dir: expected a folder, got {str(secrets_dir)!r}")
+    try:
+        settings = _FileSettings(_secrets_dir=secrets_dir, **content)  # type: ignore[call-arg]  # BaseSettings takes it
+    except ValidationError as error:
+        problems = dict.fromkeys(line_of(file, detail, GuardSettings) for detail in error.errors(include_url=False))
+        raise ConfigurationError("\n".join(problems)) from None
+    except SettingsError as error:
+        named = re.search(r'field "(\w+)"', str(error))
+        variable = f"{ENV_PREFIX}{named[1].upper()}" if named else ENV_PREFIX
+        raise ConfigurationError(f"environment variable or secret file {variable}: is not valid JSON") from None
+    settings._file = file  # noqa: SLF001 - our own class
+    return settings
+
+
+def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `Guard`. Reads the files that the settings name (keys, prices).
+
+    Raises:
+        ConfigurationError: one of these files is wrong; names the settings file, the key and that file.
+    """
+    arguments: dict[str, Any] = {
+        "policies": [policy.build(settings.book) for policy in settings.policies],
+        "storage": settings.storage.get_secret_value(),
+        "agents": settings.agents,
+    }
+    if settings.identity is not None:
+        with named(settings, "identity"):
+            arguments["identity"] = settings.identity.build(settings.directory)
+    if settings.session is not None:
+        arguments["session"] = extractor_of(settings.session)
+    if settings.streams is not None:
+        arguments["streams"] = settings.streams.build()
+    if settings.prices is not None:
+        with named(settings, "prices"):
+            arguments["prices"] = settings.prices.build(settings.directory)
+    if settings.cache is not None:
+        with named(settings, "cache"):
+            arguments["cache"] = settings.cache.build()
+    for name in _SAME_NAME:
+        value = getattr(settings, name)
+        if value is not None:
+            arguments[name] = value
+    return arguments
+
+
+_SAME_NAME: Final = (
+    "statuses",
+    "disclose",
+    "hold_wait_s",
+    "max_waiting",
+    "max_overage",
+    "session_limit",
+    "anonymous_session_limit",
+    "session_overflow",
+    "session_ttl",
+    "on_data_loss",
+    "assumed_input_tokens",
+    "assumed_output_tokens",
+    "learn_output",
+    "max_body_bytes",
+)
+
+
+def build_middleware_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `GuardMiddleware`, but for the guard itself."""
+    return {
+        "routes": None if settings.routes is None else [route.build(settings.book) for route in settings.routes],
+        "exempt": settings.exempt,
+        "unlisted": settings.unlisted,
+        "rate_limit_headers": settings.rate_limit_headers,
+    }
+
+
+def build_gateway_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `gateway.Gateway`, but for the guard itself.
+
+    Raises:
+        ConfigurationError: there is no `[gateway]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.gateway is None:
+        raise ConfigurationError(f"{settings.origin}: gateway: is missing")
+    from asgi_llm_guard.gateway.configured import gateway_arguments
+
+    with named(settings, "gateway"):
+        return gateway_arguments(settings.gateway)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def named(settings: GuardSettings, key: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{settings.origin}: {key}: {error}") from None
