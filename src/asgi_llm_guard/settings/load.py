@@ -25,7 +25,7 @@ from asgi_llm_guard.routes import RouteTable
 from asgi_llm_guard.settings.identity import IdentitySettings
 from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, extractor_of, problem
 from asgi_llm_guard.settings.policies import DepartmentSettings, PolicySettings, RouteSettings, StreamSettings
-from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, line_of
+from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, problem_of
 from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
 __all__ = [
@@ -152,7 +152,7 @@ def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
 
     Raises:
         ConfigurationError: a line for each problem: the file or the environment variable, the key, the
-            value (never a secret) and what is allowed; line and column where the file is not TOML.
+            value (never a secret) and what is allowed; the line, and the column where the file is not TOML.
     """
     file = Path(path)
     content = read_toml(file)
@@ -163,7 +163,9 @@ def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
     try:
         settings = _FileSettings(_secrets_dir=secrets_dir, **content)  # type: ignore[call-arg]  # BaseSettings takes it
     except ValidationError as error:
-        problems = dict.fromkeys(line_of(file, detail, GuardSettings) for detail in error.errors(include_url=False))
+        text = file.read_text(encoding="utf-8")
+        details = error.errors(include_url=False)
+        problems = dict.fromkeys([problem_of(file, text, detail, GuardSettings) for detail in details])
         raise ConfigurationError("\n".join(problems)) from None
     except SettingsError as error:
         named = re.search(r'field "(\w+)"', str(error))

@@ -13,9 +13,10 @@ from pydantic_core import ErrorDetails
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.settings.identity import IDENTITIES
+from asgi_llm_guard.settings.lines import line_in
 from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
-__all__ = ["ENV_PREFIX", "NESTED", "check_environment", "line_of"]
+__all__ = ["ENV_PREFIX", "NESTED", "check_environment", "problem_of"]
 
 ENV_PREFIX: Final = "LLM_GUARD_"
 NESTED: Final = "__"
@@ -23,6 +24,7 @@ NESTED: Final = "__"
 # What a cluster sets for a service that happens to be called llm-guard.
 _FOREIGN_VARIABLE: Final = re.compile(r"SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII)
 _SHOWN: Final = 80
+_NAMED: Final = re.compile(r"(?:[\w-]+\.)*(\w+): ")
 
 
 def check_environment(environ: Mapping[str, str], settings: type[BaseModel]) -> None:
@@ -54,7 +56,7 @@ def _is_list(annotation: Any) -> bool:
 _TABLES: Final[Mapping[str, type[BaseModel]]] = {"prices": PriceSettings, "cache": CacheSettings}
 
 
-def line_of(file: Path, detail: ErrorDetails, settings: type[BaseModel]) -> str:
+def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseModel]) -> str:
     """One problem in our words: where it stands, what is wrong, what was seen."""
     loc = [*detail["loc"]]
     if loc[:1] == ["identity"] and len(loc) > 1 and loc[1] in IDENTITIES:
@@ -88,7 +90,9 @@ def line_of(file: Path, detail: ErrorDetails, settings: type[BaseModel]) -> str:
     if not loc:
         return f"{file}: {message}"
     path = _path(loc)
-    return f"{_origin(file, loc)}: {path}: {message.removeprefix(f'{path}: ')}"
+    named = _NAMED.match(message)  # "iterations.limit: …": what a constructor complains of
+    line = line_in(text, [*loc, named[1]] if named else loc)
+    return f"{_origin(file, line, loc)}: {path}: {message.removeprefix(f'{path}: ')}"
 
 
 def _seen(loc: Sequence[str | int], value: object) -> str:
@@ -107,7 +111,7 @@ def _path(loc: Sequence[str | int]) -> str:
     return path
 
 
-def _origin(file: Path, loc: Sequence[str | int]) -> str:
+def _origin(file: Path, line: int | None, loc: Sequence[str | int]) -> str:
     """Where the value comes from: an environment variable, the file, or both for a table."""
     names = {name.upper(): name for name in os.environ}
     parts = [str(part).upper() for part in loc]
@@ -116,4 +120,5 @@ def _origin(file: Path, loc: Sequence[str | int]) -> str:
         if variable in names:
             return f"environment variable {names[variable]}"
     inside = [name for upper, name in names.items() if upper.startswith(ENV_PREFIX + NESTED.join(parts) + NESTED)]
-    return f"{file} with environment variable {', '.join(sorted(inside))}" if inside else str(file)
+    where = str(file) if line is None else f"{file}, line {line}"
+    return f"{where} with environment variable {', '.join(sorted(inside))}" if inside else where
