@@ -14,7 +14,7 @@ from asgi_llm_guard.claimed import Claimed, State, request_settlement
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.engine import Hold
-from asgi_llm_guard.events import UsageAnomaly, emit
+from asgi_llm_guard.events import CallEnded, UsageAnomaly, emit
 from asgi_llm_guard.outcomes import error_status, outcome_of, says_nothing, together
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.pricing import Cost
@@ -186,7 +186,7 @@ class ActiveCall(Claimed):
         if self._close():
             charge = self._charge(error, complete=complete)
             self.failed = charge.outcome in _FAILED or self._broke_off(error)
-            settlements = self._ended(charge)
+            settlements = self._ended(charge, error)
         with self._lock:
             side, self.side = self.side, None
         if side is not None:
@@ -262,9 +262,32 @@ class ActiveCall(Claimed):
         anomaly = UsageAnomaly(self.admission.context, self.call, usage, charge.tokens, charge.cost_nanousd)
         emit(self.admission.engine.observers, anomaly)
 
-    def _ended(self, charge: Charge) -> list[Settlement]:
+    def _tell_end(self, charge: Charge, error: BaseException | None) -> None:
+        assert self.hold is not None  # noqa: S101 - `_close` saw it
+        engine, answer = self.admission.engine, self._answer
+        failure = None if error is None else type(error).__name__
+        if failure is None and answer is not None and answer.kind == "error":
+            failure = answer.error or "other"
+        ended = CallEnded(
+            context=self.admission.context,
+            call=self.call,
+            call_id=self.hold.call_id,
+            outcome=charge.outcome,
+            usage=charge.usage,
+            cost_nanousd=charge.cost_nanousd,
+            failure=failure,
+            attempt=self.attempt_number[1],
+            began_ms=self._started_ms,
+            first_ms=self._first_ms,
+            ended_ms=engine.clock.now_ms(),
+        )
+        emit(engine.observers, ended)
+
+    def _ended(self, charge: Charge, error: BaseException | None = None) -> list[Settlement]:
         """What to hand over for a call that has just ended like this."""
         self.outcome = charge.outcome
+        if self.admission.engine.observers:
+            self._tell_end(charge, error)
         donor = self._donated_by
         while donor is not None:
             donor.outcome, donor.failed, donor.hold = charge.outcome, self.failed, self.hold

@@ -171,6 +171,9 @@ class Engine:
         jitter: Callable[[int], int] | None = None,
     ) -> None:
         self.storage = storage
+        self.verbs = storage
+        """What is asked: the storage, or something around it that measures how long it takes."""
+        self._around: Callable[[Storage], Storage] | None = None
         self.cache: ResponseCache | None = None
         """What the guard keeps answers in."""
         self._with_leases = with_leases
@@ -192,6 +195,10 @@ class Engine:
         self.state: State = "ok"
         self.since_ms = clock.now_ms()
         """When `state` changed last."""
+        self.beat_ms: int | None = None
+        """When the storage answered a heartbeat last; `None`: never."""
+        self.skew_ms = 0
+        """How far its clock was ahead of this process's then."""
         self.last_error: str | None = None
         """The class of the last error of the storage."""
         self._backlog_told = False
@@ -241,6 +248,11 @@ class Engine:
 
         return stop
 
+    def measure(self, around: Callable[[Storage], Storage] | None) -> None:
+        """Ask the storage through what `around` makes of it; `None`: directly."""
+        self._around = around
+        self.verbs = self.storage if around is None else around(self.storage)
+
     def new_id(self) -> str:
         """A call id, unique over all processes and restarts."""
         return f"{self.owner}-{next(self._numbers):x}"
@@ -267,6 +279,7 @@ class Engine:
             self._selective.check(bound)
         elif self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in bound):
             self.storage = self._leasing = self._with_leases(self.storage)
+            self.measure(self._around)
         return tuple(bound)
 
     # ------------------------------------------------------------------------------ reserve
@@ -434,7 +447,7 @@ class Engine:
             self._give_back(hold)
         self._keep(amended)
         if self.observers and not growing:
-            self._observe(context, call, answer, degraded=degraded)
+            self._observe(context, call, answer, amended.call_id, degraded=degraded)
         return amended
 
     async def _amend(self, bundle: Bundle, asking: Asking) -> Granted | Refused | Ended:
@@ -442,7 +455,7 @@ class Engine:
             await self._reconcile()
         self._check_available()
         asking.unknown = True
-        answer = await self.storage.amend(self.owner, bundle)
+        answer = await self.verbs.amend(self.owner, bundle)
         asking.unknown = False
         return answer
 
@@ -542,9 +555,9 @@ class Engine:
                 self._check_available()
             if self._totals is not None:
                 await self._follow(self._totals)
-            answer = await self.storage.reserve(self.owner, plans)
+            answer = await self.verbs.reserve(self.owner, plans)
             if isinstance(answer, Refused) and self.hold_wait_s:
-                answer = await self._waiting(answer, lambda: self.storage.reserve(self.owner, plans))
+                answer = await self._waiting(answer, lambda: self.verbs.reserve(self.owner, plans))
         except DataLost as error:
             if again and await self._lose(error):
                 return await self._ask_storage(plans, again=False)
@@ -674,11 +687,13 @@ class Engine:
             if self._totals is not None:
                 self._totals.opened(bundle)
         if self.observers:
-            self._observe(context, call, granted, degraded=degraded)
+            self._observe(context, call, granted, None if call_hold is None else call_hold.call_id, degraded=degraded)
         return Reserved(request_hold, call_hold, call, granted, shared, asked.cache, degraded, candidate)
 
-    def _observe(self, context: Context, call: Call | None, granted: Granted, *, degraded: bool) -> None:
-        emit(self.observers, Admission(context, call, granted, degraded))
+    def _observe(
+        self, context: Context, call: Call | None, granted: Granted, call_id: str | None, *, degraded: bool
+    ) -> None:
+        emit(self.observers, Admission(context, call, granted, degraded, call_id))
         for receipt in granted.receipts:
             meter = receipt.claim.meter
             if not meter.enforce and not receipt.fits and meter.limit is not None:
@@ -836,9 +851,9 @@ class Engine:
         await self._see_whether_lost()
         told = totals.settlements(self.owner, accepted)
         for first in range(0, len(told), _HANDED_OVER):
-            await self.storage.settle(told[first : first + _HANDED_OVER])
+            await self.verbs.settle(told[first : first + _HANDED_OVER])
         for bundle in totals.bundles:
-            await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+            await self.verbs.reserve(self.owner, ((lifted_bundle(bundle),),))
         self._epoch = accepted
 
     async def _see_whether_lost(self) -> None:
@@ -846,13 +861,13 @@ class Engine:
 
         Settling and heartbeats never ask which data it is; changing a hold that there is not does, and changes nothing.
         """
-        await self.storage.amend(self.owner, Bundle(self.new_id(), ()))
+        await self.verbs.amend(self.owner, Bundle(self.new_id(), ()))
 
     async def _reopen(self) -> None:
         """Make holds of what was admitted here and is still open: it holds its slots, and is charged if we die."""
         for bundle in self._here.bundles:
             try:
-                answer = await self.storage.reserve(self.owner, ((lifted_bundle(bundle),),))
+                answer = await self.verbs.reserve(self.owner, ((lifted_bundle(bundle),),))
             except StorageError as error:
                 self._storage_failed(error)
                 return
@@ -889,7 +904,7 @@ class Engine:
             # Leases take note of a settlement in any case: they are spent while the storage is away.
             if self._interruptible is not None and self._leasing is None:
                 self._check_available()
-            pending = self.storage.settle(settlements)
+            pending = self.verbs.settle(settlements)
         except StorageError as error:
             self._try_again(settlements, error)
             raise
@@ -946,7 +961,7 @@ class Engine:
         with contextlib.suppress(StorageError):
             self._hand_over(_HANDED_OVER)
         try:
-            beat = await self.storage.heartbeat(self.owner)
+            beat = await self.verbs.heartbeat(self.owner)
             if self._totals is not None:
                 await self._follow(self._totals)
             if self.state == "lost":
@@ -959,6 +974,8 @@ class Engine:
                 self._storage_failed(error)
             return
         self._here.processes = max(1, beat.owners)
+        self.beat_ms = self.clock.now_ms()
+        self.skew_ms = beat.now_ms - self.beat_ms
         self._recovered()
         self._settle_again()
         if self._here.open:
@@ -979,7 +996,7 @@ class Engine:
             claims = tuple(claim for claim in hold.claims if claim.meter.unit is Unit.SLOTS)
             again = Bundle(self.new_id(), claims)
             try:
-                answer = await self.storage.reserve(self.owner, ((again,),))
+                answer = await self.verbs.reserve(self.owner, ((again,),))
             except StorageError as error:
                 self._storage_failed(error)
                 if error.sent:

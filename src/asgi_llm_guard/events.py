@@ -19,6 +19,7 @@ __all__ = [
     "BacklogFull",
     "CacheHit",
     "CacheMiss",
+    "CallEnded",
     "DataLost",
     "Event",
     "Expired",
@@ -44,6 +45,9 @@ class Admission(msgspec.Struct, frozen=True):
     granted: Granted
     degraded: bool = False
     """The storage did not answer, and this process decided by itself: see `docs/outages.md`."""
+    call_id: str | None = None
+    """What the call's record is going to be named by; `None`: a request, and no call. A call inside it that takes its
+    hold over has the same."""
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -71,6 +75,28 @@ class SettledCall(msgspec.Struct, frozen=True):
 
     record: UsageRecord
     settled: Settled
+
+
+class CallEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """A call, or an attempt of one, is over: told where it ended, before it is settled, and once. Instants are in ms."""
+
+    context: Context
+    call: Call | None
+    """`None`: it was not described."""
+    call_id: str
+    outcome: Outcome
+    usage: Usage | None = None
+    """What is known to have been used."""
+    cost_nanousd: int | None = None
+    """What is charged; `None`: what was held."""
+    failure: str | None = None
+    """The class of the error that it ended in, or the kind of error that its provider answered."""
+    attempt: int = 1
+    """Which attempt of its call it was, counted from 1."""
+    began_ms: int
+    first_ms: int | None = None
+    """When the first part of the answer came."""
+    ended_ms: int
 
 
 class Expired(msgspec.Struct, frozen=True):
@@ -176,6 +202,7 @@ Event = (
     Admission
     | Refused
     | ShadowMisfit
+    | CallEnded
     | SettledCall
     | Expired
     | SlotOverrun

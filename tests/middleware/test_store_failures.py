@@ -144,5 +144,5 @@ async def test_observers_change_nothing(caplog: pytest.LogCaptureFixture) -> Non
     guard = new_guard(Iterations(1), observers=[broken, working])
     app = guarded(Provider(), guard)
     assert [(await ask(app)).status for _ in range(2)] == [200, 429]
-    assert seen == ["Admission", "SettledCall", "Refused"]
-    assert len([record for record in caplog.records if "observer raised" in record.getMessage()]) == 3
+    assert seen == ["Admission", "CallEnded", "SettledCall", "Refused"]
+    assert len([record for record in caplog.records if "observer raised" in record.getMessage()]) == 4
