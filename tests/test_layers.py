@@ -20,12 +20,12 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "protocols": "storage.base storage.entries storage.shared policies.base identity.base",
-    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules policies.grammar policies.providers wire identity.extract",
+    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache claimed engine exchange guard loss moment outage replays scope streams",
+    "engine": "active_call admission attempts background cache chores claimed engine exchange guard loss moment outage replays scope streams",
     "skins": "admin decorator gateway httpx integrations middleware",
-    "roots": "__init__ cli settings testing",
+    "roots": "__init__ cli doctor settings simulate testing",
 }
 MAY_IMPORT = {
     "values": "",
@@ -79,7 +79,7 @@ LIBRARIES = {
     "redis": "storage.redis storage.redis_wire storage.redis_cluster storage.limits",
     "starlette": "admin decorator gateway identity integrations middleware testing",
     "tiktoken": "estimate",
-    "uvicorn": "testing",
+    "uvicorn": "cli.serve testing",
     "watchfiles": "settings",
     "yaml": "gateway.entries settings",
     "zstandard": "wire.encodings",
