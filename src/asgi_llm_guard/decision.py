@@ -31,6 +31,7 @@ Code = Literal[
     "route_not_listed",
     "guard_unavailable",
     "guard_draining",
+    "stopped",
     "stream_timeout",
 ]
 

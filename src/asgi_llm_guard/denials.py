@@ -88,6 +88,7 @@ _STATUS: Final[Mapping[Code, int]] = {
     "route_not_listed": 403,
     "guard_unavailable": 503,
     "guard_draining": 503,
+    "stopped": 403,
     "stream_timeout": 504,
 }
 

@@ -144,6 +144,7 @@ OWN_CODES: dict[Code, int] = {
     "body_encoded": 415,
     "guard_unavailable": 503,
     "guard_draining": 503,
+    "stopped": 403,
     "stream_timeout": 504,
 }
 

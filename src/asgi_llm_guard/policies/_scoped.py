@@ -1,14 +1,11 @@
 """What the policies share: names and shadow, scopes and their subjects, and a bounded memory of meters.
 
-A subject becomes the parts of a storage key. The parts start with the kind of the subject, so a
-caller that is named `anonymous` is another subject than the anonymous caller, and a session is
-always a session *of its caller*.
+Its subjects are named in `subjects.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Final, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 
@@ -19,6 +16,7 @@ from asgi_llm_guard.denials import check_status
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.providers import canonical_provider, provider_of, qualified
+from asgi_llm_guard.policies.subjects import ANONYMOUS, PART_LENGTH, Subject, bounded
 from asgi_llm_guard.windows import Window
 
 __all__ = [
@@ -55,14 +53,10 @@ Counts = Literal["calls", "requests"]
 Leases = Mapping[Unit, int]
 
 NOTHING: Final = Verdict()
-ANONYMOUS: Final = "anonymous"
-"""The shown name of the caller that nobody has verified."""
 MEMO_SIZE: Final = 4096
 """How many subjects a policy remembers the meters of. A flood of ids makes it forget, never grow."""
 
-_PART_LENGTH: Final = 200
 _SHADOW: Final = ".shadow"
-_DIGEST: Final = "sha256~"
 _OWNED: Final = frozenset({"session", "user", "caller", "department:user", "caller:model", "user:model"})
 _SHARED: Final = (ANONYMOUS,)  # the parts of a subject that nobody owns: all who are not verified
 
@@ -79,15 +73,6 @@ class Memo(dict[Hashable, V]):
             self.clear()
         self[key] = value
         return value
-
-
-class Subject(NamedTuple):
-    """One of those that a limit holds for."""
-
-    name: str
-    """For people to read."""
-    parts: tuple[str, ...]
-    """The end of the storage key: no two subjects have the same parts."""
 
 
 # ------------------------------------------------------------------------------------ scopes
@@ -270,7 +255,7 @@ class NamedPolicy:
     ) -> Meter:
         lease = self._leases.get(unit, 0) if self._enforce else 0
         return Meter(
-            key=meter_key(self.name, unit, window, *map(_bounded, subject.parts), *key_suffix),
+            key=meter_key(self.name, unit, window, *map(bounded, subject.parts), *key_suffix),
             policy=self.name,
             scope=scope,
             subject=subject.name,
@@ -331,7 +316,7 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
 
     def _keep(self, key: Hashable, value: V, subjects: tuple[Subject, ...]) -> V:
         """Remember `value`, unless the ids behind it are so long that remembering many would cost memory."""
-        if all(len(part) <= _PART_LENGTH for subject in subjects for part in subject.parts):
+        if all(len(part) <= PART_LENGTH for subject in subjects for part in subject.parts):
             self._memo.keep(key, value)
         return value
 
@@ -347,16 +332,9 @@ def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:
 
 def quoted(text: str) -> str:
     """Text from a request, for a message: in quotes and not longer than is readable."""
-    return repr(text if len(text) <= _PART_LENGTH else text[:_PART_LENGTH] + "…")
+    return repr(text if len(text) <= PART_LENGTH else text[:PART_LENGTH] + "…")
 
 
 def _is_shared(scope: str, parts: tuple[str, ...]) -> bool:
     """Whether it stands for all who are not verified, alone or together with another subject (of two parts)."""
     return parts == _SHARED or (":" in scope and len(parts) < 4)
-
-
-def _bounded(part: str) -> str:
-    # A part that looks like a digest is digested as well, so that nobody can name another's long id.
-    if len(part) <= _PART_LENGTH and not part.startswith(_DIGEST):
-        return part
-    return _DIGEST + hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()

@@ -227,6 +227,7 @@ _KINDS: Final[Mapping[Code, str]] = {
     "body_encoded": "invalid",
     "guard_unavailable": "unavailable",
     "guard_draining": "unavailable",
+    "stopped": "forbidden",
     "stream_timeout": "unavailable",
 }
 """The classes that the APIs have types for."""
