@@ -90,6 +90,9 @@ from asgi_llm_guard.storage.lease_calls import (
     replayed,
     unheard,
 )
+from asgi_llm_guard.storage.open_calls import newest, open_holds_of
+from asgi_llm_guard.storage.shared import KeepsShared, ListsCalls, OpenCall, Shared
+from asgi_llm_guard.storage.streams import KeepsStreams, RecordStream
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["LeasingStorage"]
@@ -1015,6 +1018,45 @@ class LeasingStorage:
         if not isinstance(self.inner, KeepsEntries):
             raise ConfigurationError(f"entries: a {type(self.inner).__name__} cannot keep {space!r}")
         return self.inner.entries(space, bounds)
+
+    def shared(self) -> Shared:
+        """As `KeepsShared`, if the storage behind it is one."""
+        if not isinstance(self.inner, KeepsShared):
+            raise ConfigurationError(f"shared: a {type(self.inner).__name__} cannot keep what processes share")
+        return self.inner.shared()
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        """As `ListsCalls`, if the storage behind it is one, else nothing of other processes. Calls that were granted
+        from leases alone are there at once in their own process, and in others after a heartbeat or two."""
+        found: list[OpenCall] = []
+        sought = limit
+        while isinstance(self.inner, ListsCalls):
+            of_store = await self.inner.open_calls(sought)
+            found = [call for call in of_store if not call.call_id.startswith(_PREFIX)]
+            if len(found) >= limit or len(of_store) < sought:
+                break
+            sought *= 2  # leases are held like calls, and have filled the page
+        known = {call.call_id for call in found}
+        with self._lock:
+            mine = [call for call in self._known.values() if isinstance(call, Call) and unheard(call)]
+        found += [
+            OpenCall(
+                call_id=call.bundle.call_id,
+                owner=call.owner,
+                at_ms=call.bundle.draft.at_ms,
+                draft=call.bundle.draft,
+                held=open_holds_of(call.rest()),
+            )
+            for call in mine
+            if call.bundle.draft is not None and call.bundle.call_id not in known
+        ]
+        return newest(found, limit)
+
+    def streams(self) -> Sequence[RecordStream]:
+        """As `KeepsStreams`, if the storage behind it is one."""
+        if not isinstance(self.inner, KeepsStreams):
+            raise ConfigurationError(f"streams: a {type(self.inner).__name__} keeps no stream of its records")
+        return self.inner.streams()
 
     async def aclose(self) -> None:
         with self._lock:

@@ -23,6 +23,10 @@ from asgi_llm_guard.storage.counting import Cell, copy, disposable
 from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
 from asgi_llm_guard.storage.memory_entries import MemoryEntries
+from asgi_llm_guard.storage.memory_shared import MemoryShared
+from asgi_llm_guard.storage.memory_stream import Log, MemoryStream
+from asgi_llm_guard.storage.open_calls import newest, open_call
+from asgi_llm_guard.storage.shared import OpenCall
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["MAX_RECORDS", "MemoryLedger", "MemoryMembers", "MemoryStorage"]
@@ -124,12 +128,14 @@ class MemoryLedger(OrderedDict[str, UsageRecord]):
     def __init__(self, most: int = MAX_RECORDS) -> None:
         super().__init__()
         self._most = most
+        self.log = Log(most)
 
     def append(self, record: UsageRecord) -> None:
         self.replace(record.call_id, record)
 
     def replace(self, call_id: str, record: UsageRecord) -> None:
         self[call_id] = record
+        self.log.append(record)
         if len(self) > self._most:
             self.popitem(last=False)
 
@@ -170,6 +176,8 @@ class MemoryStorage:
         self._members = MemoryMembers()
         self._ledger = MemoryLedger(max_records)
         self._spaces: dict[str, MemoryEntries] = {}
+        self._shared = MemoryShared(self._instant)
+        self._stream = MemoryStream(self._ledger.log, lambda: self._lock)
         self._state = State(
             cells=self._cells,
             holds=self._holds,
@@ -262,6 +270,17 @@ class MemoryStorage:
             elif bounds is not None:
                 kept.bounds = bounds
             return kept
+
+    def streams(self) -> tuple[MemoryStream]:
+        return (self._stream,)
+
+    def shared(self) -> MemoryShared:
+        return self._shared
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        with self._lock:
+            self._begin()
+            return newest(map(open_call, self._holds.values()), limit)
 
     async def aclose(self) -> None:
         with self._lock:

@@ -48,6 +48,7 @@ from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pendi
 from asgi_llm_guard.storage.cells import Hold, Tombstone
 from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
+from asgi_llm_guard.storage.open_calls import newest, open_call
 from asgi_llm_guard.storage.pending import tell
 from asgi_llm_guard.storage.redis_address import Address
 from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text, read_record
@@ -57,7 +58,10 @@ from asgi_llm_guard.storage.redis_lane import Group
 from asgi_llm_guard.storage.redis_link import Link, LinkError, ServerInfo
 from asgi_llm_guard.storage.redis_loops import Connected, Home
 from asgi_llm_guard.storage.redis_replies import amended, granted, record_of, refused, texts
-from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, ENTRIES, EPOCH, HOLD, METERS, OWNERS, script
+from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, ENTRIES, EPOCH, HOLD, METERS, OWNERS, SHARED, STREAM, script
+from asgi_llm_guard.storage.redis_shared import RedisShared
+from asgi_llm_guard.storage.redis_stream import RedisStream
+from asgi_llm_guard.storage.shared import OpenCall
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import DISTINCT, SLOTS
 
@@ -81,6 +85,7 @@ _STILL_UNKNOWN: Final = (
     "redis: a second try does not fit, but what became of the first, whose connection broke, is unknown"
 )
 _PAGE: Final = 1000
+_HOLDS: Final = 200  # read in one call, for all others wait meanwhile
 _CLOCKS_DIFFER_MS: Final = 600_000
 """The clocks of hosts and of the server are taken to differ by less."""
 _EXIT_S: Final = 1.0
@@ -734,6 +739,54 @@ class RedisStorage:
 
     async def _ask_entries(self, arguments: Sequence[bytes]) -> Any:
         return await self._twice(self._lane(), ENTRIES, [*self._head(), *arguments])
+
+    # --------------------------------------------------------------------------- shared, open calls
+
+    def shared(self) -> RedisShared:
+        return RedisShared(self._ask_shared)
+
+    async def _ask_shared(self, arguments: Sequence[bytes]) -> Any:
+        return await self._twice(self._lane(), SHARED, [*self._head(), *arguments])
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        lane = self._lane()
+        await self._all_settled()
+        owners = await lane.link.command("ZRANGE", f"{self._prefix}o", 0, -1, key=self._key)
+        found: list[OpenCall] = []
+        for owner in owners:
+            call_ids = await lane.link.command("SMEMBERS", f"{self._prefix}oh:".encode() + owner, key=self._key)
+            for at in range(0, len(call_ids), _HOLDS):
+                found += map(open_call, await self._open(lane, call_ids[at : at + _HOLDS]))
+            found = newest(found, limit)
+        return found
+
+    async def _open(self, lane: Connected, call_ids: Sequence[bytes]) -> list[Hold]:
+        """Those of the calls that are open."""
+        arguments = [*self._head(), b"", *call_ids]
+        replies = await self._twice(lane, HOLD, arguments)
+        if replies == b"shape":
+            self._will_send_all()
+            replies = await self._twice(lane, HOLD, [*self._head(), self._new_shapes(), *call_ids])
+        if replies == b"shape":
+            raise StorageError(
+                "redis: the store has lost what an open hold claims; it is known again once it is settled"
+            )
+        return [
+            await self._hold(lane, call_id.decode(), reply[2])
+            for call_id, reply in zip(call_ids, replies, strict=True)
+            if reply is not None and reply[0] == b"O"
+        ]
+
+    # ------------------------------------------------------------------------------ streams
+
+    def streams(self) -> tuple[RedisStream]:
+        return (RedisStream(self._ask_stream, f"redis:{self._namespace}"),)
+
+    async def _ask_stream(self, arguments: Sequence[bytes]) -> Any:
+        lane = self._lane()
+        await self._settled_elsewhere(lane)
+        lane.lane.flush()
+        return await self._twice(lane, STREAM, [*self._head(), *arguments])
 
     # ----------------------------------------------------------------------- export, import
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from asgi_llm_guard.storage.redis_link import Script
 
-__all__ = ["ALL", "AMEND", "ENTRIES", "EPOCH", "HOLD", "METERS", "OWNERS", "RESERVE", "SETTLE", "script"]
+__all__ = ["ALL", "AMEND", "ENTRIES", "EPOCH", "HOLD", "METERS", "OWNERS", "RESERVE", "SETTLE", "SHARED", "STREAM", "script"]
 
 _COMMON: Final = ("state", "windows")
 RESERVE: Final = (*_COMMON, "take", "reserve")
@@ -19,7 +19,9 @@ METERS: Final = (*_COMMON, "meters")
 EPOCH: Final = ("state", "epoch")
 HOLD: Final = ("state", "hold")
 ENTRIES: Final = ("entries",)
-ALL: Final = (RESERVE, SETTLE, AMEND, OWNERS, METERS, EPOCH, HOLD, ENTRIES)
+SHARED: Final = ("shared",)
+STREAM: Final = ("state", "stream")
+ALL: Final = (RESERVE, SETTLE, AMEND, OWNERS, METERS, EPOCH, HOLD, ENTRIES, SHARED, STREAM)
 
 
 @cache

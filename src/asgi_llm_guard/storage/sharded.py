@@ -75,6 +75,7 @@ from asgi_llm_guard.storage.cells import Hold, Tombstone
 from asgi_llm_guard.storage.entries import Bounds, KeepsEntries
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, read_line, write_lines
 from asgi_llm_guard.storage.lease_book import claimed_twice
+from asgi_llm_guard.storage.open_calls import whole_calls
 from asgi_llm_guard.storage.pending import Handed, tell
 from asgi_llm_guard.storage.shard_parts import (
     Chained,
@@ -97,6 +98,9 @@ from asgi_llm_guard.storage.shard_parts import (
     union,
 )
 from asgi_llm_guard.storage.sharded_entries import ShardedEntries
+from asgi_llm_guard.storage.sharded_shared import ShardedShared
+from asgi_llm_guard.storage.shared import KeepsShared, ListsCalls, OpenCall
+from asgi_llm_guard.storage.streams import KeepsStreams, RecordStream
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["SHARDS", "ShardedStorage"]
@@ -105,6 +109,8 @@ _log = logging.getLogger("asgi_llm_guard.storage")
 
 SHARDS: Final = 16
 """How many there are unless something else is said. Fixed for good: another number finds other meters in each."""
+
+_BEFORE: Final = 256
 
 _REMEMBERED: Final = 16_384
 """So many calls that have ended are known to this process, for what is settled twice."""
@@ -977,6 +983,29 @@ class ShardedStorage:
         if len(shards) < len(self.shards):
             raise ConfigurationError(f"entries: not every shard can keep {space!r}; use Redis or Valkey")
         return ShardedEntries(shards)
+
+    def shared(self) -> ShardedShared:
+        """As `KeepsShared`, if every shard is one."""
+        shards = [shard.shared() for shard in self.shards if isinstance(shard, KeepsShared)]
+        if len(shards) < len(self.shards):
+            raise ConfigurationError("shared: not every shard can keep what processes share; use Redis or Valkey")
+        return ShardedShared(shards)
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        """As `ListsCalls`, of the shards that are one."""
+        # What a call holds elsewhere was reserved a moment before its home.
+        asked = {
+            n: shard.open_calls(limit + _BEFORE) for n, shard in enumerate(self.shards) if isinstance(shard, ListsCalls)
+        }
+        found = await self._all(asked)
+        return whole_calls([call for calls in found.values() for call in calls], limit)
+
+    def streams(self) -> Sequence[RecordStream]:
+        """As `KeepsStreams`, if every shard is one. A record is in the stream of its call's home."""
+        streams = [stream for shard in self.shards if isinstance(shard, KeepsStreams) for stream in shard.streams()]
+        if len(streams) < len(self.shards):
+            raise ConfigurationError("streams: not every shard keeps its records as a stream; use Redis or Valkey")
+        return streams
 
     async def aclose(self) -> None:
         self._return_again()

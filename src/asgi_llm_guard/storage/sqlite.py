@@ -29,8 +29,11 @@ from asgi_llm_guard.storage import sqlite_rows as rows
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Pending
 from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import parse_lines, write_lines
+from asgi_llm_guard.storage.open_calls import newest
+from asgi_llm_guard.storage.shared import OpenCall
 from asgi_llm_guard.storage.sqlite_entries import SqliteEntries, prepare_entries
 from asgi_llm_guard.storage.sqlite_file import Synchronous, connect, prepare
+from asgi_llm_guard.storage.sqlite_shared import SqliteShared, newest_calls
 from asgi_llm_guard.storage.sqlite_tables import (
     CountHolds,
     EntryOperation,
@@ -149,6 +152,13 @@ class SqliteStorage:
             kept.bounds = bounds
         return kept
 
+    def shared(self) -> SqliteShared:
+        return SqliteShared(self._submit)
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        await self._submit(rows.Read(()))  # what was handed over before is to be seen
+        return await asyncio.to_thread(self._open_calls, limit)
+
     async def aclose(self) -> None:
         self._closed = True
         writer = self._writer
@@ -191,6 +201,10 @@ class SqliteStorage:
     def _records(self, since_ms: int, limit: int | None) -> list[UsageRecord]:
         with self._reader() as connection:
             return list(records_since(connection, since_ms, limit))
+
+    def _open_calls(self, limit: int) -> list[OpenCall]:
+        with self._reader() as connection:
+            return newest(newest_calls(connection, limit), limit)
 
     def _export_to(self, spool: IO[bytes]) -> None:
         with self._reader() as connection:

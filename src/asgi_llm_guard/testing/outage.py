@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal
 
@@ -10,6 +10,7 @@ from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import Pending, Storage
 from asgi_llm_guard.storage.entries import Bounds, Entries, InFlight, KeepsEntries, Kept, Leading
+from asgi_llm_guard.storage.shared import Document, KeepsShared, ListsCalls, OpenCall, Shared, Tally
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["OutageStorage"]
@@ -122,6 +123,17 @@ class OutageStorage:
             raise ConfigurationError(f"entries: a {type(self.inner).__name__} cannot keep {space!r}")
         return _Entries(self.inner.entries(space, bounds), self._reached)
 
+    def shared(self) -> _Shared:
+        """As `KeepsShared`, if the store is one."""
+        if not isinstance(self.inner, KeepsShared):
+            raise ConfigurationError(f"shared: a {type(self.inner).__name__} cannot keep what processes share")
+        return _Shared(self.inner.shared(), self._reached)
+
+    async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
+        """As `ListsCalls`, if the store is one; else there are none."""
+        async with self._reached():
+            return await self.inner.open_calls(limit) if isinstance(self.inner, ListsCalls) else ()
+
     async def aclose(self) -> None:
         await self.inner.aclose()
 
@@ -189,6 +201,38 @@ class _Entries:
     async def bump(self, name: str) -> None:
         async with self._reached():
             await self._inner.bump(name)
+
+
+class _Shared:
+    """What a store that may be away keeps for all processes."""
+
+    def __init__(self, inner: Shared, reached: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._inner = inner
+        self._reached = reached
+
+    async def publish(self, name: str, version: int, data: bytes) -> bool:
+        async with self._reached():
+            return await self._inner.publish(name, version, data)
+
+    async def document(self, name: str, *, known: int = 0) -> Document | None:
+        async with self._reached():
+            return await self._inner.document(name, known=known)
+
+    async def tally(self, name: str, hour_ms: int, counts: Mapping[str, int], *, most: int = 1000) -> None:
+        async with self._reached():
+            await self._inner.tally(name, hour_ms, counts, most=most)
+
+    async def tallies(self, name: str, since_ms: int) -> Sequence[Tally]:
+        async with self._reached():
+            return await self._inner.tallies(name, since_ms)
+
+    async def mark(self, name: str, *, until_ms: int) -> bool:
+        async with self._reached():
+            return await self._inner.mark(name, until_ms=until_ms)
+
+    async def unmark(self, name: str) -> None:
+        async with self._reached():
+            await self._inner.unmark(name)
 
 
 def _nobody_there() -> StorageError:

@@ -16,6 +16,7 @@
 --   <ns>:l           ledger      stream of usage records
 --   <ns>:li          ledger ids  hash: call id to its entry in the stream
 --   <ns>:v:…, <ns>:w:…           what caches keep; see entries.lua
+--   <ns>:p:…, <ns>:q…, <ns>:r:…  what processes share; see shared.lua
 --
 -- Cells are read once and written once for each script call. Nothing is written before everything was judged, so that
 -- an error leaves either nothing or (the server ran out of memory in between) charges without their hold, never the reverse.
@@ -198,7 +199,14 @@ local function names_of(claims, names)
   return names
 end
 
--- The ledger. `keep`: how many records, the oldest go first.
+-- The ledger. Entries leave it at its old end only, so that a reader can tell by their number what it has missed: one whose
+-- place is taken by another stays until it is the oldest, and the one that its call id leads to is the one that counts.
+local function forget(entry, id)
+  if call('HGET', LEDGER_IDS, id) == entry then call('HDEL', LEDGER_IDS, id) end
+  call('XDEL', LEDGER, entry)
+end
+
+-- `keep`: how many entries, the oldest go first.
 local function append(id, record, keep, mark, value)
   local entry
   if mark then
@@ -206,18 +214,11 @@ local function append(id, record, keep, mark, value)
   else
     entry = call('XADD', LEDGER, '*', 'c', id, 'r', record)
   end
-  local before = call('HGET', LEDGER_IDS, id)
-  if before then call('XDEL', LEDGER, before) end
   call('HSET', LEDGER_IDS, id, entry)
   local count = call('XLEN', LEDGER)
   if count > keep then
-    local oldest = call('XRANGE', LEDGER, '-', '+', 'COUNT', 2)
-    for i = 1, #oldest do
-      if call('XLEN', LEDGER) > keep then
-        call('HDEL', LEDGER_IDS, oldest[i][2][2])
-        call('XDEL', LEDGER, oldest[i][1])
-      end
-    end
+    local oldest = call('XRANGE', LEDGER, '-', '+', 'COUNT', count - keep > 1 and 2 or 1)
+    for i = 1, #oldest do forget(oldest[i][1], oldest[i][2][2]) end
   elseif count == 1 then
     call('PEXPIRE', LEDGER, KEEP)
     call('PEXPIRE', LEDGER_IDS, KEEP)
