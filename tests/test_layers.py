@@ -19,12 +19,12 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 # a layer may import itself and what its line says.
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
-    "protocols": "storage.base storage.entries storage.shared policies.base identity.base",
+    "protocols": "storage.base storage.entries storage.shared storage.streams policies.base identity.base",
     "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
     "engine": "active_call admission attempts background cache chores claimed engine exchange guard loss moment outage replays scope streams",
-    "skins": "admin decorator gateway httpx integrations middleware",
+    "skins": "admin decorator gateway health httpx integrations middleware",
     "roots": "__init__ cli doctor settings simulate testing",
 }
 MAY_IMPORT = {
@@ -40,6 +40,7 @@ MAY_IMPORT = {
 
 # The arrows that point outward, each with its reason. They are taken when a function is called, not on import.
 ENTRANCES = {
+    ("guard", "health"): "`Guard.health_app` makes the app that answers probes",
     ("guard", "httpx"): "`Guard.httpx_client` makes the client that the hook is in",
     ("guard", "settings"): "`Guard.from_file` reads what the settings describe",
     ("guard", "storage"): "opens the storage that a URL names",

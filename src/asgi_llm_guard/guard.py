@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     import httpx
     import httpx2
 
+    from asgi_llm_guard.health import HealthApp
+
 __all__ = ["DRAINING", "Guard"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
@@ -177,6 +179,8 @@ class Guard:
         self.max_body_bytes = max_body_bytes
         self.hooked = False
         """A client hook is installed: every call is seen."""
+        self.own_paths: frozenset[str] = frozenset()
+        """Paths that `GuardMiddleware` leaves to the application, whatever its routes say: those of `health_app`."""
         self._open_admissions: set[Admission] = set()
         self._names: list[Callable[[str], Sequence[Target]]] = []
         self._emptied: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -438,6 +442,38 @@ class Guard:
             "waiting": engine.waiting,
             "processes": engine.processes,
         }
+
+    @property
+    def beat_ms(self) -> int | None:
+        """When the storage answered a heartbeat of this process last, in ms since the epoch; `None`: never."""
+        return self._engine.beat_ms
+
+    @property
+    def skew_ms(self) -> int:
+        """How far the storage's clock was ahead of this process's then."""
+        return self._engine.skew_ms
+
+    def health_app(self, *, at: str = "", max_price_age: str | None = None, max_clock_skew_s: float = 30) -> HealthApp:
+        """`Mount("/ops", guard.health_app(at="/ops"))`: an ASGI app with `/healthz` and `/readyz` (`docs/outages.md`).
+
+        No limit ever stands in the way of its two paths: `at` says where they are in the application that
+        `GuardMiddleware` is around.
+
+        Args:
+            at: the path that it is mounted at; empty: at the root.
+            max_price_age: not ready with list prices older than this (`"90d"`); `None`: their age is only shown.
+            max_clock_skew_s: not ready with a clock that is further than this from the storage's.
+
+        Raises:
+            ConfigurationError: an argument is wrong.
+        """
+        from asgi_llm_guard.health import HealthApp
+
+        if at and (not at.startswith("/") or at.endswith("/")):
+            raise ConfigurationError(f"health_app: at must be a path such as '/ops', or empty, got {at!r}")
+        app = HealthApp(self, max_price_age=max_price_age, max_clock_skew_s=max_clock_skew_s)
+        self.own_paths |= {f"{at}/healthz", f"{at}/readyz"}
+        return app
 
     async def accept_data_loss(self) -> None:
         """Go on with a storage that has lost its data, with the counters as they are now.

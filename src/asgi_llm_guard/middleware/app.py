@@ -126,7 +126,11 @@ class GuardMiddleware:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._checked:
             self._check_late(scope)
-        found = self._table.find(path := route_path(scope, self._root_path), scope["method"])
+        path = route_path(scope, self._root_path)
+        if path in self.guard.own_paths:
+            await self.app(scope, receive, send)
+            return
+        found = self._table.find(path, scope["method"])
         if found == "deny":
             await refuse(self._not_listed(scope), scope, send, dialect=None, fields=())
             return
