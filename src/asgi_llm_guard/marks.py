@@ -6,18 +6,22 @@ mark on the function that it wraps, and the routes are looked through once, at s
 
 A function may also be registered plain on purpose, beside a guarded copy of it. What its name stands
 for tells the two apart: a decorator's result has taken the name over.
+
+Applications of the guard itself (its administration page) carry a mark, too: no limit stands in the way of whoever
+wants to look at the limits. The path that they are mounted at is found in the same way.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-__all__ = ["mark", "unwrapped"]
+__all__ = ["is_own", "mark", "mark_own", "own_mounts", "unwrapped"]
 
 _ATTRIBUTE: Final = "__asgi_llm_guard_mark__"
+_OWN: Final = "__asgi_llm_guard_own__"
 _DEPTH: Final = 16
 
 
@@ -50,6 +54,51 @@ def unwrapped(app: object) -> list[str]:
         for path, endpoint in endpoints
         if (found := _mark_of(endpoint)) is not None and _meant(found, registered)
     ]
+
+
+def mark_own(app: type[Any]) -> type[Any]:
+    """Mark a class of ASGI applications as the guard's own."""
+    setattr(app, _OWN, True)
+    return app
+
+
+def own_mounts(app: object) -> tuple[str, ...]:
+    """Where the guard's own applications are mounted in `app`: the part of the path before its first parameter."""
+    return tuple(dict.fromkeys(path.partition("{")[0].rstrip("/") for path in _own_paths(app, "", 0)))
+
+
+def is_own(app: object, scope: Mapping[str, Any]) -> bool:
+    """Whether the router of `app` would send the request to one of the guard's own applications.
+
+    A route that stands before the mount, and takes the request, is not the guard's.
+    """
+    for _ in range(_DEPTH):
+        taken = next((found for route in _routes(app) if (found := _taken(route, scope)) is not None), None)
+        if taken is None:
+            return False
+        app, scope = taken
+        if getattr(app, _OWN, False):
+            return True
+    return False
+
+
+def _taken(route: object, scope: Mapping[str, Any]) -> tuple[object, Mapping[str, Any]] | None:
+    matches = getattr(route, "matches", None)
+    if matches is None:
+        return None
+    found, child = matches(scope)
+    return (getattr(route, "app", None), {**scope, **child}) if found.value else None
+
+
+def _own_paths(app: object, prefix: str, depth: int) -> Iterator[str]:
+    if depth > _DEPTH:
+        return
+    for route in _routes(app):
+        path = prefix + str(getattr(route, "path", ""))
+        if getattr(getattr(route, "app", None), _OWN, False):
+            yield path
+        elif getattr(route, "endpoint", None) is None:
+            yield from _own_paths(route, path, depth + 1)
 
 
 def _mark_of(function: object) -> _Mark | None:

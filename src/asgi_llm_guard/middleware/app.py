@@ -18,7 +18,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard import DRAINING, Guard
 from asgi_llm_guard.idempotency import ttl_ms
 from asgi_llm_guard.identity.base import IdentityError
-from asgi_llm_guard.marks import unwrapped
+from asgi_llm_guard.marks import is_own, own_mounts, unwrapped
 from asgi_llm_guard.middleware.answers import (
     ASGIApp,
     ErrorPage,
@@ -98,6 +98,7 @@ class GuardMiddleware:
         self._plans: dict[int, Plan] = {}
         self._dialects: dict[str, Dialect | None] = {}
         self._checked = False
+        self._own_mounts: tuple[str, ...] = ()
         # Around a FastAPI(root_path=...), which strips it from the paths that it routes, wherever it got them.
         self._root_path = str(getattr(app, "root_path", None) or "")
         for route in self._table.routes or ():
@@ -127,7 +128,7 @@ class GuardMiddleware:
         if not self._checked:
             self._check_late(scope)
         path = route_path(scope, self._root_path)
-        if path in self.guard.own_paths:
+        if path in self.guard.own_paths or (self._own_mounts and self._is_own(scope, path)):
             await self.app(scope, receive, send)
             return
         found = self._table.find(path, scope["method"])
@@ -343,6 +344,10 @@ class GuardMiddleware:
 
         return checked
 
+    def _is_own(self, scope: Scope, path: str) -> bool:
+        """Whether the request is for the guard's own pages: they are neither counted nor refused."""
+        return any([path.startswith(mount) for mount in self._own_mounts]) and is_own(self.app, scope)
+
     def _check_late(self, scope: Scope) -> None:
         # No lifespan event reached us (a mounted application): too late to refuse the start, so say it.
         try:
@@ -357,6 +362,7 @@ class GuardMiddleware:
             ConfigurationError: an endpoint was marked by `@guarded` and registered without it.
         """
         self._checked = True
+        self._own_mounts = own_mounts(self.app)
         if self.guard.identity is None:
             _log.warning(
                 "no identity is configured: every request is the same anonymous caller, and limits per user or "
