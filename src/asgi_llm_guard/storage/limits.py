@@ -74,6 +74,7 @@ from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.policies.base import Policy, Sampled
 from asgi_llm_guard.storage.base import LAPSE_MS, Completed, Pending
 from asgi_llm_guard.storage.memory import MAX_RECORDS, MemoryStorage
+from asgi_llm_guard.storage.memory_stream import MemoryStream
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Sliding
 
@@ -317,6 +318,10 @@ class LimitsStorage:
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         """The latest records of this process; those of others, and of before it started, are not known."""
         return await self._here().records(since_ms=since_ms, limit=limit)
+
+    def streams(self) -> tuple[MemoryStream]:
+        """As `records`: those of this process."""
+        return self._here().streams()
 
     async def export(self) -> AsyncIterator[bytes]:
         """Not possible.

@@ -58,7 +58,18 @@ from asgi_llm_guard.storage.redis_lane import Group
 from asgi_llm_guard.storage.redis_link import Link, LinkError, ServerInfo
 from asgi_llm_guard.storage.redis_loops import Connected, Home
 from asgi_llm_guard.storage.redis_replies import amended, granted, record_of, refused, texts
-from asgi_llm_guard.storage.redis_scripts import ALL, AMEND, ENTRIES, EPOCH, HOLD, METERS, OWNERS, SHARED, STREAM, script
+from asgi_llm_guard.storage.redis_scripts import (
+    ALL,
+    AMEND,
+    ENTRIES,
+    EPOCH,
+    HOLD,
+    METERS,
+    OWNERS,
+    SHARED,
+    STREAM,
+    script,
+)
 from asgi_llm_guard.storage.redis_shared import RedisShared
 from asgi_llm_guard.storage.redis_stream import RedisStream
 from asgi_llm_guard.storage.shared import OpenCall

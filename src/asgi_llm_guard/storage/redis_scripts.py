@@ -8,7 +8,20 @@ from typing import Final
 
 from asgi_llm_guard.storage.redis_link import Script
 
-__all__ = ["ALL", "AMEND", "ENTRIES", "EPOCH", "HOLD", "METERS", "OWNERS", "RESERVE", "SETTLE", "SHARED", "STREAM", "script"]
+__all__ = [
+    "ALL",
+    "AMEND",
+    "ENTRIES",
+    "EPOCH",
+    "HOLD",
+    "METERS",
+    "OWNERS",
+    "RESERVE",
+    "SETTLE",
+    "SHARED",
+    "STREAM",
+    "script",
+]
 
 _COMMON: Final = ("state", "windows")
 RESERVE: Final = (*_COMMON, "take", "reserve")
