@@ -72,3 +72,14 @@ def fault_proxy() -> Iterator[Callable[[str], FaultProxy]]:
 def namespace() -> str:
     """A namespace that nobody else has on a shared server."""
     return unique_namespace()
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """A new, empty database of this process's PostgreSQL."""
+    from tests.postgres import shared_postgres  # not everywhere is there a driver
+
+    server = shared_postgres()
+    url = server.new_database()
+    yield url
+    server.drop_database(url)

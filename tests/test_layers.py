@@ -19,23 +19,25 @@ ROOT = Path(asgi_llm_guard.__file__).parent
 # a layer may import itself and what its line says.
 LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
+    "drivers": "sql",
     "protocols": "storage.base storage.entries storage.shared storage.streams policies.base identity.base",
     "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops wire identity.extract",
     "policies": "policies",
     "adapters": "identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache chores claimed engine exchange guard loss moment outage replays scope streams",
+    "engine": "active_call admission attempts background cache chores claimed engine exchange halting guard loss moment outage replays scope session_ids standing streams waiters",
     "skins": "admin decorator gateway health httpx integrations middleware",
     "roots": "__init__ cli doctor settings simulate testing",
 }
 MAY_IMPORT = {
     "values": "",
+    "drivers": "values",
     "protocols": "values",
     "rules": "values protocols",
     "policies": "values protocols rules",
-    "adapters": "values protocols rules",
-    "engine": "values protocols rules",
-    "skins": "values protocols rules engine",
-    "roots": "values protocols rules policies adapters engine skins",
+    "adapters": "values drivers protocols rules",
+    "engine": "values drivers protocols rules",
+    "skins": "values drivers protocols rules engine",
+    "roots": "values drivers protocols rules policies adapters engine skins",
 }
 
 # The arrows that point outward, each with its reason. They are taken when a function is called, not on import.
@@ -74,6 +76,7 @@ LIBRARIES = {
     "limits": "policies.rate storage.limits",
     "litellm": "gateway.providers.litellm integrations.litellm",
     "opentelemetry": "telemetry",
+    "psycopg": "sql.postgres",
     "pydantic": "integrations.langchain settings",
     "pydantic_core": "settings",
     "pydantic_settings": "settings",
