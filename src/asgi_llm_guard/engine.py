@@ -16,7 +16,7 @@ import random
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -24,24 +24,12 @@ import msgspec
 
 from asgi_llm_guard.background import keep_alive, let_go
 from asgi_llm_guard.charge import FIRST, Attempt, draft
-from asgi_llm_guard.claims import (
-    Bundle,
-    Claim,
-    Ended,
-    Granted,
-    Meter,
-    Receipt,
-    Refused,
-    Rule,
-    Settled,
-    Settlement,
-    Unit,
-    meter_key,
-)
+from asgi_llm_guard.chores import Chores
+from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Receipt, Refused, Rule, Settled, Settlement, Unit
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
-from asgi_llm_guard.denials import deny, held_by_others, refuse
+from asgi_llm_guard.denials import deny, refuse
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.events import (
@@ -60,30 +48,28 @@ from asgi_llm_guard.events import DataLost as DataLostEvent
 from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, lifted_bundle
+from asgi_llm_guard.overlay import Raises
 from asgi_llm_guard.plan import Asked, ask, only_rates
 from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Leased, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
+from asgi_llm_guard.session_ids import SessionIds, counted_as, overflows
+from asgi_llm_guard.stops import Stops
 from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
-from asgi_llm_guard.windows import Distinct
+from asgi_llm_guard.waiters import Answer, Waiters
 
 if TYPE_CHECKING:
     from asgi_llm_guard.cache import ResponseCache
 
-__all__ = ["OVERFLOW_SESSION", "Asking", "Candidate", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
+__all__ = ["Asking", "Candidate", "Engine", "Hold", "OnDataLoss", "Reserved", "State"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
-OVERFLOW_SESSION: Final = "\x00overflow"
-"""The session that new ids share once a caller has too many: no client can send a control character."""
-
 _NONE: AbstractSet[str] = frozenset()
-_METERS_KEPT: Final = 4096
 _MOST_UNSETTLED: Final = 10_000
 """How many cancellations are kept while the storage does not answer."""
 _HANDED_OVER: Final = 256
 """How many settlements are handed over in one step: the first of them also show whether the storage is back."""
-_FIRST_PAUSE_S: Final = 0.005
 _SLOTS: Final = Unit.SLOTS  # kept: looking it up costs more than the rest of the loop that asks for it
 
 _UNAVAILABLE: Final = Refusal(
@@ -92,7 +78,6 @@ _UNAVAILABLE: Final = Refusal(
     message="The usage store does not answer, so this call cannot be admitted. Try again in a moment.",
 )
 
-Answer = Granted | Refused | Ended
 State = Literal["ok", "failed", "lost"]
 OnDataLoss = Literal["deny", "accept", "rebuild"]
 
@@ -187,7 +172,6 @@ class Engine:
         self.clock = clock
         self.observers = tuple(observers)
         self.hold_wait_s = hold_wait_s
-        self.max_waiting = max_waiting
         self.max_overage = max_overage
         self.disclose: Literal["owned", "all"] = disclose
         self.statuses = statuses
@@ -205,12 +189,15 @@ class Engine:
         self._closed = False
         self._agents = agents
         self._sources = sources
-        self._session_limits = (session_limit, anonymous_session_limit)
-        self._session_window = Distinct(session_ttl_ms)
-        self._session_meters: dict[str | None, Meter] = {}
+        self._session_ids = SessionIds(session_limit, anonymous_session_limit, session_ttl_ms)
         self._jitter = jitter or _jitter
-        self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
-        self._waiters_lock = threading.Lock()
+        self.chores = Chores()
+        """What is done from time to time."""
+        self.raises: Raises | None = None
+        """Limits that are higher for a while; `None`: none is."""
+        self.stops: Stops | None = None
+        """What may call no more; `None`: nothing is stopped."""
+        self._waiters = Waiters(hold_wait_s, max_waiting)
         self._unsettled: deque[Settlement] = deque()
         self._tried: set[str] = set()
         """Calls that were settled without an answer: if they turn out to be settled, it was by us."""
@@ -238,6 +225,7 @@ class Engine:
         self._state_lock = threading.Lock()
         self._accepting: concurrent.futures.Future[bool] | None = None
         self._alive = False
+        self.chores.forked()
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell `observer` every event from now on, until what is given is called."""
@@ -331,19 +319,26 @@ class Engine:
         if not self._alive:
             self._alive = True
             keep_alive(self)
+            self.chores.begin()
         clamps = 2 if clamp else 0
         while True:
             now_ms = self.clock.now_ms()
-            counted = _counted_as(context, shared=shared)
+            counted = counted_as(context, shared=shared)
             denied: dict[int, Denied] = {}
             offers: list[_Offer] = []
+            stops, raises = self.stops, self.raises
             for index, (policies, call) in enumerate(candidates):
+                if stops is not None and (stop := stops.find(context, call, now_ms)) is not None:
+                    denied[index] = refuse(stop.refusal, statuses=self.statuses, now_ms=now_ms)
+                    continue
                 asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
                 if asked.shadow_refusals:
                     self._shadow_refused(asked, context, call)
                 if asked.refusal is not None:
                     denied[index] = refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms)
                 else:
+                    if raises is not None:
+                        asked = raises.asked(asked, now_ms)
                     offers.append((index, only_rates(asked) if rates else asked))
             if offers:
                 plans = self._plans(offers, candidates, context, now_ms, attempt, calls=calls, shared=shared)
@@ -354,7 +349,7 @@ class Engine:
                     return self._granted(
                         asked, plan, answer, context, call, shared=shared, degraded=degraded, candidate=index
                     )
-                if self.session_overflow == "share" and not shared and any(map(_overflows, answer)):
+                if self.session_overflow == "share" and not shared and any(map(overflows, answer)):
                     shared = True
                     continue
                 for (index, _), verdict in zip(offers, answer, strict=True):
@@ -400,7 +395,11 @@ class Engine:
         its way and only needs more: nobody is waited for, and it is not told as another admission.
         """
         now_ms = self.clock.now_ms()
-        asked = ask(policies, _counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
+        if self.stops is not None and (stop := self.stops.find(context, call, now_ms)) is not None:
+            return self._denied(context, call, refuse(stop.refusal, statuses=self.statuses, now_ms=now_ms))
+        asked = ask(policies, counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
+        if self.raises is not None:
+            asked = self.raises.asked(asked, now_ms)
         if asked.shadow_refusals:
             self._shadow_refused(asked, context, call)
         if asked.refusal is not None:
@@ -416,7 +415,7 @@ class Engine:
         try:
             answer = await self._amend(bundle, asking)
             if isinstance(answer, Refused) and self.hold_wait_s and not growing:
-                answer = await self._waiting(answer, lambda: self._amend(bundle, asking))
+                answer = await self._waiters.wait(answer, lambda: self._amend(bundle, asking))
         except DataLost as error:
             asking.unknown = False
             answer = Ended(hold.call_id, "unknown", now_ms) if await self._lose(error) else _UNAVAILABLE
@@ -501,40 +500,10 @@ class Engine:
         """What the call and the request claim, the id of the session included."""
         if context.session is None or shared:
             return asked.calls, asked.requests
-        ids = self._session_claim(context, asked.calls, asked.requests)
+        ids = self._session_ids.claim(context, asked.calls, asked.requests)
         if ids is None:
             return asked.calls, asked.requests
         return ((ids, *asked.calls), asked.requests) if calls else (asked.calls, (ids, *asked.requests))
-
-    def _session_claim(
-        self, context: Context, call_claims: tuple[Claim, ...], request_claims: tuple[Claim, ...]
-    ) -> Claim | None:
-        """The claim that bounds the live session ids of a caller, if any policy counts by session."""
-        for claim in call_claims:
-            if claim.meter.scope == "session":
-                break
-        else:
-            if not any(claim.meter.scope == "session" for claim in request_claims):
-                return None
-        meter = self._session_meters.get(context.caller)
-        if meter is None:
-            if len(self._session_meters) >= _METERS_KEPT:
-                self._session_meters.clear()
-            anonymous = context.caller is None
-            subject = ("anonymous",) if context.caller is None else ("caller", context.caller)
-            meter = self._session_meters[context.caller] = Meter(
-                key=meter_key("sessions", Unit.IDS, self._session_window, *subject),
-                policy="sessions",
-                scope="caller",
-                subject=context.caller or "anonymous",
-                unit=Unit.IDS,
-                rule=Rule.IDS,
-                limit=self._session_limits[anonymous],
-                window=self._session_window,
-                owned=not anonymous,
-                on_outage="local",
-            )
-        return Claim(meter, 1, context.session)
 
     async def _ask_storage(
         self, plans: _Plans, *, again: bool = True
@@ -557,7 +526,7 @@ class Engine:
                 await self._follow(self._totals)
             answer = await self.verbs.reserve(self.owner, plans)
             if isinstance(answer, Refused) and self.hold_wait_s:
-                answer = await self._waiting(answer, lambda: self.verbs.reserve(self.owner, plans))
+                answer = await self._waiters.wait(answer, lambda: self.verbs.reserve(self.owner, plans))
         except DataLost as error:
             if again and await self._lose(error):
                 return await self._ask_storage(plans, again=False)
@@ -621,42 +590,6 @@ class Engine:
             )
             for plan in plans
         )
-
-    async def _waiting(self, answer: Answer, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Where only holds of others stand in the way, wait for them up to `hold_wait_s`, and ask again."""
-        if len(self._waiters) >= self.max_waiting:
-            return answer
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self.hold_wait_s, _FIRST_PAUSE_S
-        while (
-            isinstance(answer, Refused)
-            and any(map(held_by_others, answer.states))
-            and (left := deadline - loop.time()) > 0
-        ):
-            # Settlements of this process wake it; those of others are found by asking again.
-            await self._next_settlement(loop, min(pause, left))
-            pause *= 2
-            answer = await attempt()
-        return answer
-
-    async def _next_settlement(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
-        waiter = (loop, loop.create_future())
-        with self._waiters_lock:
-            self._waiters.add(waiter)
-        try:
-            await asyncio.wait((waiter[1],), timeout=timeout_s)
-        finally:
-            with self._waiters_lock:
-                self._waiters.discard(waiter)
-            waiter[1].cancel()
-
-    def _wake(self) -> None:
-        with self._waiters_lock:
-            waiters = tuple(self._waiters)
-        for loop, future in waiters:
-            # A loop that was closed meanwhile has nobody waiting.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_set, future)
 
     def _granted(
         self,
@@ -928,8 +861,7 @@ class Engine:
         except StorageError as error:
             self._try_again(settlements, error)
             return
-        if self._waiters:
-            self._wake()
+        self._waiters.wake()
         if self.observers or self._totals is not None or self._tried:
             for settlement, settled in zip(settlements, replies, strict=True):
                 if settled.status != "duplicate" or settlement.call_id in self._tried:
@@ -1032,6 +964,7 @@ class Engine:
     async def close(self) -> None:
         """As `retire`, and let go of the storage."""
         let_go(self)
+        await self.chores.stop()
         await self.retire()
         self._closed = True
         await self.storage.aclose()
@@ -1098,10 +1031,6 @@ def _matters(settlement: Settlement) -> bool:
     return settlement.record is not None or bool(settlement.receipts) or bool(settlement.debits)
 
 
-def _counted_as(context: Context, *, shared: bool) -> Context:
-    return msgspec.structs.replace(context, session=OVERFLOW_SESSION) if shared else context
-
-
 def _in_order(answer: Refused, policies: Sequence[Policy]) -> Refused:
     """The same refusal with its claims in the order of the policies: in storage those of a call come first."""
     order = {policy.name: place for place, policy in reversed(tuple(enumerate(policies)))}
@@ -1112,20 +1041,9 @@ def _in_order(answer: Refused, policies: Sequence[Policy]) -> Refused:
     return Refused(states, answer.now_ms)
 
 
-def _overflows(answer: Refused | Refusal) -> bool:
-    return isinstance(answer, Refused) and any(
-        receipt.claim.meter.rule is Rule.IDS and not receipt.fits for receipt in answer.states[0]
-    )
-
-
 def _each(answer: Refused) -> Sequence[Refused]:
     """A refusal for each plan."""
     return (answer,) if len(answer.states) == 1 else [Refused((state,), answer.now_ms) for state in answer.states]
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _jitter(wait_s: int) -> int:
