@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import click
@@ -39,7 +40,7 @@ _COMMANDS: Final[Listing] = {
 class Late(click.Group):
     """A group whose commands are imported when they are run, and not to be listed."""
 
-    listing: Listing = {}
+    listing: Listing = MappingProxyType({})
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.listing)
@@ -77,4 +78,4 @@ def program() -> None:
     """
 
 
-program.listing = _COMMANDS  # type: ignore[attr-defined]  # `cls` makes it a `Late`
+program.listing = _COMMANDS

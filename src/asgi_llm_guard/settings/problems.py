@@ -21,8 +21,10 @@ __all__ = ["ENV_PREFIX", "NESTED", "check_environment", "problem_of"]
 ENV_PREFIX: Final = "LLM_GUARD_"
 NESTED: Final = "__"
 
-# What a cluster sets for a service that happens to be called llm-guard.
-_FOREIGN_VARIABLE: Final = re.compile(r"SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII)
+# The command line's own, and what a cluster sets for a service that happens to be called llm-guard.
+_FOREIGN_VARIABLE: Final = re.compile(
+    r"CONFIG|SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII
+)
 _SHOWN: Final = 80
 _NAMED: Final = re.compile(r"(?:[\w-]+\.)*(\w+): ")
 

@@ -1,0 +1,178 @@
+"""What the commands share: where the settings are, what is printed for people and what for programs, confirmation."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import getpass
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.guard import Guard
+    from asgi_llm_guard.settings import GuardSettings
+
+__all__ = ["CONFIG_VARIABLE", "Tool", "actor_name", "command_options", "confirm", "progress", "reason_option", "run"]
+
+CONFIG_VARIABLE: Final = "LLM_GUARD_CONFIG"
+_DEFAULT: Final = "guard.toml"
+_MOST_REASON: Final = 500
+
+T = TypeVar("T")
+Function = Callable[..., Any]
+
+
+class Tool:
+    """One run of a command: its settings file, and how it prints."""
+
+    def __init__(self, config: str, *, as_json: bool, storage: str | None = None, **urls: str | None) -> None:
+        self.path = Path(config)
+        self.as_json = as_json
+        self.storage = storage
+        """A URL in place of the settings'."""
+        self._urls = {name: url for name, url in urls.items() if url is not None}
+
+    def settings(self) -> GuardSettings:
+        """What the file, the environment and secret files say.
+
+        Raises:
+            ConfigurationError: one of them is wrong.
+        """
+        if not self.path.exists():
+            raise ConfigurationError(
+                f"{self.path}: there is no such file; name the settings with --config FILE or {CONFIG_VARIABLE}"
+            )
+        from asgi_llm_guard.settings import load_settings
+
+        return load_settings(self.path)
+
+    def guard(self, settings: GuardSettings | None = None, **others: Any) -> Guard:
+        """The guard that the settings describe, with the URLs of the command line and `others` in place of theirs."""
+        from asgi_llm_guard.guard import Guard
+        from asgi_llm_guard.settings import build_guard_arguments
+
+        arguments = build_guard_arguments(settings or self.settings()) | self._urls | others
+        if self.storage is not None:
+            arguments["storage"] = self.storage
+        return Guard(**arguments)
+
+    def show(self, document: object, text: Callable[[], str]) -> None:
+        """Print the document for programs, or the text for people."""
+        if self.as_json:
+            import msgspec
+
+            click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+        else:
+            click.echo(text())
+
+
+def command_options(function: Function) -> Function:
+    """`--config` and `--json`, given to the command as `tool`."""
+
+    @click.option(
+        "--config",
+        "config",
+        default=_DEFAULT,
+        envvar=CONFIG_VARIABLE,
+        show_default=True,
+        metavar="FILE",
+        help="The settings file.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+    @functools.wraps(function)
+    def with_tool(
+        *arguments: Any,
+        config: str,
+        as_json: bool,
+        storage_url: str | None = None,
+        ledger_url: str | None = None,
+        control_url: str | None = None,
+        **others: Any,
+    ) -> Any:
+        tool = Tool(config, as_json=as_json, storage=storage_url, ledger=ledger_url, control=control_url)
+        return function(*arguments, tool=tool, **others)
+
+    return with_tool
+
+
+def ledger_option(function: Function) -> Function:
+    """`--ledger URL`, in place of the settings'."""
+    return click.option(
+        "--ledger", "ledger_url", metavar="URL", help="Where the usage records are; default: as the settings say."
+    )(function)
+
+
+def control_option(function: Function) -> Function:
+    """`--control URL`, in place of the settings'."""
+    return click.option(
+        "--control", "control_url", metavar="URL", help="Where administration data is; default: as the settings say."
+    )(function)
+
+
+def reason_option(function: Function) -> Function:
+    """`--reason`, which the audit keeps."""
+    return click.option(
+        "--reason", required=True, callback=_reason, metavar="TEXT", help="Why; kept in the audit beside your name."
+    )(function)
+
+
+def _reason(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    text = value.strip()
+    if not text or len(text) > _MOST_REASON or not text.isprintable():
+        raise click.BadParameter(f"expected a line of 1 to {_MOST_REASON} characters")
+    return text
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something cannot be taken back. `--yes` says it beforehand, which programs have to."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failure(f"{question} Nobody is there to say so: add --yes.", Exit.USAGE)
+    click.confirm(question, abort=True, err=True)
+
+
+def actor_name() -> str:
+    """Who runs the command, as the operating system says."""
+    try:
+        return f"os:{getpass.getuser()}"
+    except (KeyError, OSError):  # no such user, as in some containers
+        return f"os:uid-{os.getuid()}"
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end. Ctrl-C ends it in good order."""
+    return asyncio.run(work)
+
+
+@contextmanager
+def progress(label: str, *, length: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, told how far it is; nothing is written where stderr is no terminal.
+
+    Without a `length` the number itself is shown.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _number: None
+        return
+    if length is None:
+        try:
+            yield lambda number: click.echo(f"\r{label}: {number:,}", nl=False, err=True)
+        finally:
+            click.echo("\r\x1b[K", nl=False, err=True)
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+        yield lambda number: bar.update(number - bar.pos)
+
+
+def merged(*documents: Mapping[str, Any]) -> dict[str, Any]:
+    """Several documents as one."""
+    return {name: value for document in documents for name, value in document.items()}
