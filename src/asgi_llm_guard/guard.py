@@ -265,6 +265,28 @@ class Guard:
         """Read the state of meters in the background. From any thread; the answer need not be waited for."""
         return background.begin(self._engine.storage.read(meters))
 
+    def begin_counting(self) -> Future[int]:
+        """Count the open holds of all processes in the background, as `begin_reading`."""
+        return background.begin(self._engine.storage.open_holds())
+
+    def measure(self, around: Callable[[Storage], Storage] | None, /) -> None:
+        """Ask the storage through what `around` makes of it (to measure it); `None`: directly."""
+        self._engine.measure(around)
+
+    def current_ids(self) -> tuple[str | None, str | None]:
+        """The ids of the request and of the call that this code runs in; `None`: it runs in none."""
+        scope = current_scope()
+        if scope is None:
+            return None, None
+        call = scope if isinstance(scope, ActiveCall) else None
+        admission = scope.admission if isinstance(scope, ActiveCall) else scope
+        return admission.context.request_id, None if call is None or call.hold is None else call.hold.call_id
+
+    @property
+    def open_admissions(self) -> int:
+        """How many requests and jobs are open in this process."""
+        return len(self._open_admissions)
+
     def describe(self, model: str, **described: Any) -> Call:
         """A call with its upper bounds of tokens and cost; see `Describer.describe` for the arguments."""
         return self._engine.describer.describe(model, **described)

@@ -36,6 +36,10 @@ class Telemetry:
         return list(self._exporter.get_finished_spans())
 
     @property
+    def calls(self) -> list[ReadableSpan]:
+        return [span for span in self.spans if span.name.startswith("llm_guard.call ")]
+
+    @property
     def attempts(self) -> list[ReadableSpan]:
         return [span for span in self.spans if span.name.startswith("llm_guard.attempt ")]
 
@@ -50,6 +54,10 @@ class Telemetry:
             for scope in resource.scope_metrics
             for metric in scope.metrics
         }
+
+    def of_attempts(self) -> dict[str, list[Any]]:
+        """The points of the metrics of attempts."""
+        return {name: points for name, points in self.collect().items() if name.startswith("llm_guard.attempt.")}
 
     def remaining(self) -> dict[str, float]:
         """What the gauge says is left, in USD, by provider."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -15,10 +15,13 @@ __all__ = [
     "AgentAware",
     "CacheDirective",
     "Candidates",
+    "DepartmentAware",
+    "Configured",
     "DeploymentFilter",
     "Eligibility",
     "Leased",
     "Policy",
+    "Quotas",
     "Sampled",
     "SessionAware",
     "Verdict",
@@ -82,6 +85,22 @@ class AgentAware(Protocol):
         ...
 
 
+class Quotas(Protocol):
+    """What departments may use, which operators may change."""
+
+    def lay_over(self, quotas: Mapping[str, Any], /) -> None:
+        """Have these win, department by department, in place of those that did before."""
+        ...
+
+
+@runtime_checkable
+class DepartmentAware(Protocol):
+    """A policy that keeps to the quotas of departments."""
+
+    @property
+    def book(self) -> Quotas: ...
+
+
 @runtime_checkable
 class SessionAware(Protocol):
     """A policy whose refusals name where session ids are read from."""
@@ -97,6 +116,15 @@ class Sampled(Protocol):
 
     def samples(self) -> tuple[Meter, ...]:
         """One meter of each kind that it may claim on, of a subject without a name; none where it never claims."""
+        ...
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A policy with limits of subjects that its configuration names: a bounded set, whoever calls."""
+
+    def configured(self) -> tuple[Meter, ...]:
+        """Their meters, as they are now. None where subjects are known by requests only."""
         ...
 
 

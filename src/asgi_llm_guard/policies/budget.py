@@ -125,6 +125,19 @@ class Budget(ScopedPolicy[_Meters]):
         claims = amounts(money, cost)
         return Verdict(claims + amounts(tokens, call.total_tokens) if tokens else claims)
 
+    def configured(self) -> tuple[Meter, ...]:
+        """The meter of everybody, or those of the departments and agents that the limits name."""
+        names = tuple(self._by_subject)
+        subjects: tuple[Subject, ...] = ()
+        if self.per == "global":
+            subjects = self._subjects(Context(), None)
+        elif self.per == "department":
+            subjects = self._subjects(Context(departments=names), None)
+        elif self.per == "agent":
+            subjects = tuple(found for name in names for found in self._subjects(Context(agent=name), None))
+        money, tokens = self._build(subjects)
+        return (*money, *tokens)
+
     def _read_mapping(self, limits: Mapping[str, object], lifetime: Lifetime, tz: str) -> None:
         if not limits:
             raise ConfigurationError(f"{self.name}: expected a limit for at least one {self.per}, got an empty mapping")

@@ -84,11 +84,13 @@ class QuotaBook:
         ConfigurationError: an entry is malformed; nothing was changed.
     """
 
-    __slots__ = ("_lock", "_snapshot")
+    __slots__ = ("__weakref__", "_laid_over", "_lock", "_own", "_snapshot")
 
     def __init__(self, quotas: Mapping[str, DepartmentQuota | Mapping[str, object]] | None = None) -> None:
         self._lock = threading.Lock()
-        self._snapshot = _Snapshot(1, _read(quotas or {}))
+        self._own = _read(quotas or {})
+        self._laid_over: Mapping[str, DepartmentQuota] = {}
+        self._snapshot = _Snapshot(1, self._own)
 
     @property
     def version(self) -> int:
@@ -107,12 +109,12 @@ class QuotaBook:
         """Add a department, or replace its quota."""
         entry = _read({department: quota})
         with self._lock:
-            self._replace({**self._snapshot.quotas, **entry})
+            self._replace({**self._own, **entry})
 
     def remove(self, department: str) -> None:
         """Forget a department; one that is not there is no error."""
         with self._lock:
-            self._replace({name: quota for name, quota in self._snapshot.quotas.items() if name != department})
+            self._replace({name: quota for name, quota in self._own.items() if name != department})
 
     def replace_all(self, quotas: Mapping[str, DepartmentQuota | Mapping[str, object]]) -> None:
         """Put these in the place of all, in one step."""
@@ -120,8 +122,21 @@ class QuotaBook:
         with self._lock:
             self._replace(entries)
 
-    def _replace(self, quotas: Mapping[str, DepartmentQuota]) -> None:
-        self._snapshot = _Snapshot(self._snapshot.version + 1, MappingProxyType(dict(quotas)))
+    def lay_over(self, quotas: Mapping[str, DepartmentQuota | Mapping[str, object]]) -> None:
+        """Have these win, department by department, over the book's own, in place of those that did before.
+
+        What is `set` and `remove`d is the book's own. For administration data: see `docs/administration.md`.
+        """
+        entries = _read(quotas)
+        with self._lock:
+            if entries != self._laid_over:
+                self._laid_over = entries
+                self._replace(self._own)
+
+    def _replace(self, own: Mapping[str, DepartmentQuota]) -> None:
+        self._own = own
+        quotas = MappingProxyType({**own, **self._laid_over})
+        self._snapshot = _Snapshot(self._snapshot.version + 1, quotas)
 
 
 class _Department(NamedTuple):
@@ -215,6 +230,13 @@ class Quota(ScopedPolicy[_Departments]):
             return self._unpriced(call, scope="department", subject=money[0].subject)
         claims = amounts(tokens, call.total_tokens) + amounts(money, call.cost_nanousd or 0)
         return Verdict(claims) if claims else NOTHING
+
+    def configured(self) -> tuple[Meter, ...]:
+        """The meters of all departments in the book."""
+        _, quotas = self.book.snapshot
+        subjects = self._subjects(Context(departments=tuple(quotas)), None)
+        departments = [self._department(subject, quotas.get(subject.name)) for subject in subjects]
+        return tuple(meter for each in departments for meter in (*each.money, *each.tokens))
 
     def _forbidden(self, department: _Department, model: str) -> Verdict:
         if not department.known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 from opentelemetry import trace
@@ -11,15 +10,13 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.events import Admission, AttemptEnded, CacheHit, Event, Refused
-from asgi_llm_guard.pricing.book import UNPRICED
 from asgi_llm_guard.telemetry import names
+from asgi_llm_guard.telemetry.labels import Labels
+from asgi_llm_guard.telemetry.points import SECONDS, TOKENS, billed
 from asgi_llm_guard.usage import Usage
 
 __all__ = ["AttemptObserver"]
 
-_SECONDS: Final = tuple(round(0.01 * 2**power, 2) for power in range(14))
-_TOKENS: Final = tuple(float(4**power) for power in range(14))
-_SERIES: Final = 200
 _NS: Final = 1_000_000
 
 _Attributes = dict[str, str | int | float | bool]
@@ -35,35 +32,36 @@ class AttemptObserver:
     a price of their own, and all further pairs, are `other`.
     """
 
-    def __init__(self, tracer: Tracer, meter: Meter, clock: Clock, conventions: names.Conventions) -> None:
+    def __init__(
+        self, tracer: Tracer, meter: Meter, clock: Clock, conventions: names.Conventions, labels: Labels
+    ) -> None:
         self._tracer = tracer
         self._clock = clock
         self._conventions = conventions
-        self._pairs: dict[tuple[str, str], tuple[str, str]] = {}
-
+        self._labels = labels
         self._duration = meter.create_histogram(
             names.ATTEMPT_DURATION,
             unit="s",
             description="From the sending of a request to the end of its answer.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+            explicit_bucket_boundaries_advisory=SECONDS,
         )
         self._head = meter.create_histogram(
             names.TIME_TO_HEAD,
             unit="s",
             description="From the sending of a request to the head of its answer.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+            explicit_bucket_boundaries_advisory=SECONDS,
         )
         self._first = meter.create_histogram(
             names.TIME_TO_FIRST_CHUNK,
             unit="s",
             description="From the sending of a request to the first of its answer's text.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+            explicit_bucket_boundaries_advisory=SECONDS,
         )
         self._tokens = meter.create_histogram(
             names.TOKENS,
             unit="{token}",
             description="Tokens that an attempt was billed for, as its provider says.",
-            explicit_bucket_boundaries_advisory=_TOKENS,
+            explicit_bucket_boundaries_advisory=TOKENS,
         )
 
     def __call__(self, event: Event, /) -> None:
@@ -104,7 +102,7 @@ class AttemptObserver:
             span.set_status(Status(StatusCode.ERROR, event.failure))
         span.end(end_ns)
 
-        deployment, label = self._labels(event, model)
+        deployment, label = self._labels.deployment(event.deployment, event.call, model)
         labels = {**common, names.REQUEST_MODEL: label, names.DEPLOYMENT: deployment}
         if event.outcome is not None:
             labels[names.OUTCOME] = event.outcome
@@ -117,31 +115,13 @@ class AttemptObserver:
             names.OUTCOME: event.outcome,
             names.STATUS_CODE: event.status,
             names.RESPONSE_MODEL: usage.model,
-            "gen_ai.usage.input_tokens": usage.input_tokens,
-            "gen_ai.usage.output_tokens": usage.output_tokens,
+            **self._conventions.usage(usage),
         }
-        if self._conventions.latest:
-            found["gen_ai.usage.cache_read.input_tokens"] = usage.cache_read_tokens
-            found["gen_ai.usage.cache_write.input_tokens"] = usage.cache_write_tokens
-            found["gen_ai.usage.reasoning.output_tokens"] = usage.reasoning_tokens
-            if event.call is not None and event.call.stream:
-                found["gen_ai.request.stream"] = True
-                if event.first_ms is not None:
-                    found["gen_ai.response.time_to_first_chunk"] = event.first_ms / 1000
+        if self._conventions.latest and event.call is not None and event.call.stream:
+            found[names.STREAM] = True
+            if event.first_ms is not None:
+                found[names.TIME_TO_FIRST] = event.first_ms / 1000
         return {name: value for name, value in found.items() if value is not None}
-
-    def _labels(self, event: AttemptEnded, model: str) -> tuple[str, str]:
-        """The deployment and the model, as metrics may name them."""
-        call = event.call
-        # A deployment may serve whatever its clients ask for. What has a price of its own is no invention of theirs.
-        known = call is not None and call.price_source not in (None, UNPRICED) and call.billed_model is None
-        pair = (event.deployment, model if known else names.OTHER)
-        found = self._pairs.get(pair)
-        if found is None:
-            if len(self._pairs) >= _SERIES:
-                return names.OTHER, names.OTHER
-            found = self._pairs.setdefault(pair, pair)
-        return found
 
     def _record(self, span: Span, event: AttemptEnded, usage: Usage, labels: _Attributes) -> None:
         context = trace.set_span_in_context(span)  # examples of a bucket lead to the attempt
@@ -152,18 +132,8 @@ class AttemptObserver:
         ):
             if after_ms is not None:
                 histogram.record(after_ms / 1000, labels, context)
-        for kind, tokens in _billed(usage):
+        for kind, tokens in billed(usage):
             self._tokens.record(tokens, {**labels, names.TOKEN_TYPE: kind}, context)
-
-
-def _billed(usage: Usage) -> Iterator[tuple[str, int]]:
-    for kind, counted, billed in (
-        ("input", usage.input_tokens, usage.billed_input_tokens),
-        ("output", usage.output_tokens, usage.billed_output_tokens),
-    ):
-        tokens = counted if billed is None else billed
-        if tokens is not None:
-            yield kind, tokens
 
 
 _UNKNOWN: Final = Usage()

@@ -9,27 +9,48 @@ import os
 from collections.abc import Mapping
 from typing import Final
 
+from asgi_llm_guard.usage import Usage
+
 __all__ = [
     "ATTEMPT",
     "ATTEMPT_DURATION",
     "ATTEMPT_NUMBER",
+    "CACHE_HIT",
+    "CACHE_RESULT",
+    "CALL",
+    "CHOICES",
+    "CODE",
     "CONNECTED",
+    "COST",
+    "DECISION",
     "DEPLOYMENT",
     "ERROR_TYPE",
     "FIRST_CHUNK",
+    "INFERENCES",
+    "INPUT_TOKENS",
+    "KIND",
+    "MAX_TOKENS",
+    "MODALITY",
     "OPERATION",
     "OTHER",
     "OUTCOME",
+    "OUTPUT_TOKENS",
     "POLICY",
     "PROVIDER",
     "REMAINING",
     "REQUEST_MODEL",
     "RESPONSE_MODEL",
+    "SCOPE",
     "STATUS_CODE",
+    "STREAM",
+    "SUBJECT",
+    "TIME_TO_FIRST",
     "TIME_TO_FIRST_CHUNK",
     "TIME_TO_HEAD",
     "TOKENS",
     "TOKEN_TYPE",
+    "VERB",
+    "WINDOW",
     "Conventions",
     "operation_of",
 ]
@@ -55,6 +76,26 @@ OUTCOME: Final = "llm_guard.outcome"
 POLICY: Final = "llm_guard.policy"
 PROVIDER: Final = "llm_guard.provider"
 REMAINING: Final = "llm_guard.provider_budget.remaining"
+CALL: Final = "llm_guard.call"
+CODE: Final = "llm_guard.code"
+CACHE_HIT: Final = "llm_guard.cache.hit"
+CACHE_RESULT: Final = "llm_guard.cache.result"
+COST: Final = "llm_guard.cost"
+DECISION: Final = "llm_guard.decision"
+KIND: Final = "llm_guard.kind"
+SCOPE: Final = "llm_guard.scope"
+SUBJECT: Final = "llm_guard.subject"
+VERB: Final = "llm_guard.storage.verb"
+WINDOW: Final = "llm_guard.window"
+
+# The conventions', of calls: what has a second name has it in the newer version.
+MAX_TOKENS: Final = "gen_ai.request.max_tokens"
+CHOICES: Final = "gen_ai.request.choice.count"
+STREAM: Final = "gen_ai.request.stream"
+TIME_TO_FIRST: Final = "gen_ai.response.time_to_first_chunk"
+INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+MODALITY: Final = "gen_ai.token.modality"
 
 OTHER: Final = "other"
 """Stands for every label that is not one of a known few."""
@@ -85,6 +126,16 @@ _OPERATIONS: Final = {
 }
 
 
+_NEWER_USAGE: Final = (
+    ("gen_ai.usage.cache_read.input_tokens", "cache_read_tokens"),
+    ("gen_ai.usage.cache_write.input_tokens", "cache_write_tokens"),
+    ("gen_ai.usage.reasoning.output_tokens", "reasoning_tokens"),
+)
+
+INFERENCES: Final = frozenset({"chat", "generate_content", "text_completion"})
+"""The operations that the newer conventions call inference."""
+
+
 class Conventions:
     """One version of the conventions.
 
@@ -109,6 +160,13 @@ class Conventions:
     def provider(self, provider: str) -> str:
         """What a provider is called; one that has no name there keeps ours."""
         return self._providers.get(provider, provider)
+
+    def usage(self, usage: Usage) -> dict[str, int]:
+        """What is known of a usage, as attributes of a span."""
+        found = {INPUT_TOKENS: usage.input_tokens, OUTPUT_TOKENS: usage.output_tokens}
+        if self.latest:
+            found.update((name, getattr(usage, field)) for name, field in _NEWER_USAGE)
+        return {name: tokens for name, tokens in found.items() if tokens is not None}
 
 
 def operation_of(dialect: str | None) -> str:

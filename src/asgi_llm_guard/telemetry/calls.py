@@ -1,0 +1,172 @@
+"""Calls as spans and metrics, whichever way in they came: `guard.call`, `@guarded`, a hook, a route, or a gateway."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Final, Protocol, runtime_checkable
+
+from opentelemetry import trace
+from opentelemetry.metrics import Meter
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+
+from asgi_llm_guard.events import CallEnded
+from asgi_llm_guard.telemetry import names
+from asgi_llm_guard.telemetry.genai import GenAiMetrics
+from asgi_llm_guard.telemetry.ids import IdHash
+from asgi_llm_guard.telemetry.labels import Labels
+
+__all__ = ["CallObserver", "OpenCalls"]
+
+_MOST_OPEN: Final = 10_000
+_NS: Final = 1_000_000
+_NANO: Final = 1_000_000_000
+_NO_ERROR: Final = frozenset({"measured", "cached", "unmetered", "unseen"})
+
+_Attributes = dict[str, str | int | float | bool]
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    @property
+    def attributes(self) -> Mapping[str, object] | None: ...
+
+
+class OpenCalls:
+    """The span that was current where each open call was admitted: where it ends, another one may be, or none.
+
+    At most 10,000; the oldest are forgotten first, and end under the span that is current then.
+    """
+
+    __slots__ = ("_lock", "_spans")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spans: dict[str, Span] = {}
+
+    def begin(self, call_id: str, span: Span) -> bool:
+        """Whether it is another call, and not one that took over the hold of one that is known."""
+        with self._lock:
+            known = self._spans.pop(call_id, None)
+            self._spans[call_id] = span
+            if len(self._spans) > _MOST_OPEN:
+                del self._spans[next(iter(self._spans))]
+        return known is None
+
+    def end(self, call_id: str) -> Span | None:
+        with self._lock:
+            return self._spans.pop(call_id, None)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+
+class CallObserver:
+    """Makes a span, and points of the conventions' metrics, of each call that was sent or answered from the cache.
+
+    Where an SDK has a span of the same call already (the current one, with `gen_ai.operation.name`), it gets an event
+    and no second span beside it. A gateway's attempts have spans of their own, and get none here.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        meter: Meter,
+        conventions: names.Conventions,
+        labels: Labels,
+        open_calls: OpenCalls,
+        hashed: IdHash | None,
+    ) -> None:
+        self._tracer = tracer
+        self._conventions = conventions
+        self._labels = labels
+        self._open = open_calls
+        self._hashed = hashed
+        self._metrics = GenAiMetrics(meter, conventions)
+        self._calls = meter.create_counter(
+            "llm_guard.calls", unit="{call}", description="Calls that have ended, by what they are charged as."
+        )
+        self._cost = meter.create_counter(
+            "llm_guard.cost", unit="{USD}", description="What calls were charged with; of those whose cost is known."
+        )
+
+    def ended(self, event: CallEnded) -> None:
+        """A call is over."""
+        parent = self._open.end(event.call_id) or trace.get_current_span()
+        if event.outcome == "not_dispatched":
+            return
+        call = event.call
+        provider, model = self._labels.model(call)
+        failure = None if event.outcome in _NO_ERROR and event.failure is None else event.failure or event.outcome
+        common: _Attributes = {
+            names.OPERATION: names.operation_of(None if call is None else call.dialect),
+            self._conventions.provider_key: self._conventions.provider(provider),
+        }
+        if failure is not None:
+            common[names.ERROR_TYPE] = self._labels.name("error", failure)
+        span = self._span(event, parent, common)
+        labels = {**common, names.REQUEST_MODEL: model}
+        context = trace.set_span_in_context(span)
+        self._calls.add(1, {**labels, names.OUTCOME: event.outcome}, context)
+        if event.cost_nanousd:
+            self._cost.add(event.cost_nanousd / _NANO, labels, context)
+        if event.outcome != "cached":  # nobody was asked: it took no time, and no tokens
+            first_s = None if event.first_ms is None else max(0, event.first_ms - event.began_ms) / 1000
+            seconds = max(0, event.ended_ms - event.began_ms) / 1000
+            self._metrics.record(labels, event.usage, seconds, first_s, context)
+
+    def _span(self, event: CallEnded, parent: Span, common: _Attributes) -> Span:
+        """The span that tells of the call: its own, or that of somebody who traces it already."""
+        told = self._told(event)
+        if event.call is not None and event.call.deployment is not None:
+            return parent
+        if parent.is_recording() and _tells_of_a_call(parent):
+            parent.add_event(names.CALL, told, timestamp=event.ended_ms * _NS)
+            return parent
+        model = event.call.model if event.call is not None else (event.usage and event.usage.model) or "unknown"
+        span = self._tracer.start_span(
+            f"{names.CALL} {model}",
+            context=trace.set_span_in_context(parent),
+            kind=SpanKind.CLIENT,
+            attributes={**common, names.REQUEST_MODEL: model, **self._described(event), **told},
+            start_time=event.began_ms * _NS,
+        )
+        if event.first_ms is not None:
+            span.add_event(names.FIRST_CHUNK, timestamp=max(event.first_ms, event.began_ms) * _NS)
+        if names.ERROR_TYPE in common:
+            span.set_status(Status(StatusCode.ERROR, str(common[names.ERROR_TYPE])))
+        span.end(max(event.ended_ms, event.began_ms) * _NS)
+        return span
+
+    def _told(self, event: CallEnded) -> _Attributes:
+        """What only the guard knows."""
+        told: _Attributes = {
+            names.OUTCOME: event.outcome,
+            names.CACHE_HIT: event.outcome == "cached",
+            names.ATTEMPT_NUMBER: event.attempt,
+        }
+        if event.cost_nanousd is not None:
+            told[names.COST] = event.cost_nanousd / _NANO
+        if self._hashed is not None:
+            told.update(self._hashed.of(event.context))
+        return told
+
+    def _described(self, event: CallEnded) -> _Attributes:
+        call, usage = event.call, event.usage
+        found: dict[str, str | int | float | bool | None] = {}
+        if call is not None:
+            found[names.MAX_TOKENS] = call.max_output_tokens
+            found[names.CHOICES] = None if call.choices == 1 else call.choices
+            if self._conventions.latest and call.stream:
+                found[names.STREAM] = True
+        if usage is not None and event.outcome != "cached":
+            found[names.RESPONSE_MODEL] = usage.model
+            found.update(self._conventions.usage(usage))
+        if self._conventions.latest and event.first_ms is not None:
+            found[names.TIME_TO_FIRST] = max(0, event.first_ms - event.began_ms) / 1000
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _tells_of_a_call(span: Span) -> bool:
+    # The API's spans only take attributes; those of the SDK show them.
+    return isinstance(span, _Readable) and names.OPERATION in (span.attributes or {})
