@@ -21,11 +21,11 @@ LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "drivers": "sql",
     "protocols": "storage.base storage.entries storage.shared storage.streams policies.base identity.base",
-    "rules": "charge denials describe estimate idempotency learning marks media outcomes plan pricing routes storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops wire identity.extract",
+    "rules": "agents charge control.data control.state control.values denials describe estimate idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
     "policies": "policies",
-    "adapters": "identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache chores claimed engine exchange halting guard loss moment outage replays scope session_ids standing streams waiters",
-    "skins": "admin decorator gateway health httpx integrations middleware",
+    "adapters": "control identity ledger storage telemetry",
+    "engine": "active_call admission attempts background cache chores claimed engine exchange following halting guard loss moment outage replays scope session_ids standing streams waiters",
+    "skins": "admin alerts decorator gateway health httpx integrations middleware",
     "roots": "__init__ cli doctor settings simulate testing",
 }
 MAY_IMPORT = {
@@ -42,6 +42,10 @@ MAY_IMPORT = {
 
 # The arrows that point outward, each with its reason. They are taken when a function is called, not on import.
 ENTRANCES = {
+    ("control.values", "identity.keys"): "keys are checked by the record that a keys file is read with",
+    ("control.values", "policies.quota"): "departments are checked by the quota that code is written with",
+    ("guard", "alerts"): "sends what crosses a threshold; taken only where a guard has alerts",
+    ("guard", "control.store"): "opens the administration data that a URL names",
     ("guard", "health"): "`Guard.health_app` makes the app that answers probes",
     ("guard", "httpx"): "`Guard.httpx_client` makes the client that the hook is in",
     ("guard", "settings"): "`Guard.from_file` reads what the settings describe",
@@ -52,6 +56,8 @@ ENTRANCES = {
 # Layers whose packages do not know each other: a storage imports no ledger, a skin no other skin.
 APART = {"adapters", "skins"}
 BESIDE = {
+    ("control.keys", "identity"): "its table is the one that resolves the keys of a file",
+    ("control.store", "identity"): "makes keys by the same rules",
     ("gateway.app", "middleware"): "the mountable gateway admits its requests where nobody around it has",
     ("integrations.langchain.chat_model", "gateway"): "the chat model is one over a gateway",
     ("integrations.langchain.messages", "gateway"): "turns answers of the gateway into messages",
@@ -69,7 +75,7 @@ LIBRARIES = {
     "genai_prices": "pricing.genai",
     "hiredis": "storage.redis storage.redis_wire",
     "httpx": "httpx guard",
-    "httpx2": "httpx guard gateway testing",
+    "httpx2": "alerts httpx guard gateway testing",
     "jinja2": "admin",
     "joserfc": "identity.jwt",
     "langchain_core": "integrations.langchain",

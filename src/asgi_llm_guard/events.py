@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
-from asgi_llm_guard.claims import Granted, Settled
+from asgi_llm_guard.claims import Granted, Settled, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 
 __all__ = [
     "Admission",
+    "Alert",
     "AttemptEnded",
     "BacklogFull",
     "CacheHit",
@@ -170,6 +171,30 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float | None = None
 
 
+class Alert(msgspec.Struct, frozen=True, kw_only=True):
+    """A counter has crossed a threshold, or is used up too fast. Told by one process of all, once per period."""
+
+    id: str
+    """The same for every delivery of this alert, whichever process makes it. Says nothing of whom it is about."""
+    kind: Literal["threshold", "burn_rate"]
+    policy: str
+    scope: str
+    subject: str
+    unit: Unit
+    threshold: float
+    """In percent of the limit; of a burn rate, how many times as fast as what would just last."""
+    at_ms: int
+    limit: int
+    used: int
+    held: int
+    resets_at_ms: int | None
+    spent: int | None = None
+    """Of a burn rate: what was used during the last `window_ms`, as far as this process saw it."""
+    window_ms: int | None = None
+    shadow: bool = False
+    """The policy only watches: nothing is refused."""
+
+
 class StorageFailed(msgspec.Struct, frozen=True):
     """The storage stopped answering. Sent once per outage, not once per request."""
 
@@ -214,6 +239,7 @@ Event = (
     | CacheMiss
     | UsageAnomaly
     | AttemptEnded
+    | Alert
 )
 
 
