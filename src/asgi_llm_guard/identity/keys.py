@@ -15,7 +15,7 @@ import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self
@@ -45,6 +45,8 @@ _PERSON: Final = b"llm-guard-apikey"  # the same key and secret hash differently
 _SHORTEST_SECRET: Final = 16
 _LONGEST_KEY: Final = 512
 _PREFIX: Final = 8
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MS: Final = timedelta(milliseconds=1)
 _FIELDS: Final = ("id", "digest", "caller", "user", "departments", "agent", "tags", "params", "expires_at")
 
 
@@ -157,7 +159,7 @@ class ApiKeys:
             ids.add(key.id)
             digests[key.digest] = key.id
             digest = bytes.fromhex(key.digest.removeprefix(f"{_SCHEME}:"))
-            ends_ms = None if key.expires_at is None else int(key.expires_at.timestamp() * 1000)
+            ends_ms = None if key.expires_at is None else (key.expires_at - _EPOCH) // _MS
             self._by_prefix.setdefault(digest[:_PREFIX], []).append((digest, ends_ms, _identity(key)))
 
     @classmethod

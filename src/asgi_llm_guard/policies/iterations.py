@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, Self, get_args
 
+from asgi_llm_guard.agents import AgentRegistry
 from asgi_llm_guard.claims import Claim, Durable, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
@@ -101,17 +102,18 @@ class Iterations(ScopedPolicy[Verdict]):
         if lease is not None and not leasable(self._window):
             raise ConfigurationError(f"{name}: with renew=True every call must reach the store; leave lease out")
         self._own_agents = _agent_limits(agents or {}, name)
-        self._agents = self._own_agents
+        self._agents = AgentRegistry()
         self._sources: tuple[str, ...] = _SOURCES
         self._session_required: Verdict | None = None
 
     def with_agents(self, agents: Mapping[str, Mapping[str, object]]) -> Self:
-        """A copy that knows the agent registry; entries given to this policy itself win.
+        """A copy that knows the agent registry, and follows an `AgentRegistry`; entries given to this policy itself win.
 
         Raises:
             ConfigurationError: an entry is no mapping, or its `max_iterations` is malformed.
         """
-        return self._copy(_agents={**_agent_limits(agents, self.name), **self._own_agents})
+        _agent_limits(agents, self.name)
+        return self._copy(_agents=agents if isinstance(agents, AgentRegistry) else AgentRegistry(agents))
 
     def with_sources(self, sources: Sequence[str]) -> Self:
         """A copy whose `session_required` refusal names these as the places where a session id is read."""
@@ -121,16 +123,24 @@ class Iterations(ScopedPolicy[Verdict]):
         """One iteration, whatever the call is."""
         params = context.params
         own = _own_limit(params) if params else _UNSET
-        key = (self._identify(context, call), context.agent, own)
+        version, agents = self._agents.snapshot
+        key = (self._identify(context, call), context.agent, own, version)
         verdict = self._memo.get(key)
         if verdict is None:
-            return self._first(key, context, call, own)
+            return self._first(key, context, call, own, agents)
         return verdict
 
     def _copy(self, **changes: object) -> Self:
         return super()._copy(_session_required=None, **changes)
 
-    def _first(self, key: tuple[object, ...], context: Context, call: Call | None, own: int | None) -> Verdict:
+    def _first(
+        self,
+        key: tuple[object, ...],
+        context: Context,
+        call: Call | None,
+        own: int | None,
+        agents: Mapping[str, Mapping[str, object]],
+    ) -> Verdict:
         subjects = self._subjects(context, call)
         if not subjects and self.missing == "reject":
             if self._session_required is None:
@@ -141,7 +151,7 @@ class Iterations(ScopedPolicy[Verdict]):
                     status=400,
                 )
             return self._session_required
-        limit = self._resolve(context, own)
+        limit = self._resolve(context, own, agents)
         if limit is None:
             return self._keep(key, NOTHING, subjects)
         if limit == _MALFORMED:
@@ -177,9 +187,12 @@ class Iterations(ScopedPolicy[Verdict]):
             )
         )
 
-    def _resolve(self, context: Context, own: int | None) -> int | None:
-        if context.agent is not None and context.agent in self._agents:
-            return self._agents[context.agent]
+    def _resolve(self, context: Context, own: int | None, agents: Mapping[str, Mapping[str, object]]) -> int | None:
+        agent = context.agent
+        if agent is not None and agent in self._own_agents:
+            return self._own_agents[agent]
+        if agent is not None and _PARAM in agents.get(agent, ()):
+            return max_iterations(agents[agent][_PARAM])
         return self._limit if own == _UNSET else own
 
 

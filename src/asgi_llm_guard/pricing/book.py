@@ -59,6 +59,7 @@ class PriceBook:
         "_given",
         "_on_conflict",
         "_origin",
+        "_origins",
         "_snapshot",
         "_trust_reported",
         "_unknown",
@@ -73,8 +74,10 @@ class PriceBook:
         unknown: Unknown = "deny",
         on_conflict: OnConflict = "genai",
         trust_reported: TrustReported = "missing",
+        origins: Mapping[str, str] | None = None,
     ) -> None:
-        """`snapshot`: `None` takes the one of this release, when it is first needed. The rest as `PriceBook.snapshot`."""
+        """`snapshot`: `None` takes the one of this release, when it is first needed. `origins`: where the overrides of
+        these models come from, for people to read. The rest as `PriceBook.snapshot`."""
         if on_conflict not in ("genai", "max"):
             raise ConfigurationError(f"on_conflict: expected 'genai' or 'max', got {on_conflict!r}")
         if trust_reported not in ("missing", "always", "never"):
@@ -85,6 +88,7 @@ class PriceBook:
         self.overrides, self._origin = _overrides.read(overrides)
         """The prices that the service states itself, as they were given."""
         self._given = _overrides.parse(self.overrides)
+        self._origins = {_overrides.key_of(model): origin for model, origin in (origins or {}).items()}
         self._unknown: Unknown = unknown
         self._cards: dict[tuple[str | None, str], RateCard | None] = {}
         self._by_call: dict[tuple[str | None, str | None, str | None, str | None], RateCard | None] = {}
@@ -138,6 +142,28 @@ class PriceBook:
             unknown=self._unknown,
             on_conflict=self._on_conflict,
             trust_reported=self._trust_reported,
+        )
+
+    def laid_over(self, prices: Mapping[str, object], *, origin: str) -> PriceBook:
+        """The same book with these prices in place of its own overrides of the same models.
+
+        `origin`: where they come from, for people to read: it is in the source of every cost.
+
+        Raises:
+            ConfigurationError: as `snapshot`.
+        """
+        if not prices:
+            return self
+        laid = {_overrides.key_of(model) for model in prices}
+        own = {model: given for model, given in self.overrides.items() if _overrides.key_of(model) not in laid}
+        origins = {**dict.fromkeys(own, self._origin), **self._origins, **dict.fromkeys(prices, origin)}
+        return type(self)(
+            self._snapshot,
+            overrides={**own, **prices},
+            unknown=self._unknown,
+            on_conflict=self._on_conflict,
+            trust_reported=self._trust_reported,
+            origins=origins,
         )
 
     @property
@@ -281,7 +307,7 @@ class PriceBook:
             provider=owner,
             model=name,
             entry=entry,
-            source=source if stated is None else f"{self._origin} of {stated[0]}",
+            source=source if stated is None else f"{self._origins.get(stated[0], self._origin)} of {stated[0]}",
             given=None if stated is None else stated[1],
             dearest=self._on_conflict == "max",
         )

@@ -11,7 +11,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.pricing.snapshot import provider_id
 
-__all__ = ["Given", "is_whole", "parse", "read"]
+__all__ = ["Given", "is_whole", "key_of", "parse", "read"]
 
 Given = Mapping[str, int]
 """Pico-USD per token by rate, pico-USD per unit by unit, and limits in tokens."""
@@ -84,7 +84,7 @@ def parse(models: Mapping[str, object]) -> dict[str, Given]:
             raise ConfigurationError(f"prices: expected a model such as 'openai/gpt-4o', got {model!r}")
         if not isinstance(prices, Mapping):
             raise ConfigurationError(f"prices of {model!r}: expected a table of {_ALLOWED}; got {prices!r}")
-        key = _key(model)
+        key = key_of(model)
         if key in parsed:
             raise ConfigurationError(
                 f"prices of {model!r}: given twice, as names that differ only in case or provider alias"
@@ -105,7 +105,8 @@ def is_whole(given: Given) -> bool:
     )
 
 
-def _key(model: str) -> str:
+def key_of(model: str) -> str:
+    """The name that all spellings of a model have in common."""
     prefix, slash, rest = model.strip().lower().partition("/")
     return f"{provider_id(prefix)}/{rest}" if slash else prefix
 

@@ -1,0 +1,613 @@
+"""Administration data in SQL: every change is one transaction that checks, writes, and says who did it.
+
+Rule 1: whoever changes anything takes the row of `control_meta` first: changes follow one another, over all processes.
+
+Rule 2: an entry is changed by who has seen it: `expected` is the version that was seen. Of two who saw the same one, one
+changes it, and the other is told by whom.
+
+Rule 3: a change and its row in the audit are one. A try that was refused leaves a row, and nothing else.
+
+Rule 4: no key and no secret is ever written. What is kept of a key is a keyed hash, and that is in no audit.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from asgi_llm_guard.clock import Clock, SystemClock
+from asgi_llm_guard.control import tables
+from asgi_llm_guard.control.audit import Seals, append, find, verify
+from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change, Conflict, NotThere, Verified
+from asgi_llm_guard.control.data import kind_of, read, shown, written
+from asgi_llm_guard.control.keys import ControlKeys
+from asgi_llm_guard.control.live import LiveSettings, settings_of
+from asgi_llm_guard.control.state import ControlState, Head, decode, encode, kept, kept_kind, made
+from asgi_llm_guard.control.values import Key, Kind, Price, Value, check_instant, check_kind, check_name, name_of
+from asgi_llm_guard.errors import ConfigurationError, GuardError
+from asgi_llm_guard.identity.base import Resolver
+from asgi_llm_guard.identity.keys import ApiKeys
+from asgi_llm_guard.overlay import Raise
+from asgi_llm_guard.pricing.overrides import key_of
+from asgi_llm_guard.sql import Connection, Database, open_database
+from asgi_llm_guard.stops import Stop
+from asgi_llm_guard.windows import duration_ms
+
+__all__ = ["Control"]
+
+MAX_SIZE: Final = 4_000_000
+"""The most characters that all entries may have together: every process reads them as one document."""
+
+_SEQ: Final = "SELECT seq, at_ms, version, actor, role, address, verb, target, old, new, reason, refused, digest"
+
+
+class Control:
+    """Administration data: `control = Control("sqlite:///control.db", secret=...)`.
+
+    Args:
+        database: a URL as of `open_database`, or a database.
+        secret: makes the digests of keys, and the seals of the audit; at least 16 characters, from the environment or a
+            secret file. Several while one is replaced: the first makes new ones. `None`: there are no keys, and
+            whoever can write to the database can forge the audit.
+        clock: the time; for tests.
+
+    Raises:
+        ConfigurationError: the URL or a secret is malformed.
+    """
+
+    def __init__(
+        self,
+        database: Database | str,
+        *,
+        secret: str | Sequence[str] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.database = open_database(database, name="control") if isinstance(database, str) else database
+        self._secrets = () if secret is None else (secret,) if isinstance(secret, str) else tuple(secret)
+        for one in self._secrets:
+            ApiKeys((), secret=one)  # checks it
+        self._clock = clock or SystemClock()
+        self._seals = Seals([one.encode() for one in self._secrets])
+        self._pid = 0
+        self._known: ControlState | None = None
+        self.knowledge_bases = LiveSettings()
+        """The settings of all knowledge bases, as they are now: `CacheScope(settings=control.knowledge_bases)`."""
+        self.resolvers: list[ControlKeys] = []
+        """What `keys` has given."""
+
+    # ---------------------------------------------------------------------------------- reading
+
+    async def version(self) -> int:
+        """The version of what is there now.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        await self._ready()
+        return await self.database.read(_version)
+
+    async def state(self) -> ControlState:
+        """Everything as it is now.
+
+        Raises:
+            StorageError: the database does not answer.
+            NewerRelease: it has entries that this release does not know.
+        """
+        await self._ready()
+        known = self._known
+        state = await self.database.read(lambda connection: _state(connection, known))
+        self._known = state
+        return state
+
+    async def audit(self, query: AuditQuery = AuditQuery()) -> Sequence[AuditEntry]:  # noqa: B008 - immutable
+        """What was changed or refused, the newest first.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        await self._ready()
+        return await self.database.read(lambda connection: find(connection, query))
+
+    async def verify_audit(self, *, since: Head | None = None) -> Verified:
+        """Look through the whole audit for rows that are missing or were changed.
+
+        `since`: the `head` of an earlier time that was kept elsewhere, such as that of a published state. Without one
+        it shows in any case what was done to the table alone.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        await self._ready()
+
+        def look(connection: Connection) -> Verified:
+            rows = connection.iterate(f"{_SEQ} FROM control_audit ORDER BY seq")
+            return verify(rows, self._seals, _meta(connection)[1], since)
+
+        return await self.database.read(look)
+
+    # --------------------------------------------------------------------------------- changing
+
+    async def put(
+        self,
+        kind: Kind,
+        name: str,
+        value: Mapping[str, Any] | Value,
+        *,
+        actor: Actor,
+        reason: str = "",
+        expected: int | None = None,
+    ) -> ControlState:
+        """Add an entry, or change it.
+
+        A mapping changes the fields that it names, and leaves the others as they are; only prices, raises and stops are
+        replaced as a whole. A limit is a number, or `"unlimited"`; `None` is refused. A value (`Department(...)`)
+        replaces the entry. What is as it was changes nothing, and leaves no row.
+
+        `expected`: the version of the entry that was seen; 0: there must be none; `None`: whatever there is.
+
+        Raises:
+            ConfigurationError: a field is malformed; names it.
+            Conflict: it was changed meanwhile.
+            StorageError: the database does not answer. Look whether it was done: nobody knows.
+        """
+        return await self.put_all(
+            (Change(kind=kind, name=name, value=value, expected=expected),), actor=actor, reason=reason
+        )
+
+    async def remove(
+        self, kind: Kind, name: str, *, actor: Actor, reason: str = "", expected: int | None = None
+    ) -> ControlState:
+        """Remove an entry: what code or a file says under its name holds again.
+
+        Raises:
+            NotThere: there is none.
+            Conflict, StorageError: as `put`.
+        """
+        change = Change(kind=kind, name=name, value=None, expected=expected)
+        return await self.put_all((change,), actor=actor, reason=reason)
+
+    async def put_all(self, changes: Sequence[Change], *, actor: Actor, reason: str = "") -> ControlState:
+        """Make several changes, or none of them: one version, and a row of the audit for each.
+
+        Raises:
+            ConfigurationError, Conflict, NotThere, StorageError: as `put` and `remove`.
+        """
+        await self._change(changes, actor=actor, reason=reason)
+        return await self.state()
+
+    async def note(
+        self,
+        verb: str,
+        target: str,
+        *,
+        actor: Actor,
+        reason: str = "",
+        old: object = None,
+        new: object = None,
+        refused: str | None = None,
+    ) -> None:
+        """Add a row to the audit for what is no change of an entry: a reset, a stopped session, a refused try.
+
+        `old`, `new`: JSON data; never with a secret in it.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        await self._ready()
+
+        def work(connection: Connection) -> None:
+            version, head = _take(connection)
+            head = append(
+                connection, self._seals, head, at_ms=self._clock.now_ms(), version=version, actor=actor, verb=verb,
+                target=target, old=old, new=new, reason=reason, refused=refused,
+            )  # fmt: skip
+            _release(connection, version, head)
+
+        await self.database.write(work)
+
+    # ------------------------------------------------------------------------------------- keys
+
+    def keys(self, *, then: Resolver | None = None, **options: Any) -> ControlKeys:
+        """Resolves the keys, for `Guard(identity=...)`; `then` and the options as of `ControlKeys`.
+
+        Raises:
+            ConfigurationError: this control has no secret.
+        """
+        self._secret()
+        resolver = ControlKeys(secret=self._secrets, then=then, clock=self._clock, **options)
+        self.resolvers.append(resolver)
+        return resolver
+
+    async def new_key(
+        self,
+        caller: str,
+        *,
+        actor: Actor,
+        reason: str = "",
+        user: str | None = None,
+        departments: Sequence[str] = (),
+        agent: str | None = None,
+        tags: Sequence[str] = (),
+        params: Mapping[str, object] | None = None,
+        expires_at_ms: int | None = None,
+    ) -> tuple[str, Key]:
+        """A new random key of 256 bits, and what is kept of it. The key is nowhere else: show it once, then forget it.
+
+        Raises:
+            ConfigurationError: a field is malformed, or this control has no secret.
+            StorageError: as `put`; a key that was kept all the same is one that nobody knows.
+        """
+        try:
+            shown_once, key = self._made_key(
+                caller,
+                user=user,
+                departments=tuple(departments),
+                agent=agent,
+                tags=tuple(tags),
+                params=params or {},
+                expires_at_ms=expires_at_ms,
+            )
+        except ConfigurationError as error:
+            await self.note("new_key", "key:", actor=actor, reason=reason, refused=f"invalid: {error}")
+            raise
+        change = Change(kind="key", name=key.id, value=key, expected=0)
+        await self._change((change,), actor=actor, reason=reason, verb="new_key")
+        return shown_once, key
+
+    async def rotate_key(
+        self,
+        id: str,
+        *,
+        overlap: str,
+        actor: Actor,
+        reason: str = "",
+        expected: int | None = None,
+    ) -> tuple[str, Key]:
+        """A new key in place of another one, which ends after `overlap` (`"7d"`, or `"0s"`: at once), or earlier if it
+        was to end anyway. Until then both are known.
+
+        Raises:
+            NotThere: there is no such key.
+            ConfigurationError: it is over, or was rotated already (two are active at most); or `overlap` is no duration.
+            Conflict, StorageError: as `put`.
+        """
+        overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
+        state = await self.state()
+        old = state.keys.get(id)
+        now_ms = self._clock.now_ms()
+        try:
+            if old is None:
+                raise NotThere("key", id)
+            if not old.value.is_active(now_ms):
+                raise ConfigurationError(f"key {id!r}: it is over, and cannot be rotated; make a new one")
+            for other in state.keys.values():
+                if other.value.replaces == id and other.value.is_active(now_ms):
+                    raise ConfigurationError(f"key {id!r}: was rotated already; rotate {other.value.id!r} instead")
+        except GuardError as error:
+            await self.note("rotate_key", f"key:{id}", actor=actor, reason=reason, refused=_why(error))
+            raise
+        key = old.value
+        ends = key.ends_ms()
+        shown_once, new = self._made_key(
+            key.caller,
+            user=key.user,
+            departments=key.departments,
+            agent=key.agent,
+            tags=key.tags,
+            params=key.params,
+            expires_at_ms=None,
+            replaces=id,
+        )
+        stated = now_ms + overlap_ms if ends is None else min(ends, now_ms + overlap_ms)
+        ending = msgspec.structs.replace(key, expires_at_ms=stated)
+        changes = (
+            Change(kind="key", name=id, value=ending, expected=old.version if expected is None else expected),
+            Change(kind="key", name=new.id, value=new, expected=0),
+        )
+        await self._change(changes, actor=actor, reason=reason, verb="rotate_key")
+        return shown_once, new
+
+    async def revoke_key(
+        self,
+        id: str,
+        *,
+        actor: Actor,
+        reason: str = "",
+        expected: int | None = None,
+    ) -> ControlState:
+        """End a key now. One that is revoked stays so.
+
+        Raises:
+            NotThere, Conflict, StorageError: as `remove`.
+        """
+        state = await self.state()
+        entry = state.keys.get(id)
+        if entry is None:
+            await self.note("revoke_key", f"key:{id}", actor=actor, reason=reason, refused="there is no such key")
+            raise NotThere("key", id)
+        if entry.value.revoked_ms is not None:
+            return state
+        revoked = msgspec.structs.replace(entry.value, revoked_ms=self._clock.now_ms())
+        change = Change(kind="key", name=id, value=revoked, expected=entry.version if expected is None else expected)
+        await self._change((change,), actor=actor, reason=reason, verb="revoke_key")
+        return await self.state()
+
+    # ----------------------------------------------------------------------------------- moving
+
+    async def export(self) -> bytes:
+        """Everything but the audit, as a JSON document. The digests of keys are in it, which hold with the same secret.
+
+        Raises:
+            StorageError, NewerRelease: as `state`.
+        """
+        return encode(await self.state())
+
+    async def load(self, document: bytes, *, actor: Actor, reason: str = "", replace: bool = False) -> ControlState:
+        """Take over what `export` gave, entry by entry, in one transaction. `replace`: remove everything else.
+
+        Raises:
+            ConfigurationError: it is no such document, or of a newer release; nothing was changed.
+            StorageError: as `put`.
+        """
+        try:
+            given = decode(document)
+        except ConfigurationError as error:
+            await self.note("load", "all", actor=actor, reason=reason, refused=f"invalid: {error}")
+            raise
+        changes = [Change(kind=kind, name=name, value=entry.value) for kind, name, entry in given]
+        if replace:
+            there = await self.state()
+            changes += [
+                Change(kind=kind, name=name, value=None, expected=entry.version)
+                for kind, name, entry in there
+                if name not in given.of(kind)
+            ]
+        await self._change(changes, actor=actor, reason=reason)
+        return await self.state()
+
+    def prepare(self, state: ControlState) -> Callable[[], None]:
+        """Make ready what this object gives (`keys`, `knowledge_bases`) for a state; calling the answer puts it in force.
+
+        Raises:
+            ConfigurationError: it cannot be; nothing was changed.
+        """
+        keys = [entry.value for entry in state.keys.values()]
+        tables = [(resolver, resolver.table(keys)) for resolver in self.resolvers]
+        settings = settings_of(state.knowledge_bases)
+
+        def use() -> None:
+            for resolver, table in tables:
+                resolver.use(table)
+            self.knowledge_bases.use(settings)
+
+        return use
+
+    async def aclose(self) -> None:
+        """Let go of the database."""
+        await self.database.aclose()
+
+    # ----------------------------------------------------------------------------------- inside
+
+    async def _ready(self) -> None:
+        """Make the tables, once in a process."""
+        if self._pid == os.getpid():
+            return
+        now_ms = self._clock.now_ms()
+        await self.database.write(lambda connection: tables.create(connection, now_ms))
+        self._pid = os.getpid()
+
+    async def _change(self, changes: Sequence[Change], *, actor: Actor, reason: str, verb: str | None = None) -> None:
+        """Make the changes, and say so; or say why not."""
+        await self._ready()
+        if any(change.kind == "price" for change in changes):
+            _warm_prices()
+        tried: list[Change] = []
+
+        def work(connection: Connection) -> None:
+            version, head = _take(connection)
+            now_ms = self._clock.now_ms()
+            changed = max(version + 1, now_ms)
+            for change in changes:
+                tried.append(change)
+                kind, name = _target(change)
+                old, new = _apply(connection, change, kind, name, changed, now_ms)
+                if old == new:
+                    continue
+                head = append(
+                    connection, self._seals, head, at_ms=now_ms, version=changed, actor=actor, verb=_verb(change, verb),
+                    target=f"{kind}:{name}", old=_audited(old), new=_audited(new), reason=reason,
+                )  # fmt: skip
+                version = changed
+            _check_size(connection)
+            _release(connection, version, head)
+
+        try:
+            await self.database.write(work)
+        except (ConfigurationError, Conflict, NotThere) as error:
+            last = tried[-1]
+            target = f"{last.kind}:{last.name}"
+            await self.note(_verb(last, verb), target, actor=actor, reason=reason, refused=_why(error))
+            raise
+
+    def _secret(self) -> str:
+        if not self._secrets:
+            raise ConfigurationError(
+                "control: keys need a secret: Control(url, secret=os.environ['CONTROL_SECRET']), at least 16 characters"
+            )
+        return self._secrets[0]
+
+    def _made_key(self, caller: str, **fields: Any) -> tuple[str, Key]:
+        name = f"k{secrets.token_hex(4)}"
+        prefix = f"lg-{name}"
+        shown_once = f"{prefix}-{secrets.token_urlsafe(32)}"
+        now_ms = self._clock.now_ms()
+        ends = fields.get("expires_at_ms")
+        if ends is not None and check_instant("key: expires_at_ms", ends) <= now_ms:
+            raise ConfigurationError(f"key: expires_at_ms: {ends} has passed")
+        digest = ApiKeys.hash(shown_once, self._secret())
+        return shown_once, Key(id=name, prefix=prefix, digest=digest, caller=caller, created_ms=now_ms, **fields)
+
+
+def _verb(change: Change, given: str | None) -> str:
+    return given or ("remove" if change.value is None else "put")
+
+
+def _target(change: Change) -> tuple[Kind, str]:
+    """What a change is about.
+
+    Raises:
+        ConfigurationError: there is no such kind, or the name is none.
+    """
+    kind = check_kind(change.kind)
+    name = check_name(kind, change.name)
+    if kind == "price":
+        name = key_of(name)  # one entry for all spellings of a model
+    return kind, name
+
+
+def _apply(
+    connection: Connection, change: Change, kind: Kind, name: str, version: int, now_ms: int
+) -> tuple[Value | None, Value | None]:
+    """Change one entry; what it was, and what it is now.
+
+    Raises:
+        ConfigurationError, Conflict, NotThere: nothing was changed.
+    """
+    rows = connection.execute("SELECT version, value FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
+    there, data = rows[0] if rows else (0, None)
+    if change.expected is not None and change.expected != there:
+        raise Conflict(kind, name, expected=change.expected, version=there, by=_changed_by(connection, kind, name))
+    old = None if data is None else kept(kind, name, msgspec.json.decode(data))
+    if change.value is None:
+        if old is None:
+            raise NotThere(kind, name)
+        connection.execute("DELETE FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
+        return old, None
+    new = _new(change, kind, name, old, now_ms)
+    if new != old:
+        connection.execute(
+            "INSERT INTO control_entries (kind, name, version, value) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (kind, name) DO UPDATE SET version = excluded.version, value = excluded.value",
+            (kind, name, version, msgspec.json.encode(written(new), order="deterministic").decode()),
+        )
+    return old, new
+
+
+def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) -> Value:
+    given = change.value
+    if isinstance(given, Mapping):
+        if kind == "key" and old is None:
+            raise NotThere(kind, name)  # keys are made by `new_key`
+        new = read(kind, name, given, old=old, ours=False)
+        # What has ended is kept and exported, but nobody makes it.
+        if isinstance(new, (Raise, Stop)):
+            ends: int | None = new.until_ms
+            if ends is not None and ends <= now_ms:
+                raise ConfigurationError(f"{kind} {name!r}: until_ms: {ends} has passed")
+    else:
+        assert given is not None  # noqa: S101 - a removal, which was made before
+        if kind_of(given) != kind:
+            raise ConfigurationError(f"{kind} {name!r}: expected a {kind}, got a {type(given).__name__}")
+        new = read(kind, name, {**written(given), field: name}) if (field := _renamed(given, name)) else given
+    _check_price(new)
+    return new
+
+
+def _renamed(given: Value, name: str) -> str | None:
+    """The field to be set where a value goes by another name than it says; only models have several spellings."""
+    if name_of(given) == name:
+        return None
+    if isinstance(given, Price) and key_of(given.model) == name:
+        return "model"
+    if name_of(given) == "":  # raises and stops that were made without an id
+        return "id"
+    raise ConfigurationError(f"{kind_of(given)} {name!r}: the value says {name_of(given)!r}")
+
+
+def _check_price(value: Value) -> None:
+    if isinstance(value, Price):
+        from asgi_llm_guard.pricing import PriceBook
+
+        PriceBook.snapshot(overrides={value.model: value.entry})
+
+
+def _warm_prices() -> None:
+    """Reading the list of prices takes a moment: not while others wait for their turn to write."""
+    from asgi_llm_guard.pricing.snapshot import bundled
+
+    bundled()
+
+
+def _audited(value: Value | None) -> dict[str, Any] | None:
+    return None if value is None else shown(value)
+
+
+def _why(error: GuardError) -> str:
+    kind: Literal["conflict", "invalid", "not there"] = "invalid"
+    if isinstance(error, Conflict):
+        kind = "conflict"
+    elif isinstance(error, NotThere):
+        kind = "not there"
+    return f"{kind}: {error}"
+
+
+# -------------------------------------------------------------------------------- in transactions
+
+
+def _meta(connection: Connection) -> tuple[int, Head]:
+    ((version, seq, digest),) = connection.execute(
+        "SELECT version, audit_seq, audit_digest FROM control_meta WHERE id = 1"
+    )
+    return version, Head(seq, digest)
+
+
+def _version(connection: Connection) -> int:
+    return _meta(connection)[0]
+
+
+def _take(connection: Connection) -> tuple[int, Head]:
+    """As `_meta`, and nobody else's until this transaction ends."""
+    ((version, seq, digest),) = connection.execute(
+        "UPDATE control_meta SET version = version WHERE id = 1 RETURNING version, audit_seq, audit_digest"
+    )
+    return version, Head(seq, digest)
+
+
+def _release(connection: Connection, version: int, head: Head) -> None:
+    connection.execute(
+        "UPDATE control_meta SET version = ?, audit_seq = ?, audit_digest = ? WHERE id = 1", (version, *head)
+    )
+
+
+def _state(connection: Connection, known: ControlState | None) -> ControlState:
+    version, head = _meta(connection)
+    if known is not None and known.version == version:
+        return known if known.head == head else msgspec.structs.replace(known, head=head)
+
+    def entries() -> Iterator[tuple[Kind, Value, int]]:
+        for kind, name, changed, value in connection.execute("SELECT kind, name, version, value FROM control_entries"):
+            known_kind = kept_kind(kind)
+            yield known_kind, kept(known_kind, name, msgspec.json.decode(value)), changed
+
+    return made(version, head, entries())
+
+
+def _check_size(connection: Connection) -> None:
+    ((size,),) = connection.execute("SELECT COALESCE(SUM(LENGTH(name) + LENGTH(value) + 40), 0) FROM control_entries")
+    if size > MAX_SIZE:
+        raise ConfigurationError(
+            f"control: all entries together may have {MAX_SIZE} characters, and would have {size}; "
+            "remove keys that are over, and raises and stops that have ended"
+        )
+
+
+def _changed_by(connection: Connection, kind: Kind, name: str) -> str | None:
+    rows = connection.execute(
+        "SELECT actor FROM control_audit WHERE target = ? AND refused IS NULL ORDER BY seq DESC LIMIT 1",
+        (f"{kind}:{name}",),
+    )
+    return None if not rows else str(rows[0][0])
