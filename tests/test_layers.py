@@ -83,6 +83,7 @@ LIBRARIES = {
     "litellm": "gateway.providers.litellm integrations.litellm",
     "opentelemetry": "telemetry",
     "psycopg": "sql.postgres",
+    "pyarrow": "ledger.parquet",
     "pydantic": "integrations.langchain settings",
     "pydantic_core": "settings",
     "pydantic_settings": "settings",
