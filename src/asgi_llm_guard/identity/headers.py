@@ -72,6 +72,11 @@ class TrustedHeaders:
             raise ConfigurationError("TrustedHeaders: caller must be the name of a header, got None")
         self._table = spellings(self._fields.values())
 
+    @property
+    def believes_everybody(self) -> bool:
+        """Whether every peer may say who it is."""
+        return self._proxies is None
+
     def __call__(self, scope: Scope, /) -> Identity | None:
         """The caller that the headers name.
 

@@ -107,6 +107,12 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         else:
             self._default = ModelList(models, name=name)
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """What all of its lists say, each entry once."""
+        lists = [*self._lists.values(), *([self._default] if self._default is not None else [])]
+        return tuple(dict.fromkeys(entry for each in lists for entry in each.entries))
+
     def plan(self, context: Context, call: Call | None, now_ms: int) -> Verdict:  # noqa: ARG002 - see Policy.plan
         """A refusal unless the resolved model is allowed; never a claim."""
         if call is None:

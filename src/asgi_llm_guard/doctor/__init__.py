@@ -1,0 +1,30 @@
+"""What is wrong with a guard in use, or will be: findings over its configuration, its application and its records. Pure."""
+
+from __future__ import annotations
+
+from asgi_llm_guard.doctor.application import GuardedPath, examine_application
+from asgi_llm_guard.doctor.configuration import (
+    Pricing,
+    examine_clock,
+    examine_guard,
+    examine_prices,
+    examine_records,
+    examine_store,
+    models_named,
+)
+from asgi_llm_guard.doctor.findings import Finding, Severity, worst
+
+__all__ = [
+    "Finding",
+    "GuardedPath",
+    "Pricing",
+    "Severity",
+    "examine_application",
+    "examine_clock",
+    "examine_guard",
+    "examine_prices",
+    "examine_records",
+    "examine_store",
+    "models_named",
+    "worst",
+]
