@@ -16,16 +16,28 @@ import random
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import msgspec
 
 from asgi_llm_guard.background import keep_alive, let_go
 from asgi_llm_guard.charge import FIRST, Attempt, draft
 from asgi_llm_guard.chores import Chores
-from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Receipt, Refused, Rule, Settled, Settlement, Unit
+from asgi_llm_guard.claims import (
+    Bundle,
+    Claim,
+    Ended,
+    Granted,
+    Meter,
+    Receipt,
+    Refused,
+    Rule,
+    Settled,
+    Settlement,
+    Unit,
+)
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
@@ -48,12 +60,12 @@ from asgi_llm_guard.events import DataLost as DataLostEvent
 from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, lifted_bundle
-from asgi_llm_guard.overlay import Raises
+from asgi_llm_guard.overlay import Raise, Raises
 from asgi_llm_guard.plan import Asked, ask, only_rates
 from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Leased, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.session_ids import SessionIds, counted_as, overflows
-from asgi_llm_guard.stops import Stops
+from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
 from asgi_llm_guard.usage import Usage, UsageRecord
 from asgi_llm_guard.waiters import Answer, Waiters
@@ -118,6 +130,18 @@ Candidate = tuple[Sequence[Policy], Call | None]
 _Offer = tuple[int, Asked]
 """The number of a candidate that no policy refuses by itself, and what its policies claim."""
 _Plans = tuple[tuple[Bundle, ...], ...]
+
+
+class Follows(Protocol):
+    """Follows what operators change while calls are made."""
+
+    async def closed(self) -> Refusal | None:
+        """Why nothing may be admitted yet; `None`: something may."""
+        ...
+
+    def bound(self, policy: Policy, /) -> None:
+        """A policy was bound: what it keeps to is followed from now on."""
+        ...
 
 
 class Asking:
@@ -197,6 +221,11 @@ class Engine:
         """Limits that are higher for a while; `None`: none is."""
         self.stops: Stops | None = None
         """What may call no more; `None`: nothing is stopped."""
+        self.stopping: list[Callable[[Stops], object]] = []
+        """Who ends what is running when something is stopped."""
+        self.gate: Callable[[], Awaitable[Refusal | None]] | None = None
+        """Why nothing may be admitted yet; `None`: something may."""
+        self._follower: Follows | None = None
         self._waiters = Waiters(hold_wait_s, max_waiting)
         self._unsettled: deque[Settlement] = deque()
         self._tried: set[str] = set()
@@ -227,6 +256,33 @@ class Engine:
         self._alive = False
         self.chores.forked()
 
+    def set_raises(self, raises: Sequence[Raise], policies: Sequence[Policy] = ()) -> None:
+        """From now on these limits are higher, each until it ends, and no others. From any thread.
+
+        Raises:
+            ConfigurationError: one of them cannot be, for one of the `policies`; nothing was changed.
+        """
+        laid = Raises(raises)
+        for each in laid.raises:
+            each.check(policies)
+        self.raises = laid or None
+
+    def set_stops(self, stops: Sequence[Stop]) -> None:
+        """From now on these may call no more, each until it ends, and no others. What is running ends. From any thread.
+
+        Raises:
+            ConfigurationError: one of them is no `Stop`; nothing was changed.
+        """
+        stopped = Stops(stops)
+        self.stops = stopped or None
+        for tell in self.stopping:
+            tell(stopped)
+
+    def raised(self, meters: Sequence[Meter]) -> tuple[Meter, ...]:
+        """The meters under the limits that hold now."""
+        raises = self.raises
+        return tuple(meters) if raises is None else raises.meters(meters, self.clock.now_ms())
+
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell `observer` every event from now on, until what is given is called."""
         self.observers = (*self.observers, observer)
@@ -240,6 +296,10 @@ class Engine:
         """Ask the storage through what `around` makes of it; `None`: directly."""
         self._around = around
         self.verbs = self.storage if around is None else around(self.storage)
+
+    def follow(self, follower: Follows) -> None:
+        """Admit nothing until `follower` has loaded what it follows, and tell it of every policy that is bound."""
+        self._follower, self.gate = follower, follower.closed
 
     def new_id(self) -> str:
         """A call id, unique over all processes and restarts."""
@@ -258,10 +318,12 @@ class Engine:
             if not isinstance(policy, Policy):
                 raise ConfigurationError(f"policies: expected policies such as Iterations(25), got {policy!r}")
             known: Policy = policy
-            if self._agents and isinstance(known, AgentAware):
+            if (self._agents or self._follower is not None) and isinstance(known, AgentAware):
                 known = known.with_agents(self._agents)
             if isinstance(known, SessionAware):
                 known = known.with_sources(self._sources)
+            if self._follower is not None:
+                self._follower.bound(known)
             bound.append(known)
         if bound and self._selective is not None:
             self._selective.check(bound)
@@ -320,6 +382,9 @@ class Engine:
             self._alive = True
             keep_alive(self)
             self.chores.begin()
+        if self.gate is not None and (closed := await self.gate()) is not None:
+            shut = refuse(closed, statuses=self.statuses, now_ms=self.clock.now_ms())
+            return [self._denied(context, call, shut) for _, call in candidates]
         clamps = 2 if clamp else 0
         while True:
             now_ms = self.clock.now_ms()

@@ -20,37 +20,40 @@ Rule 4: nothing that a client sends widens a limit.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextvars import Token
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from asgi_llm_guard import background
-from asgi_llm_guard.admission import ActiveCall, Admission, Scope, current_scope, enter, leave
+from asgi_llm_guard.admission import ActiveCall, Admission, current_scope
+from asgi_llm_guard.agents import AgentRegistry
 from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync, ResponseCache
+from asgi_llm_guard.chores import Chores
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.context import Call, Context, Target
-from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.engine import Engine, OnDataLoss
-from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded, StorageError
+from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
 from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
+from asgi_llm_guard.following import Follower
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
 from asgi_llm_guard.learning import LearnedOutput
 from asgi_llm_guard.money import MAX_AMOUNT
+from asgi_llm_guard.open_admissions import OpenAdmissions
+from asgi_llm_guard.opening import DRAINING, OpenAdmission, OpenAdmissionSync, OpenCall, OpenCallSync, new_call
+from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
-from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.base import KeepsLedger, Storage
+from asgi_llm_guard.storage.streams import KeepsStreams
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.windows import duration_ms
 
@@ -58,20 +61,18 @@ if TYPE_CHECKING:
     import httpx
     import httpx2
 
+    from asgi_llm_guard.control.store import Control
     from asgi_llm_guard.health import HealthApp
+    from asgi_llm_guard.ledger import Ledger
+    from asgi_llm_guard.ledger.attach import Bookkeeping
 
-__all__ = ["DRAINING", "Guard"]
+__all__ = ["DRAINING", "Guard", "OpenCall", "new_call"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
 _DRAIN_S: Final = 5.0
+_LAST_EVENTS_S: Final = 2.0
+"""How long what was ended is given to say so."""
 _NEVER_MS: Final = 100 * 366 * 86_400_000
-
-DRAINING: Final = Refusal(
-    policy="guard",
-    code="guard_draining",
-    message="This instance is shutting down and takes no new calls. Try again in a moment.",
-)
-"""The refusal of everything that begins after `Guard.drain`."""
 
 
 class Guard:
@@ -84,6 +85,10 @@ class Guard:
             anonymous caller, and start-up warns of it.
         agents: limits by agent: `{"researcher": {"max_iterations": 25}}`.
         session: where the session id is read from; header and body fields by default.
+        control: administration data that are followed while the guard runs (`docs/administration.md`): a `Control`, or
+            the URL of its database. They win over `agents`, `prices` and quota books by name. `None`: there are none.
+        ledger: where usage records are summed up for reports (`docs/ledger.md`): a `Ledger`, or the URL of its database.
+            `None`: in the file of a SQLite storage, in memory beside one in memory; nowhere, with Redis.
         prices: what a call costs; the shipped snapshot by default, unknown models refused where a
             money policy applies.
         clock: the time; for tests.
@@ -125,6 +130,8 @@ class Guard:
         storage: Storage | str = "memory://",
         identity: Resolver | None = None,
         agents: Mapping[str, Mapping[str, object]] | None = None,
+        control: Control | str | None = None,
+        ledger: Ledger | str | None = None,
         session: Extractor = DEFAULT_SESSION,
         prices: PriceBook | None = None,
         clock: Clock | None = None,
@@ -181,12 +188,12 @@ class Guard:
         """A client hook is installed: every call is seen."""
         self.own_paths: frozenset[str] = frozenset()
         """Paths that `GuardMiddleware` leaves to the application, whatever its routes say: those of `health_app`."""
-        self._open_admissions: set[Admission] = set()
         self._names: list[Callable[[str], Sequence[Target]]] = []
-        self._emptied: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._draining = False
+        registry = AgentRegistry(_agents(agents))
+        self._stored = open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage
         self._engine = Engine(
-            storage=open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage,
+            storage=self._stored,
             clock=self.clock,
             observers=observers,
             hold_wait_s=hold_wait_s,
@@ -198,7 +205,7 @@ class Guard:
             anonymous_session_limit=anonymous_session_limit,
             session_overflow=session_overflow,
             session_ttl_ms=duration_ms(session_ttl, name="session_ttl"),
-            agents=_agents(agents),
+            agents=registry,
             sources=session.names,
             local_storage=_local_storage(self.clock),
             with_leases=partial(with_leases, clock=self.clock),
@@ -215,7 +222,17 @@ class Guard:
         # Before policies are bound: what they may lease is no matter of the cache's.
         self.cache = self._engine.cache = None if cache is None else ResponseCache(cache, self._engine.storage)
         """Answers that are kept; `None`: none are."""
+        self._owns_control = isinstance(control, str)
+        self.control = _control(control, self.clock)
+        """Administration data; `None`: there are none."""
+        self.follower = None if self.control is None else Follower(self.control, self._engine, registry)
+        """Follows them, and puts them in force; `None`: there are none."""
         self.policies = self._engine.bind(policies)
+        self._open_admissions = OpenAdmissions(self._engine)
+        self._engine.stopping.append(self._open_admissions.stop)
+        self._owns_ledger = ledger is None or isinstance(ledger, str)
+        self._books: Bookkeeping | None = None
+        self._attach(ledger, lazily=True)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -229,18 +246,50 @@ class Guard:
         return cls(**build_guard_arguments(load_settings(path)))
 
     @property
+    def ledger(self) -> Ledger | None:
+        """Usage records with their sums, and counts of refusals; `None`: this storage has no place for them, and no other
+        was named. A storage in memory has one from the first time that it is asked for."""
+        return None if self.books is None else self.books.ledger
+
+    @property
+    def books(self) -> Bookkeeping | None:
+        """What this process does for the ledger; `None`: there is none."""
+        if self._books is None:
+            self._attach(None, lazily=False)
+        return self._books
+
+    def _attach(self, given: Ledger | str | None, *, lazily: bool) -> None:
+        storage = self._stored
+        if given is None and (not isinstance(storage, KeepsLedger) or (lazily and isinstance(storage, KeepsStreams))):
+            return  # there is none; or one in memory, that nobody may ever ask for
+        from asgi_llm_guard.ledger.attach import attach, open_ledger
+
+        ledger = open_ledger(given, storage, clock=self.clock)
+        if ledger is not None:
+            self._books = attach(self, ledger, storage)
+
+    @property
     def storage(self) -> Storage:
         """Where the counters live."""
         return self._engine.storage
 
     @property
     def prices(self) -> PriceBook:
-        """What calls cost. May be replaced at any time; calls that are open keep their bound."""
+        """What calls cost. May be replaced at any time; calls that are open keep their bound. Prices that are administered
+        stay laid over it."""
         return self._engine.describer.prices
 
     @prices.setter
     def prices(self, prices: PriceBook) -> None:
-        self._engine.describer.prices = prices
+        if self.follower is not None:
+            self.follower.set_prices(prices)
+        else:
+            self._engine.describer.prices = prices
+
+    @property
+    def control_version(self) -> int | None:
+        """The version of the administration data that are in force here; `None`: there are none, or none was loaded."""
+        return None if self.follower is None else self.follower.version
 
     def known_models(self, name: str) -> tuple[Target, ...]:
         """The models that a gateway of this guard would ask for `name`; empty: it is none of its names."""
@@ -251,6 +300,43 @@ class Guard:
         by the dearest model that may answer, and admitted if one of those models may be."""
         self._names.append(find)
         self._engine.describer.known_models = self.known_models
+
+    # ------------------------------------------------------------------------------ operate
+
+    @property
+    def chores(self) -> Chores:
+        """What is done from time to time beside the calls."""
+        return self._engine.chores
+
+    def set_raises(self, raises: Sequence[Raise]) -> None:
+        """From now on these limits are higher, each until it ends, and no others (`docs/operations.md`).
+
+        Raises:
+            ConfigurationError: one of them cannot be: of a bucket, or in a unit that its policy does not count.
+        """
+        self._engine.set_raises(raises, self.policies)
+
+    def raised(self, meters: Sequence[Meter]) -> tuple[Meter, ...]:
+        """The meters under the limits that hold now, those of raises."""
+        return self._engine.raised(meters)
+
+    def set_stops(self, stops: Sequence[Stop]) -> None:
+        """From now on these may call no more, each until it ends, and no others; what is running of theirs ends.
+
+        New requests and calls are refused (`stopped`, 403). Streams get their dialect's last event, their connections
+        to providers are closed, and what they used is charged.
+
+        Raises:
+            ConfigurationError: one of them is no `Stop`.
+        """
+        self._engine.set_stops(stops)
+
+    def stop(self, stop: Stop) -> int:
+        """End what is running in this process and matches, now and once; gives how many requests and jobs that were.
+
+        Nothing is refused afterwards: see `set_stops`.
+        """
+        return self._open_admissions.stop(Stops((stop,)))
 
     @property
     def engine(self) -> Engine:
@@ -441,8 +527,10 @@ class Guard:
 
     @property
     def ready(self) -> bool:
-        """Whether calls are decided by the storage, and new ones are taken: for readiness probes."""
-        return self._engine.available and not self._draining
+        """Whether calls are decided by the storage, and new ones are taken: for readiness probes. Administration data that
+        were not loaded yet begin to be when this is asked."""
+        loaded = self.follower is None or self.follower.loaded
+        return loaded and self._engine.available and not self._draining
 
     def health(self) -> dict[str, object]:
         """What a readiness probe may show: no ids, no limits, no addresses.
@@ -450,6 +538,7 @@ class Guard:
         `storage` is `ok`, `failed` or `lost` (its data), since `since_ms`; `last_error` the class of its last
         error. `unsettled` settlements wait for it, `degraded` requests and calls are open that were admitted
         without it, `waiting` calls wait for the holds of others, and `processes` shared it when last heard of.
+        `control`: which version of the administration data is in force, and whether they can be followed.
         """
         engine = self._engine
         state = "failed" if engine.state == "ok" and not engine.available else engine.state
@@ -463,6 +552,7 @@ class Guard:
             "degraded": engine.degraded,
             "waiting": engine.waiting,
             "processes": engine.processes,
+            "control": None if self.follower is None else self.follower.health(),
         }
 
     @property
@@ -519,28 +609,23 @@ class Guard:
     def untrack(self, admission: Admission) -> None:
         """The admission has ended."""
         self._open_admissions.discard(admission)
-        if self._emptied is not None and not self._open_admissions:
-            loop, event = self._emptied
-            loop.call_soon_threadsafe(event.set)
 
     async def drain(self, timeout_s: float = _DRAIN_S) -> int:
-        """Refuse new requests, wait up to `timeout_s` seconds for open ones, settle the rest.
+        """Refuse new requests, wait up to `timeout_s` seconds for open ones, end and settle the rest.
 
-        Calls that are still running are charged for what has been seen of them. When it returns, this
+        Streams that are still running get their dialect's last event. Calls are charged for what has been seen of them. When it returns, this
         process holds nothing, and everything is written. Gives the number of admissions that had to be
         settled while they were still running.
         """
         self._draining = True
-        if self._open_admissions and timeout_s > 0:
-            self._emptied = (asyncio.get_running_loop(), asyncio.Event())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._emptied[1].wait(), timeout_s)
-            self._emptied = None
-        rest = list(self._open_admissions)
-        for admission in rest:
-            admission.abort()
+        left = 0
+        if not await self._open_admissions.wait(timeout_s) and timeout_s > 0:
+            left = self._open_admissions.halt(DRAINING)
+            await self._open_admissions.wait(_LAST_EVENTS_S)
+        left = max(left, self._open_admissions.abort())
         await self._engine.retire()
-        return len(rest)
+        await self._engine.chores.flush()
+        return left
 
     def resume(self) -> None:
         """Take new requests after a `drain`: the application starts again, as it does with every test client."""
@@ -550,6 +635,10 @@ class Guard:
         """Drain without waiting, settle what the storage did not take before, and let go of the storage."""
         await self.drain(0)
         await self._engine.close()
+        if self._books is not None and self._owns_ledger:
+            await self._books.ledger.aclose()
+        if self.control is not None and self._owns_control:
+            await self.control.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -558,141 +647,17 @@ class Guard:
         await self.aclose()
 
 
-# ---------------------------------------------------------------------------------- blocks
-
-
-class OpenAdmission:
-    """What `guard.open` gives: enter it."""
-
-    __slots__ = ("_admission", "_guard", "_token")
-
-    def __init__(self, guard: Guard, context: Context, extra: tuple[Policy, ...]) -> None:
-        self._guard = guard
-        self._admission = guard.new_admission(context, extra=extra)
-        self._token: Token[Scope | None] | None = None
-
-    async def __aenter__(self) -> Admission:
-        _refuse_while_draining(self._guard, self._admission)
-        denied = await self._admission.open(None, calls=False)
-        if denied is not None:
-            raise LimitExceeded(denied)
-        self._guard.track(self._admission)
-        self._token = enter(self._admission)
-        return self._admission
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        _leave(self._token)
-        try:
-            await self._admission.close()
-        finally:
-            self._guard.untrack(self._admission)
-
-
-class OpenAdmissionSync:
-    """What `guard.open_sync` gives: enter it."""
-
-    __slots__ = ("_admission", "_guard", "_token")
-
-    def __init__(self, guard: Guard, context: Context, extra: tuple[Policy, ...]) -> None:
-        self._guard = guard
-        self._admission = guard.new_admission(context, extra=extra)
-        self._token: Token[Scope | None] | None = None
-
-    def __enter__(self) -> Admission:
-        _refuse_while_draining(self._guard, self._admission)
-        denied = background.run(self._admission.open(None, calls=False), undo=self._admission.end)
-        if denied is not None:
-            raise LimitExceeded(denied)
-        self._guard.track(self._admission)
-        self._token = enter(self._admission)
-        return self._admission
-
-    def __exit__(self, *exc_info: object) -> None:
-        _leave(self._token)
-        try:
-            self._admission.close_sync()
-        finally:
-            self._guard.untrack(self._admission)
-
-
-class OpenCall:
-    """What `guard.call` gives: enter it."""
-
-    __slots__ = ("_call", "_described", "_engine", "_extra", "_token")
-
-    def __init__(self, engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> None:
-        self._engine = engine
-        self._described = described
-        self._extra = extra
-        self._call: ActiveCall | None = None
-        self._token: Token[Scope | None] | None = None
-
-    async def __aenter__(self) -> ActiveCall:
-        call = new_call(self._engine, self._described, self._extra)
-        await call.claim()
-        self._call = call
-        self._token = enter(call)
-        return call
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _leave(self._token)
-        if self._call is not None:
-            self._call.end(error)
-
-
-class OpenCallSync:
-    """What `guard.call_sync` gives: enter it."""
-
-    __slots__ = ("_call", "_described", "_engine", "_extra", "_token")
-
-    def __init__(self, engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> None:
-        self._engine = engine
-        self._described = described
-        self._extra = extra
-        self._call: ActiveCall | None = None
-        self._token: Token[Scope | None] | None = None
-
-    def __enter__(self) -> ActiveCall:
-        call = new_call(self._engine, self._described, self._extra)
-        background.run(call.claim(), undo=call.discard)
-        self._call = call
-        self._token = enter(call)
-        return call
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _leave(self._token)
-        if self._call is not None:
-            self._call.end(error)
-
-
-def new_call(engine: Engine, described: Call | None, extra: tuple[Policy, ...]) -> ActiveCall:
-    """A call in the current scope that has claimed nothing yet.
-
-    Raises:
-        ContextError: no admission of `guard` is open here.
-    """
-    scope = current_scope()
-    admission = scope.admission if isinstance(scope, ActiveCall) else scope
-    if admission is None or admission.engine is not engine:
-        raise ContextError(
-            "guard.call: no admission of this guard is open here: add GuardMiddleware to the application, "
-            "or wrap the job in `async with guard.open(Context(caller=...))`"
-        )
-    parent = scope if isinstance(scope, ActiveCall) else None
-    inherited = parent.policies if parent is not None else admission.policies
-    return ActiveCall(admission, parent, (*inherited, *extra), described)
-
-
-def _leave(token: Token[Scope | None] | None) -> None:
-    if token is not None:
-        leave(token)
-
-
 # ------------------------------------------------------------------------------- arguments
+
+
+def _control(control: Control | str | None, clock: Clock) -> Control | None:
+    if not isinstance(control, str):
+        if control is not None and not callable(getattr(control, "prepare", None)):
+            raise ConfigurationError(f"control: expected a Control or the URL of its database, got {control!r}")
+        return control
+    from asgi_llm_guard.control.store import Control
+
+    return Control(control, clock=clock)
 
 
 def _local_storage(clock: Clock) -> Callable[[], Storage]:
@@ -704,11 +669,6 @@ def _local_storage(clock: Clock) -> Callable[[], Storage]:
 def _one_of(name: str, value: object, *allowed: str) -> None:
     if value not in allowed:
         raise ConfigurationError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _refuse_while_draining(guard: Guard, admission: Admission) -> None:
-    if guard.draining:
-        raise LimitExceeded(admission.engine.refused(admission.context, None, DRAINING))
 
 
 def _extractor(name: str, value: object) -> None:
