@@ -31,10 +31,9 @@ import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger.book import Ledger
-from asgi_llm_guard.ledger.refusals import REFUSALS, counts_of
-from asgi_llm_guard.ledger.values import RefusalCount
+from asgi_llm_guard.ledger.refusals import RefusalDrain
 from asgi_llm_guard.storage.base import TOMBSTONE_MS, Storage
-from asgi_llm_guard.storage.shared import KeepsShared, Shared, Tally
+from asgi_llm_guard.storage.shared import KeepsShared
 from asgi_llm_guard.storage.streams import KeepsStreams, RecordStream
 from asgi_llm_guard.windows import duration_ms
 
@@ -45,7 +44,6 @@ _log = logging.getLogger("asgi_llm_guard.ledger")
 KEEP: Final = "1h"
 """How long entries stay in their stream after they were written there."""
 
-_LATE_MS: Final = 6 * 3_600_000
 _REFUSALS_S: Final = 10.0
 """Refusals are counted by the hour; so often they are looked at."""
 
@@ -98,7 +96,11 @@ class Drain:
                 "one of SQLite writes them into its own file, which is the ledger"
             )
         self._streams: Sequence[RecordStream] = tuple(storage.streams())
-        self._shared: Shared | None = storage.shared() if isinstance(storage, KeepsShared) else None
+        self._refusals = (
+            RefusalDrain(storage.shared(), ledger, source=f"refusals:{self._streams[0].name}")
+            if isinstance(storage, KeepsShared)
+            else None
+        )
         self._ledger = ledger
         self._batch = batch
         self._refusals_at: float | None = None
@@ -161,53 +163,7 @@ class Drain:
     async def _remove(self, stream: RecordStream, position: str) -> int:
         return await stream.trim(position, keep_ms=self._keep_ms, limit=2 * self._batch)
 
-    # ------------------------------------------------------------------------------- refusals
-
     async def refusals(self) -> int:
-        """Add to the ledger's counts what was refused since they were last looked at; how many refusals.
-
-        The cursor says what was counted up to then in the latest hours, because these go on.
-        """
-        if self._shared is None:
-            return 0
-        source = f"refusals:{self._streams[0].name}"
-        cursor = await self._ledger.cursor(source)
-        known = _Known() if cursor is None else _known(cursor)
-        tallies = await self._shared.tallies(REFUSALS, known.since_ms)
-        before = {(hour_ms, key): count for hour_ms, key, count in known.counts}
-        new = [_since(tally, before.get((tally.hour_ms, tally.key), 0)) for tally in tallies]
-        counts: list[RefusalCount] = counts_of([tally for tally in new if tally.count > 0])
+        """Take over the counts of refusals now; how many refusals."""
         self._refusals_at = monotonic()
-        if not counts:
-            return 0
-        following = _encode(_following(tallies)).decode()
-        if not await self._ledger.add_refusals(counts, source=source, cursor=following, after=cursor):
-            return 0
-        return sum(count.count for count in counts)
-
-
-class _Known(msgspec.Struct, array_like=True):
-    """What the ledger has of the latest hours."""
-
-    since_ms: int = 0
-    counts: list[tuple[int, str, int]] = []
-    """Hour, key, count."""
-
-
-_encode: Final = msgspec.json.Encoder().encode
-_decode: Final = msgspec.json.Decoder(_Known).decode
-
-
-def _known(cursor: str) -> _Known:
-    return _decode(cursor)
-
-
-def _since(tally: Tally, before: int) -> Tally:
-    """What came after `before` was counted. A store that was flushed counts from 0 again."""
-    return msgspec.structs.replace(tally, count=tally.count - before if tally.count >= before else tally.count)
-
-
-def _following(tallies: Sequence[Tally]) -> _Known:
-    """Of the latest hours: a process that could not reach the store for some time hands on what it counted then."""
-    since_ms = max(0, max(tally.hour_ms for tally in tallies) - _LATE_MS)
-    return _Known(since_ms, [(one.hour_ms, one.key, one.count) for one in tallies if one.hour_ms >= since_ms])
+        return 0 if self._refusals is None else await self._refusals.step()
