@@ -24,7 +24,7 @@ LAYERS = {
     "rules": "agents charge control.changes control.data control.state control.values denials describe estimate idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
     "policies": "policies",
     "adapters": "control identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache chores claimed engine exchange following halting guard loss moment outage replays scope session_ids standing streams waiters",
+    "engine": "active_call admission attempts background cache chores claimed engine exchange following halting guard loss moment open_admissions opening outage replays scope session_ids standing streams waiters",
     "skins": "admin alerts decorator gateway health httpx integrations middleware",
     "roots": "__init__ cli doctor settings simulate testing",
 }
@@ -48,6 +48,8 @@ ENTRANCES = {
     ("guard", "control.store"): "opens the administration data that a URL names",
     ("guard", "health"): "`Guard.health_app` makes the app that answers probes",
     ("guard", "httpx"): "`Guard.httpx_client` makes the client that the hook is in",
+    ("guard", "ledger"): "opens the ledger that a URL names, for those who annotate with it",
+    ("guard", "ledger.attach"): "opens the ledger that a URL names",
     ("guard", "settings"): "`Guard.from_file` reads what the settings describe",
     ("guard", "storage"): "opens the storage that a URL names",
     ("guard", "storage.memory"): "makes what a process counts in while its storage does not answer",

@@ -14,7 +14,9 @@ from asgi_llm_guard.claimed import Claimed, State, request_settlement
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.engine import Hold
+from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.events import CallEnded, UsageAnomaly, emit
+from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.outcomes import error_status, outcome_of, says_nothing, together
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.pricing import Cost
@@ -149,7 +151,14 @@ class ActiveCall(Claimed):
     async def stream(self, chunks: AsyncIterator[T]) -> AsyncIterator[T]:
         """Pass the chunks of an SDK's stream on, metering them."""
         self.dispatched()
-        async for chunk in chunks:
+        wait, parts = Wait(self), aiter(chunks)
+        while True:
+            try:
+                chunk = await wait.on(anext, parts)
+            except StopAsyncIteration:
+                return
+            except Halted as halted:
+                raise halted.refused() from None
             self.record_chunk(chunk)
             yield chunk
 
@@ -159,6 +168,8 @@ class ActiveCall(Claimed):
         for chunk in chunks:
             self.record_chunk(chunk)
             yield chunk
+            if self.halted is not None:
+                raise LimitExceeded(self.halted)
 
     def release(self) -> None:
         """Nothing was sent: give all of it back when the call ends."""

@@ -39,6 +39,7 @@ from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.denials import together
 from asgi_llm_guard.engine import Engine, Hold
 from asgi_llm_guard.errors import ContextError, StorageError
+from asgi_llm_guard.halting import Front, call_back
 from asgi_llm_guard.outcomes import Refusals
 from asgi_llm_guard.policies.base import CacheDirective, Policy
 from asgi_llm_guard.scope import current_scope, enter, leave
@@ -72,6 +73,8 @@ class Admission:
         "context",
         "degraded",
         "engine",
+        "front",
+        "halted",
         "hold",
         "opaque",
         "policies",
@@ -82,6 +85,7 @@ class Admission:
         "root",
         "seen",
         "shared",
+        "stopped",
     )
 
     def __init__(self, engine: Engine, context: Context, policies: Sequence[Policy], *, opaque: bool) -> None:
@@ -108,6 +112,12 @@ class Admission:
         """Its session counts together with others: the caller has too many."""
         self.refused = False
         """A call was refused inside it."""
+        self.halted: Denied | None = None
+        """Why it was ended from outside: nothing is claimed in it any more. See `halting.py`."""
+        self.stopped: Denied | None = None
+        """Why it, or the last call inside it that was, was ended from outside."""
+        self.front: Front | None = None
+        """What stands between its application and the client."""
         self._attempts: Attempts | None = None
         self.refusals: Refusals | None = None
         """What client hooks have answered inside it."""
@@ -239,6 +249,26 @@ class Admission:
         for pending in self._handed:
             with contextlib.suppress(StorageError):
                 pending.result()
+
+    def halt(self, denied: Denied) -> None:
+        """End it from outside, and everything inside it: who waits for a provider is called back, a stream ends with
+        `denied` for its last event, and nothing more is claimed. From any thread."""
+        if self._ended and not self.calls:
+            return
+        if self.halted is None:
+            self.halted = self.stopped = denied
+            self.refused = True
+            waiting = self.halt_calls(denied, tuple(self.calls))
+            if self.front is not None:
+                self.front.halt(denied, patiently=waiting)
+
+    def halt_calls(self, denied: Denied, calls: Sequence[Claimed]) -> bool:
+        """As `halt`, for some of the calls inside it. Whether any of them has an answer of its own to end."""
+        for call in calls:
+            call.halt(denied)
+        ending = [call for call in calls if call.is_open and (call.wait is not None or call.leave is not None)]
+        call_back([call.wait for call in ending if call.wait is not None])
+        return bool(ending)
 
     def abort(self) -> None:
         """End it and every call inside it, though they are still running: by what was seen of them."""

@@ -21,6 +21,7 @@ from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Asking, Candidate, Hold, Reserved
 from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.halting import Wait
 from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import Policy
@@ -80,6 +81,7 @@ class Claimed:
         "call",
         "failed",
         "function",
+        "halted",
         "hold",
         "leave",
         "outcome",
@@ -90,6 +92,7 @@ class Claimed:
         "stacked",
         "taken",
         "task",
+        "wait",
     )
 
     def __init__(
@@ -109,6 +112,10 @@ class Claimed:
         """The task in which it was claimed."""
         self.leave: Callable[[], None] | None = None
         """Reads no more of its answer: for when nobody can go on with it. Called in an event loop."""
+        self.halted: Denied | None = None
+        """Why it was ended from outside; see `halting.py`."""
+        self.wait: Wait | None = None
+        """Where it waits for its provider."""
         self.function = False
         """It stands for a function, which may do more than make its call: an error need not be the provider's."""
         self.stacked = False
@@ -172,6 +179,9 @@ class Claimed:
 
     async def _claim(self, candidates: Sequence[Candidate], *, requests: bool) -> Sequence[Denied]:
         admission, engine = self.admission, self.admission.engine
+        if (halted := admission.halted or self.halted) is not None:
+            self._not_granted()
+            return [halted] * len(candidates)
         outer = self.parent.taken if self.parent is not None else frozenset()
         if admission.hold is not None and not admission.ended:
             outer |= {claim.meter.key for claim in admission.hold.claims}
@@ -205,7 +215,22 @@ class Claimed:
                 self.siblings.granted(self, answer.call, self._wanted() & self.siblings.taken(self))
             if requests:
                 self._keep_side(answer.request)
+        if (halted := admission.halted) is not None:  # meanwhile
+            self.release()
+            self.end()
+            return [halted] * len(candidates)
         return ()
+
+    def halt(self, denied: Denied) -> None:
+        """End it from outside. Whoever waits for its provider has still to be called back."""
+        if self.halted is None:
+            self.halted = self.admission.stopped = denied
+            self.admission.refused = True
+
+    @property
+    def is_open(self) -> bool:
+        """It holds something, and no call inside it has taken that over."""
+        return self._state is _OPEN and self.hold is not None
 
     def _not_granted(self) -> None:
         self._state = _ENDED
@@ -258,6 +283,8 @@ class Claimed:
         return answer if isinstance(answer, Denied) else None
 
     async def _change(self, call: Call, *, growing: bool = False) -> Hold | Denied | None:
+        if self.halted is not None:
+            return self.halted
         with self._lock:
             turns = self._turns = self._turns or Turns()
         async with turns.take():
@@ -303,6 +330,9 @@ class Claimed:
             LimitExceeded: refused; nothing was taken, and an enclosing hold is as it was.
         """
         admission = self.admission
+        if admission.halted is not None:
+            self._not_granted()
+            raise LimitExceeded(admission.halted)
         outer = self.parent.taken if self.parent is not None else frozenset()
         if admission.hold is not None and not admission.ended:
             outer |= {claim.meter.key for claim in admission.hold.claims}

@@ -22,9 +22,10 @@ from asgi_llm_guard.admission import ActiveCall, Admission, current_scope, enter
 from asgi_llm_guard.cache import FunctionCache, Lookup, Unfit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.describe import check_description
-from asgi_llm_guard.errors import ConfigurationError, ContextError
+from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
 from asgi_llm_guard.estimate import message_tokens
 from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.marks import mark
 from asgi_llm_guard.policies.base import Policy
 
@@ -142,7 +143,7 @@ class _Work:
         call = ActiveCall(admission, parent, (*inherited, *self._extra(admission)), described)
         call.function = True
         call.stacked = stacked
-        return _Run(call, own)
+        return _Run(call, own, guard)
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
         if self.context is None:
@@ -172,11 +173,12 @@ class _Work:
 class _Run:
     """One call of a guarded function. As a block: what the function does, and the end of the call after it."""
 
-    __slots__ = ("call", "claimed", "deferred", "inside", "own")
+    __slots__ = ("_guard", "call", "claimed", "deferred", "inside", "own")
 
-    def __init__(self, call: ActiveCall, own: Admission | None) -> None:
+    def __init__(self, call: ActiveCall, own: Admission | None, guard: Guard | None) -> None:
         self.call = call
         self.own = own
+        self._guard = guard
         self.claimed = False
         self.deferred = False
         """The function has returned, and its response is still to be streamed: the call ends with it."""
@@ -186,6 +188,8 @@ class _Run:
         if not self.claimed:
             await self.call.claim(requests=True)
             self.claimed = True
+            if self.own is not None and self._guard is not None:
+                self._guard.track(self.own)
 
     def claim_sync(self) -> None:
         if not self.claimed:
@@ -216,6 +220,11 @@ class _Run:
         else:
             await found.store_judged(answer)
 
+    def check_halted(self) -> None:
+        """Raises `LimitExceeded` if it was ended from outside."""
+        if self.call.halted is not None:
+            raise LimitExceeded(self.call.halted)
+
     def __enter__(self) -> None:
         self.inside.__enter__()
 
@@ -242,13 +251,16 @@ class _Run:
 
     def _abandoned(self) -> None:
         self.call.end(complete=False)
-        if self.own is not None:
-            self.own.end(complete=False)
+        self._end_own(complete=False)
+
+    def _end_own(self, *, complete: bool) -> None:
+        if self.own is not None and self._guard is not None:
+            self.own.end(complete=complete)
+            self._guard.untrack(self.own)
 
     def end(self, error: BaseException | None) -> None:
         self.call.end(error)
-        if self.own is not None:
-            self.own.end()
+        self._end_own(complete=True)
 
 
 class _Inside:
@@ -369,15 +381,18 @@ def _async_generator(function: Callable[..., Any], start: _Start) -> Callable[..
         await run.claim()
         items = function(*args, **kwargs)
         step, given = anext, items
+        wait = Wait(run.call)
         error: BaseException | None = None
         try:
             while True:
                 # Each step may be pulled from another task: the scope holds for the step, not for the generator.
                 with run.inside:
                     try:
-                        item = await step(given)
+                        item = await wait.on(step, given)
                     except StopAsyncIteration:
                         return
+                    except Halted as halted:
+                        raise halted.refused() from None
                 run.call.record_chunk(item)
                 try:
                     sent = yield item
@@ -420,6 +435,7 @@ def _generator(function: Callable[..., Any], start: _Start) -> Callable[..., Any
                     except StopIteration as stop:
                         return stop.value
                 run.call.record_chunk(item)
+                run.check_halted()
                 try:
                     sent = yield item
                 except GeneratorExit:

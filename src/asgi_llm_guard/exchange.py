@@ -19,9 +19,9 @@ Rule 3: what passes is not changed, but for what the hook was told to change.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from hashlib import blake2b
-from typing import Final, Literal, TypedDict, Unpack
+from typing import Final, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 import msgspec
@@ -34,6 +34,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import DRAINING, Guard
+from asgi_llm_guard.halting import Wait
 from asgi_llm_guard.outcomes import REFUSAL_HEADER
 from asgi_llm_guard.scope import current_scope
 from asgi_llm_guard.stream_rules import StreamRules
@@ -50,6 +51,8 @@ from asgi_llm_guard.wire.surfaces import Surface, surface_of
 __all__ = ["Exchange", "Hook", "HookOptions", "Outgoing"]
 
 _log = logging.getLogger("asgi_llm_guard")
+
+T = TypeVar("T")
 
 _CLAMPS: Final = 2
 _NO_RULES: Final = StreamRules()
@@ -225,6 +228,7 @@ class Exchange:
         "_found",
         "_hook",
         "_key",
+        "_last",
         "_moved",
         "_outgoing",
         "_own",
@@ -269,6 +273,7 @@ class Exchange:
         self._status = 0
         self._moved = False
         self._key = b""
+        self._last = b""
 
     # -------------------------------------------------------------------------------- admit
 
@@ -508,9 +513,46 @@ class Exchange:
     @property
     def drains(self) -> bool:
         """When the client leaves, the answer is read to its end all the same."""
-        if self.ended or self._stream is None or self.call is None:
+        if self.ended or self._stream is None or self.call is None or self.call.halted is not None:
             return False
         return self._rules.drain == "read" and self.call.outcome is None
+
+    # --------------------------------------------------------------------------------- halted
+
+    async def sending(self, send: Callable[..., Awaitable[T]], request: object) -> T:
+        """`await send(request)`, the request of this exchange.
+
+        Raises:
+            Halted: it was ended from outside before the answer began.
+        """
+        assert self.call is not None  # noqa: S101 - `admit` claimed it
+        return await Wait(self.call).on(send, request)
+
+    @property
+    def halted(self) -> Denied | None:
+        """Why it was ended from outside."""
+        return None if self.call is None else self.call.halted
+
+    def halt(self) -> bool:
+        """End the answer that was ended from outside: whether that could be done at once. What is still to be given
+        to the client then comes with `halted_end`; else with what is fed next."""
+        stream, halted = self._stream, self.halted
+        if stream is None or halted is None or not self._is_stream or self._decoder is not None:
+            return True
+        self._last += stream.halt(halted)
+        return stream.ended
+
+    def halted_end(self) -> bytes | None:
+        """The last that the client gets of an answer that was ended from outside; `None`: it has no end but an error."""
+        stream = self._stream
+        if stream is None or not self._is_stream or self._decoder is not None:
+            return None
+        last, self._last = self._last, b""
+        return last if stream.ended else last + stream.finish()
+
+    @property
+    def _is_stream(self) -> bool:
+        return self.ask is not None and self.ask.stream
 
     def finish(self) -> bytes:
         """The answer has come to its end: what is still to be given to the client. Everything is settled."""

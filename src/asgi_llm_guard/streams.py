@@ -219,6 +219,23 @@ class StreamGuard:
     def _used_up(self, held: Call) -> bool:
         return self._sure() >= held.output_tokens
 
+    # -------------------------------------------------------------------------------- halted
+
+    def halt(self, denied: Denied) -> bytes:
+        """It is ended from outside. What to forward at once: its last event, unless another one has begun; then that
+        comes with what is fed next, or with `finish`. A stream that has just come to its end stays as it is."""
+        self._at = _NEVER
+        self.wants_growth = False
+        if self.denied is not None or self.ended or self.meter.answer().finished:
+            return b""
+        self.denied = denied
+        return self.meter.cut(self._ending(denied))
+
+    def last_event(self, denied: Denied) -> bytes:
+        """As `halt`, where what is forwarded is made of whole events elsewhere."""
+        self.denied = self.denied or denied
+        return self._ending(denied)
+
     # ---------------------------------------------------------------------------- deadlines
 
     def wait_s(self, now: float | None = None) -> float | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time as clock
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from asgi_llm_guard.active_call import ActiveCall
@@ -24,6 +24,7 @@ from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, let
 from asgi_llm_guard.gateway.running import CLASSES, Running
 from asgi_llm_guard.gateway.saying import message_of, retry_after_s, says_something
 from asgi_llm_guard.gateway.translate import Timings
+from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
 from asgi_llm_guard.wire import dialect_named
@@ -143,14 +144,16 @@ class Attempt:
 
         Raises:
             BodyError, CannotExpress: it cannot be said to this deployment; nothing was sent, and nothing is held.
+            LimitExceeded: it was ended from outside.
         """
         question, place, call = self.question, self.place, self.call
+        waiting = Wait(call)
         try:
             request = question.request(place)
             self._began = self._time()
             call.dispatched()
             sending = place.provider.send(place.deployment, request)
-            upstream = await sending if inspect.isawaitable(sending) else sending
+            upstream = await waiting.on(_value, sending) if inspect.isawaitable(sending) else sending
             if inspect.iscoroutine(upstream):
                 upstream.close()
                 return await self._misbuilt("send() gives a coroutine when it is awaited")
@@ -159,13 +162,22 @@ class Attempt:
             raise
         except TransportFailed as error:
             return await self._not_answered(error)
+        except Halted as halted:
+            self.broken_off(halted)
+            raise halted.refused() from None
         except Exception as error:  # noqa: BLE001 - somebody's own provider may raise anything
             return await self._raised(error)
         except BaseException as error:
             self.broken_off(error)
             raise
         try:
-            return await self._answered(upstream)
+            return await waiting.on(self._answered, upstream)
+        except Halted as halted:
+            try:
+                await let_go(upstream)
+            finally:
+                self.broken_off(halted)
+            raise halted.refused() from None
         except BaseException as error:
             try:
                 await let_go(upstream)
@@ -364,3 +376,7 @@ class Attempt:
                 total_ms=self.total,
             ),
         )
+
+
+async def _value(sending: Awaitable[Upstream]) -> Upstream:
+    return await sending

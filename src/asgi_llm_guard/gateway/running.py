@@ -13,9 +13,11 @@ from asgi_llm_guard.gateway.faults import last_event
 from asgi_llm_guard.gateway.providers.base import TransportFailed, Upstream, let_go
 from asgi_llm_guard.gateway.saying import begins_tool_call, message_of
 from asgi_llm_guard.gateway.translate import Transcoder
+from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.streams import StreamGuard
 
 if TYPE_CHECKING:
+    from asgi_llm_guard.decision import Denied
     from asgi_llm_guard.gateway.attempt import Attempt
 
 __all__ = ["CLASSES", "Running"]
@@ -35,7 +37,7 @@ CLASSES: Final[dict[str, ErrorClass]] = {
 class Running:
     """A streamed answer in the dialect of the client, from its first words on."""
 
-    __slots__ = ("_attempt", "_drain", "_held", "_pieces", "_stream", "_transcoder", "_upstream")
+    __slots__ = ("_attempt", "_drain", "_held", "_last", "_pieces", "_stream", "_transcoder", "_upstream", "_wait")
 
     def __init__(
         self,
@@ -52,6 +54,8 @@ class Running:
         self._transcoder = transcoder
         self._held: list[bytes] = []
         self._drain: asyncio.Task[None] | None = None
+        self._last = b""
+        self._wait = Wait(attempt.call, self._end_at_once)
         attempt.call.leave = self.leave
 
     async def begin(self) -> Failure | None:
@@ -73,6 +77,8 @@ class Running:
                     return await self._no_answer(class_of(None, answer.error, chunk), message_of(_data_of(chunk)))
         except TransportFailed as error:
             return await self._no_answer(CLASSES[error.kind], str(error), error)
+        except Halted:
+            raise
         except TimeoutError as error:
             stream.expire()
             return await self._no_answer("timeout", "nothing has come in time", error)
@@ -101,9 +107,9 @@ class Running:
         wait_s = self._stream.wait_s()
         try:
             if wait_s is None:
-                return await anext(self._pieces)
+                return await self._wait.on(anext, self._pieces)
             async with asyncio.timeout(wait_s):
-                return await anext(self._pieces)
+                return await self._wait.on(anext, self._pieces)
         except StopAsyncIteration:
             return None
 
@@ -139,6 +145,11 @@ class Running:
                     await attempt.tell_broken(CLASSES[error.kind], str(error))
                     yield last
                     return
+                except Halted as halted:
+                    last = self._halted_end(halted.denied)
+                    attempt.stream_ended(stream, None, complete=False, failure=None)
+                    yield last
+                    return
                 except TimeoutError:
                     last = stream.expire()
                     attempt.stream_ended(stream, None, complete=False, failure="timeout")
@@ -164,6 +175,19 @@ class Running:
                 yield last
         finally:
             await self.aclose()
+
+    def _end_at_once(self) -> bool:
+        """End the stream for the client, that was ended from outside; whether that could be done at once."""
+        halted = self._attempt.call.halted
+        if self._transcoder is None and halted is not None:
+            self._last += self._stream.halt(halted)
+            return self._stream.ended
+        return True  # what is translated goes out in whole events
+
+    def _halted_end(self, denied: Denied) -> bytes:
+        if self._transcoder is not None:
+            return self._stream.last_event(denied)
+        return self._last if self._stream.ended else self._last + self._stream.finish()
 
     def _broken(self, error: TransportFailed) -> bytes:
         """What tells the client that the answer broke off."""

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from asgi_llm_guard import background
 from asgi_llm_guard.exchange import Exchange
+from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.httpx.library import library_of
 
 __all__ = ["async_body", "sync_body"]
@@ -56,6 +57,7 @@ class _AsyncBody:
         self._loop = asyncio.get_running_loop()
         self._abandoned = weakref.finalize(self, background.later, partial(_give_up, stream, exchange, self._loop))
         self._abandoned.atexit = False
+        self._wait = None if exchange.call is None else Wait(exchange.call, exchange.halt)
         if exchange.call is not None:
             exchange.call.leave = partial(_leave, weakref.ref(self))
 
@@ -79,6 +81,8 @@ class _AsyncBody:
             except _Expired:
                 forward = exchange.expire()
                 await self._leave()
+            except Halted as halted:
+                forward = await self._halted(halted)
             except BaseException as error:
                 self._over = True
                 exchange.fail(error)
@@ -89,21 +93,33 @@ class _AsyncBody:
                 return forward
         raise StopAsyncIteration
 
+    async def _halted(self, halted: Halted) -> bytes:
+        last = self._exchange.halted_end()
+        await self._leave()
+        if last is None:  # no stream, or one that nothing can be added to
+            raise library_of(self).ReadError(str(halted))
+        return last
+
     async def _next(self) -> bytes:
         if self._parts is None:
             self._parts = aiter(self._stream)
             if self._exchange.call is not None:
                 self._exchange.call.task = asyncio.current_task()  # which may be another one than has asked for it
         if not self._exchange.timed:
-            return await anext(self._parts)
+            return await self._part()
         waiting = asyncio.timeout(self._exchange.wait_s())
         try:
             async with waiting:
-                return await anext(self._parts)
+                return await self._part()
         except TimeoutError:
             if waiting.expired():
                 raise _Expired from None
             raise
+
+    async def _part(self) -> bytes:
+        if self._wait is None:
+            return await anext(self._parts)  # type: ignore[arg-type]  # `_next` began it
+        return await self._wait.on(anext, self._parts)
 
     async def _leave(self) -> None:
         if not self._stop():
@@ -217,6 +233,8 @@ class _Body:
             self.close()
             raise library_of(self).ReadError(_ENDED)
         while not self._over:
+            if exchange.halted is not None and exchange.halt():
+                return self._halted(exchange.halted.message)
             try:
                 forward = exchange.feed(self._next())
                 if exchange.wants_growth:
@@ -237,6 +255,13 @@ class _Body:
             if forward:
                 return forward
         raise StopIteration
+
+    def _halted(self, message: str) -> bytes:
+        last = self._exchange.halted_end()
+        self._leave()
+        if not last:
+            raise library_of(self).ReadError(message)
+        return last
 
     def _next(self) -> bytes:
         if self._parts is None:

@@ -11,6 +11,7 @@ from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.exchange import Exchange, Hook, HookOptions, Outgoing
 from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.halting import Halted
 from asgi_llm_guard.httpx.bodies import async_body, sync_body
 from asgi_llm_guard.httpx.library import Library, library_named, library_of
 from asgi_llm_guard.outcomes import REFUSED
@@ -100,8 +101,11 @@ class AsyncGuardTransport(_AsyncTransport):
         if exchange.kept is not None:
             return _kept(request, exchange.kept)
         try:
-            response = await self._transport.handle_async_request(_to_send(request, exchange))
+            response = await exchange.sending(self._transport.handle_async_request, _to_send(request, exchange))
             return _answered(request, response, exchange, async_body)
+        except Halted as halted:
+            exchange.fail(halted)
+            return _refusal(self._hook, halted.denied, outgoing, request)
         except BaseException as error:
             exchange.fail(error)
             raise

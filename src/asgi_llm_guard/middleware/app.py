@@ -7,6 +7,7 @@ route asks for `clamp` or `inject_usage`, which change it).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -32,6 +33,7 @@ from asgi_llm_guard.middleware.answers import (
     request_id,
     unidentified,
 )
+from asgi_llm_guard.middleware.ending import Ending, Socket
 from asgi_llm_guard.middleware.request import (
     STATE_KEY,
     ClientLeft,
@@ -142,7 +144,8 @@ class GuardMiddleware:
         dialect = self._dialect(found, path)
         exchange = GuardedRequest(self, scope, receive, send, plan, dialect)
         try:
-            denied = await exchange.admit()
+            denied = await self._closed(plan.route) if self.guard.engine.gate is not None else None
+            denied = denied or await exchange.admit()
             if denied is not None:
                 await exchange.refuse(denied)
             elif exchange.kept is not None:
@@ -167,7 +170,7 @@ class GuardMiddleware:
             await self.app(scope, receive, page.send)
             await page.flush()
         except Exception as error:
-            refusal = refusal_behind(error, admission)
+            refusal = refusal_behind(error, admission) or admission.stopped
             if refusal is None or page.started:
                 await page.flush()
                 raise
@@ -270,7 +273,6 @@ class GuardMiddleware:
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send, admission: Admission) -> None:
         scope[STATE_KEY] = admission
         token = enter(admission.scope)
-        self.guard.track(admission)
         closed = False
 
         async def watch_receive() -> Message:
@@ -288,22 +290,35 @@ class GuardMiddleware:
                 admission.end()
             await send(message)
 
-        try:
-            await self.app(scope, watch_receive, watch_send)
-        except Exception as error:
-            refusal = refusal_behind(error, admission)
-            if refusal is None or closed:
-                raise
-            admission.refusal_answered()
+        async def close(refusal: Denied) -> None:
             admission.end(complete=False)
             code, reason = websocket_close(refusal)
             await send({"type": "websocket.close", "code": code, "reason": reason})
+
+        ending = admission.front = Ending(Socket(lambda: not closed))
+        self.guard.track(admission)
+        try:
+            await self.app(scope, watch_receive, watch_send)
+        except asyncio.CancelledError:
+            if admission.stopped is None or not ending.is_it():
+                raise
+            await close(admission.stopped)
+        except Exception as error:
+            refusal = refusal_behind(error, admission) or admission.stopped
+            if refusal is None or closed:
+                raise
+            admission.refusal_answered()
+            await close(refusal)
         finally:
             leave(token)
+            ending.over()
+            admission.front = None
             await finished(self.guard, admission)
 
     async def _admit_websocket(self, scope: Scope, plan: Plan) -> tuple[Denied | None, Admission]:
         guard, route = self.guard, plan.route
+        if guard.engine.gate is not None and (denied := await self._closed(route)) is not None:
+            return denied, guard.new_admission(Context(route=route.path))
         try:
             context = self.context(scope, None, route.session or guard.session, route)
         except IdentityError as error:
@@ -313,6 +328,12 @@ class GuardMiddleware:
         if guard.draining:
             return guard.engine.refused(context, None, DRAINING), admission
         return await admission.open(None), admission
+
+    async def _closed(self, route: Route) -> Denied | None:
+        """Before it is asked who calls: that may have to be loaded, too."""
+        gate = self.guard.engine.gate
+        closed = None if gate is None else await gate()
+        return None if closed is None else self.guard.engine.refused(Context(route=route.path), None, closed)
 
     # ----------------------------------------------------------------------------- lifespan
 

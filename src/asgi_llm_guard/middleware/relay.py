@@ -19,7 +19,7 @@ from asgi_llm_guard.middleware.answers import Message, Receive, Send
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
 
-__all__ = ["CutOff", "Relay", "is_cut_off"]
+__all__ = ["CutOff", "Relay", "is_cut_off", "say_last"]
 
 _LAST_EVENT_S: Final = 1.0
 """How long a client that does not read is given for the last event."""
@@ -166,14 +166,21 @@ class Relay:
     async def _expire(self) -> None:
         stream = self._stream
         assert stream is not None  # noqa: S101 - only a stream has a deadline
-        forward = b"" if self._gone else stream.expire()
+        await self.end(b"" if self._gone else stream.expire())
+
+    async def end(self, last: bytes) -> None:
+        """The application has been cancelled: the client gets `last`, and nothing more."""
         self._finish(complete=False)
-        if self._gone:
-            return
-        self._gone = True
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(_LAST_EVENT_S):
-                await self._send({"type": "http.response.body", "body": forward, "more_body": False})
+        if not self._gone:
+            self._gone = True
+            await say_last(self._send, last)
+
+
+async def say_last(send: Send, last: bytes) -> None:
+    """End a response; a client that does not read is not waited for."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_LAST_EVENT_S):
+            await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 _LEFT: Final[Message] = {"type": "http.disconnect"}

@@ -27,7 +27,8 @@ from asgi_llm_guard.middleware.answers import (
     refuse,
     unidentified,
 )
-from asgi_llm_guard.middleware.relay import Relay, is_cut_off
+from asgi_llm_guard.middleware.ending import Ending
+from asgi_llm_guard.middleware.relay import CutOff, Relay, is_cut_off, say_last
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.replays import Lead
 from asgi_llm_guard.routes import Route
@@ -50,6 +51,7 @@ STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
 
 _STREAMS: Final = re.compile(rb"text/event-stream|application/(x-)?(ndjson|jsonl)|.*eventstream", re.IGNORECASE)
+_BETWEEN: Final = (b"\n\n", b"\r\n\r\n", b"}\n")
 _NO_CONTENT: Final = 204
 """Tells no length (RFC 9110 §8.6)."""
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
@@ -85,10 +87,12 @@ class GuardedRequest:
         "denied",
         "dialect",
         "done",
+        "ending",
         "fed",
         "guard",
         "headers",
         "kept",
+        "last",
         "lead",
         "left",
         "meter",
@@ -102,6 +106,7 @@ class GuardedRequest:
         "status",
         "stream",
         "strip",
+        "tail",
         "view",
     )
 
@@ -139,6 +144,9 @@ class GuardedRequest:
         self.fed = False
         self.lead: Lead | None = None
         self.kept: KeptResponse | None = None
+        self.ending: Ending | None = None
+        self.last = b""
+        self.tail = b""
 
     # -------------------------------------------------------------------------------- admit
 
@@ -270,9 +278,10 @@ class GuardedRequest:
         assert admission is not None  # noqa: S101 - `admit` granted it
         self.scope[STATE_KEY] = admission
         token = enter(admission.scope)
-        self.guard.track(admission)
         receive = self.receive if self.body is None else self._replay
         page = ErrorPage(admission, self._send)
+        ending = self.ending = admission.front = Ending(self)
+        self.guard.track(admission)
         try:
             if self.ask is not None and (self.plan.route.clamp or self.plan.route.inject_usage):
                 self._rewrite(wants_usage=self.ask.wants_usage, stream=self.ask.stream)
@@ -281,10 +290,18 @@ class GuardedRequest:
             else:
                 await self.middleware.app(self.scope, receive, page.send)
             await page.flush()
+        except asyncio.CancelledError:
+            if not ending.is_it():
+                raise
+            await self._cut()
         except Exception as error:
-            if self.relay is not None and self.relay.gone and is_cut_off(error):
+            if (ending.fired or (self.relay is not None and self.relay.gone)) and is_cut_off(error):
                 return
-            refusal = refusal_behind(error, admission)
+            if admission.stopped is not None and self.is_streaming:
+                self.end_at_once(admission.stopped)
+                await self._cut()
+                return
+            refusal = refusal_behind(error, admission) or admission.stopped
             if refusal is None or page.started:
                 await page.flush()
                 raise
@@ -295,11 +312,45 @@ class GuardedRequest:
             await self.refuse(refusal)
         finally:
             leave(token)
+            ending.over()
+            admission.front = None
             try:
                 if not self.done:
                     admission.end(self._answer(), status=self.status or None, complete=False)
             finally:
                 await finished(self.guard, admission)
+
+    # -------------------------------------------------------------------------------- halted
+
+    @property
+    def is_streaming(self) -> bool:
+        """Its first part is on its way to the client, and its last is not."""
+        if self.done or self.status == 0 or any(name.lower() == b"content-length" for name, _ in self.headers):
+            return False
+        return _has_stream(self.headers) or (self.status < 400 and self.ask is not None and self.ask.stream)
+
+    def end_at_once(self, denied: Denied) -> bool:
+        """Prepare its last event; whether no other one has begun."""
+        if self.stream is not None and self.meter is not None:
+            self.last += self.stream.halt(denied)
+            return self.stream.ended
+        container = container_of(Head(self.status, self.headers).header(b"content-type"))
+        # Nobody has read it: an event that may have begun is ended before ours.
+        between = b"" if not self.tail or self.tail.endswith(_BETWEEN) else b"\n\n"
+        self.last = between + stream_error(denied, self.dialect.name if self.dialect is not None else None, container)
+        return True
+
+    async def _cut(self) -> None:
+        """The application does no more: the client gets the last event."""
+        last, stream = self.last, self.stream
+        if stream is not None and self.meter is not None and not stream.ended:
+            last += stream.finish()
+        if not self.done:  # handed over before the client can see the end
+            self._end(complete=False)
+        if self.relay is not None:
+            await self.relay.end(last)
+        else:
+            await say_last(self.send, last)
 
     async def _watched(self, receive: Receive, send: Send) -> None:
         app, rules = self.middleware.app, self.plan.streams
@@ -318,21 +369,44 @@ class GuardedRequest:
         if kind == "http.response.body":
             if self.stream is not None:
                 if self.relay is not None:
+                    self.tail = message.get("body") or self.tail
                     await self.relay.pass_on(message)
                     return
+                if self.stream.ended:
+                    raise CutOff("the answer was ended")
                 message = self._metered(message, self.stream)
                 if self.stream.wants_growth:
                     await self.stream.grow()
+                if self.stream.ended:  # it was ended in the middle of an event, which has come to its end
+                    await self._end_here(message)
             elif self.meter is not None:
                 message = self._metered(message, self.meter)
+            else:
+                self.tail = message.get("body") or self.tail
             if not self.done and (not message.get("more_body", False) or self._is_whole(message)):
                 # Handed over before the client can see the end: its next request finds this one settled.
                 self._end()
         elif kind == "http.response.start":
             self._start(message)
+            await self.send(message)
+            self._begin_ending()
+            return
         elif kind == "http.response.pathsend" and not self.done:
             self._end()
         await self.send(message)
+
+    async def _end_here(self, message: Message) -> None:
+        self._end(complete=False)
+        await self.send({**message, "more_body": False})
+        assert self.ending is not None  # noqa: S101 - nobody else ends it
+        self.ending.fired = True
+        raise CutOff("the answer was ended")
+
+    def _begin_ending(self) -> None:
+        """End what begins after its admission was ended."""
+        admission = self.admission
+        if admission is not None and admission.halted is not None and self.ending is not None:
+            self.ending.begin(admission.halted, bool(admission.calls))
 
     def _start(self, message: Message) -> None:
         self.status = message["status"]
@@ -360,7 +434,7 @@ class GuardedRequest:
             return self.ask.stream
         if self.relay is None:
             return False
-        return any(name.lower() == b"content-type" and _STREAMS.match(value) for name, value in headers)
+        return _has_stream(headers)
 
     def _start_stream(self, headers: Sequence[tuple[bytes, bytes]], admission: Admission) -> None:
         call = admission.root
@@ -436,6 +510,10 @@ class GuardedRequest:
     async def refuse(self, denied: Denied) -> None:
         dialect = self.dialect.name if self.dialect is not None else None
         await refuse(denied, self.scope, self.send, dialect=dialect, fields=self.middleware.fields(denied))
+
+
+def _has_stream(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"content-type" and _STREAMS.match(value) for name, value in headers)
 
 
 def cache_control(scope: Scope) -> str:
