@@ -260,7 +260,7 @@ class Guard:
 
     def _attach(self, given: Ledger | str | None, *, lazily: bool) -> None:
         storage = self._stored
-        if given is None and (not isinstance(storage, KeepsLedger) or (lazily and isinstance(storage, KeepsStreams))):
+        if given is None and (lazily or not isinstance(storage, KeepsLedger)):
             return  # there is none; or one in memory, that nobody may ever ask for
         from asgi_llm_guard.ledger.attach import attach, open_ledger
 

@@ -42,6 +42,11 @@ class Database(Protocol):
 
     dialect: Dialect
 
+    @property
+    def place(self) -> str:
+        """Where it is: its URL without user and password."""
+        ...
+
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in one transaction that may write: all of it, or nothing.
 

@@ -66,6 +66,10 @@ class PostgresDatabase:
         self._abandoned: list[psycopg.Connection[tuple[Any, ...]]] = []
         self._closed = False
 
+    @property
+    def place(self) -> str:
+        return self._name
+
     async def write(self, work: Callable[[Connection], T]) -> T:
         return await self._threads.run(lambda: self.write_sync(work))
 

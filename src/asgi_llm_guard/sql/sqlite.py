@@ -55,6 +55,10 @@ class SqliteDatabase:
             self._uri = _checked(self.path)
             self._make_file(self.path)
 
+    @property
+    def place(self) -> str:
+        return "sqlite://:memory:" if self.path is None else f"sqlite:///{self.path.absolute()}"
+
     async def write(self, work: Callable[[Connection], T]) -> T:
         return await self._threads.run(lambda: self.write_sync(work))
 

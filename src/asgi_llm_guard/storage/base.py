@@ -64,6 +64,7 @@ __all__ = [
     "Bundle",
     "Completed",
     "Interruptible",
+    "KeepsLedger",
     "Leasing",
     "LossAware",
     "Pending",
@@ -243,6 +244,16 @@ class Interruptible(Protocol):
 
         `False`: no operation would reach the store now, so none is tried for a request.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsLedger(Protocol):
+    """A storage whose ledger is where it is told itself, so that none has to be named."""
+
+    @property
+    def ledger_url(self) -> str:
+        """The database of the ledger. One that it writes its records into itself, unless it `KeepsStreams`."""
         ...
 
 

@@ -271,6 +271,10 @@ class MemoryStorage:
                 kept.bounds = bounds
             return kept
 
+    @property
+    def ledger_url(self) -> str:
+        return "sqlite://:memory:"
+
     def streams(self) -> tuple[MemoryStream]:
         return (self._stream,)
 

@@ -123,6 +123,10 @@ class SqliteStorage:
     async def reset(self, meters: Sequence[Meter]) -> None:
         await self._submit(rows.Reset(meters))
 
+    @property
+    def ledger_url(self) -> str:
+        return f"sqlite:///{self.path.absolute()}"
+
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
         await self._submit(rows.Read(()))  # what was handed over before is to be seen
         return await asyncio.to_thread(self._records, since_ms, limit)
