@@ -31,7 +31,7 @@ import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger.book import Ledger
-from asgi_llm_guard.ledger.refusal_drain import RefusalDrain
+from asgi_llm_guard.ledger.refusals import RefusalDrain
 from asgi_llm_guard.storage.base import TOMBSTONE_MS, Storage
 from asgi_llm_guard.storage.shared import KeepsShared
 from asgi_llm_guard.storage.streams import KeepsStreams, RecordStream
@@ -97,7 +97,7 @@ class Drain:
             )
         self._streams: Sequence[RecordStream] = tuple(storage.streams())
         self._refusals = (
-            RefusalDrain(storage.shared(), ledger, source=self._streams[0].name)
+            RefusalDrain(storage.shared(), ledger, source=f"refusals:{self._streams[0].name}")
             if isinstance(storage, KeepsShared)
             else None
         )

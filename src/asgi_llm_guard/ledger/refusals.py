@@ -6,16 +6,19 @@ A refusal is a number in its hour and never a usage record, so that a flood of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
+
+import msgspec
 
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Event, Refused, ShadowMisfit
+from asgi_llm_guard.ledger.book import Ledger
 from asgi_llm_guard.ledger.values import RefusalCount
 from asgi_llm_guard.storage.shared import OTHER, Shared, Tally
 
-__all__ = ["REFUSALS", "SHADOW", "RefusalTally", "counts_of"]
+__all__ = ["REFUSALS", "SHADOW", "RefusalDrain", "RefusalTally"]
 
 REFUSALS: Final = "refusals"
 """The name of the tally."""
@@ -24,6 +27,7 @@ SHADOW: Final = "shadow"
 
 _MOST: Final = 1_000
 _HOUR_MS: Final = 3_600_000
+_LATE_MS: Final = 6 * _HOUR_MS
 _PARTED: Final = "\x1f"  # in no name of a policy, scope, code or route
 _LONGEST: Final = (128, 96, 64, 200)  # together less than the name of a key may have
 
@@ -91,7 +95,61 @@ class RefusalTally:
                     self._add(hour_ms, name, count)
 
 
-def counts_of(tallies: Iterable[Tally]) -> list[RefusalCount]:
+class RefusalDrain:
+    """Adds to a ledger what is new in the tallies, once: in as many processes as there are, killed at any instant.
+
+    The cursor of `source` in the ledger says what was taken of the latest hours, because these go on.
+    """
+
+    def __init__(self, shared: Shared, ledger: Ledger, *, source: str) -> None:
+        self._shared = shared
+        self._ledger = ledger
+        self._source = source
+
+    async def step(self) -> int:
+        """Take what is new; how many refusals.
+
+        Raises:
+            StorageError: the storage or the ledger does not answer.
+        """
+        cursor = await self._ledger.cursor(self._source)
+        known = _Known() if cursor is None else _decode(cursor)
+        tallies = await self._shared.tallies(REFUSALS, known.since_ms)
+        before = {(hour_ms, key): count for hour_ms, key, count in known.counts}
+        new = [_since(tally, before.get((tally.hour_ms, tally.key), 0)) for tally in tallies]
+        counts = _counts_of(tally for tally in new if tally.count > 0)
+        if not counts:
+            return 0
+        following = _encode(_following(tallies)).decode()
+        if not await self._ledger.add_refusals(counts, source=self._source, cursor=following, after=cursor):
+            return 0  # somebody else was faster
+        return sum(count.count for count in counts)
+
+
+class _Known(msgspec.Struct, array_like=True):
+    """What the ledger has of the latest hours."""
+
+    since_ms: int = 0
+    counts: list[tuple[int, str, int]] = []
+    """Hour, key, count."""
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(_Known).decode
+
+
+def _since(tally: Tally, before: int) -> Tally:
+    """What came after `before` was counted. A store that was flushed counts from 0 again."""
+    return msgspec.structs.replace(tally, count=tally.count - before if tally.count >= before else tally.count)
+
+
+def _following(tallies: Sequence[Tally]) -> _Known:
+    """Of the latest hours: a process that could not reach the store for some time hands on what it counted then."""
+    since_ms = max(0, max(tally.hour_ms for tally in tallies) - _LATE_MS)
+    return _Known(since_ms, [(one.hour_ms, one.key, one.count) for one in tallies if one.hour_ms >= since_ms])
+
+
+def _counts_of(tallies: Iterable[Tally]) -> list[RefusalCount]:
     """What was tallied, as the ledger keeps it."""
     counts = []
     for tally in tallies:
