@@ -71,7 +71,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     SqliteStorage(path)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 99")
-    assert re.search("version 99.*version 3.*export it", refusal(path))
+    assert re.search("version 99.*version 4.*export it", refusal(path))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

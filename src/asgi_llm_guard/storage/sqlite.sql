@@ -10,9 +10,10 @@
 --   owners       one row per process: until when its last heartbeat keeps its holds
 --   turns        one row per recent transaction: which rows it changed that other processes may remember
 --   templates    what meters have in common: policy, limit, window; as many as were ever configured
---   ledger       one row per finished call: what reports read
+--   ledger       one row per finished call: what reports read; made by usage_rows.py, with
+--                ledger_replaced: what rows of it were before they were replaced
 --
--- All but the last two is bounded by what is alive: rows whose time is over are removed a few at
+-- All but the last three is bounded by what is alive: rows whose time is over are removed a few at
 -- a time. `data` is MessagePack (sqlite_codec.py). Instants are milliseconds since the Unix epoch.
 
 CREATE TABLE cells (
@@ -71,50 +72,3 @@ CREATE TABLE templates (
     id INTEGER PRIMARY KEY,
     data BLOB NOT NULL UNIQUE
 );
-
--- Departments and tags are JSON lists: json_each(departments) charges a row to each of them in
--- full, a sum without it counts the row once. `usage_more` is a JSON object with what few calls use:
--- images, searches, what other models did.
-CREATE TABLE ledger (
-    row INTEGER PRIMARY KEY,
-    call_id TEXT NOT NULL UNIQUE,
-    at_ms INTEGER NOT NULL,
-    ended_ms INTEGER,
-    request_id TEXT,
-    caller TEXT,
-    user TEXT,
-    departments TEXT NOT NULL,
-    agent TEXT,
-    session TEXT,
-    tags TEXT NOT NULL,
-    route TEXT,
-    provider TEXT,
-    model TEXT,
-    billed_model TEXT,
-    cost_nanousd INTEGER,
-    estimate_nanousd INTEGER,
-    tokens INTEGER,
-    outcome TEXT NOT NULL,
-    late INTEGER NOT NULL,
-    price_source TEXT,
-    dispatched_ms INTEGER,
-    first_token_ms INTEGER,
-    latency_ms INTEGER,
-    attempt_of TEXT,
-    attempt INTEGER NOT NULL,
-    deployment TEXT,
-    has_usage INTEGER NOT NULL,
-    input_tokens INTEGER,
-    output_tokens INTEGER,
-    cache_read_tokens INTEGER,
-    cache_write_tokens INTEGER,
-    cache_write_1h_tokens INTEGER,
-    reasoning_tokens INTEGER,
-    input_audio_tokens INTEGER,
-    output_audio_tokens INTEGER,
-    service_tier TEXT,
-    usage_model TEXT,
-    usage_more TEXT
-);
-
-CREATE INDEX ledger_by_time ON ledger (at_ms);

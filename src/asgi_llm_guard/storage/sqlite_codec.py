@@ -1,4 +1,4 @@
-"""Values as rows: holds and tombstones in MessagePack, usage records in columns.
+"""Holds and tombstones as rows, in MessagePack.
 
 A hold names its meters by what is theirs alone (key and subject) and a number for the rest, which
 many meters share: its *template*. So a hold takes some 100 bytes per claim and not 400.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, Final, cast
 
 import msgspec
 
 from asgi_llm_guard.claims import Claim, Meter, Receipt, Rule, Unit
 from asgi_llm_guard.storage.cells import Hold
-from asgi_llm_guard.usage import Usage, UsageRecord
+from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 
-__all__ = ["LEDGER_COLUMNS", "HoldCodec", "record_of_row", "row_of_record"]
+__all__ = ["HoldCodec"]
 
 _WINDOWS: Final[dict[int, type[Window]]] = {
     window.kind: window for window in (Lifetime, Rolling, Calendar, Sliding, Bucket, Slots, Distinct)
@@ -138,67 +137,3 @@ class HoldCodec:
 def _record_of_values(values: Sequence[Any]) -> UsageRecord:
     fields = dict(zip(UsageRecord.__struct_fields__, values, strict=True))
     return msgspec.convert(fields, UsageRecord)
-
-
-# ----------------------------------------------------------------------------------- ledger
-
-_USAGE_FIELDS: Final = (
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_write_tokens",
-    "cache_write_1h_tokens",
-    "reasoning_tokens",
-    "input_audio_tokens",
-    "output_audio_tokens",
-    "service_tier",
-    "model",
-)
-"""Those with a column of their own; the others share one."""
-_MORE: Final = tuple(name for name in Usage.__struct_fields__ if name not in _USAGE_FIELDS)
-_USAGE_COLUMNS: Final = (*("usage_model" if name == "model" else name for name in _USAGE_FIELDS), "usage_more")
-_usage_values: Final = attrgetter(*_USAGE_FIELDS)
-_more_values: Final = attrgetter(*_MORE)
-_NO_MORE: Final = _more_values(Usage())
-_RECORD_FIELDS: Final = tuple(name for name in UsageRecord.__struct_fields__ if name != "usage")
-
-LEDGER_COLUMNS: Final = (*_RECORD_FIELDS, "has_usage", *_USAGE_COLUMNS)
-"""The ledger's columns in the order of `row_of_record`."""
-
-_NO_USAGE: Final = (0,) + (None,) * len(_USAGE_COLUMNS)
-_USAGE_AT: Final = UsageRecord.__struct_fields__.index("usage")
-_DEPARTMENTS_AT: Final = LEDGER_COLUMNS.index("departments")
-_TAGS_AT: Final = LEDGER_COLUMNS.index("tags")
-_LATE_AT: Final = LEDGER_COLUMNS.index("late")
-
-
-def row_of_record(record: UsageRecord) -> tuple[object, ...]:
-    """The record as a row of the ledger."""
-    values = list(msgspec.structs.astuple(record))
-    usage = values.pop(_USAGE_AT)
-    departments, tags = record.departments, record.tags
-    values[_DEPARTMENTS_AT] = msgspec.json.encode(departments).decode() if departments else "[]"
-    values[_TAGS_AT] = msgspec.json.encode(tags).decode() if tags else "[]"
-    if usage is None:
-        return (*values, *_NO_USAGE)
-    more = None
-    if _more_values(usage) != _NO_MORE:
-        more = msgspec.json.encode({name: value for name in _MORE if (value := getattr(usage, name))}).decode()
-    return (*values, 1, *_usage_values(usage), more)
-
-
-def record_of_row(row: Sequence[Any]) -> UsageRecord:
-    """The record that `row_of_record` gave this row for."""
-    fields = dict(zip(_RECORD_FIELDS, row, strict=False))
-    fields["departments"] = tuple(msgspec.json.decode(row[_DEPARTMENTS_AT]))
-    fields["tags"] = tuple(msgspec.json.decode(row[_TAGS_AT]))
-    fields["late"] = bool(row[_LATE_AT])
-    has_usage, *usage = row[len(_RECORD_FIELDS) :]
-    fields["usage"] = _usage_of_row(usage) if has_usage else None
-    return UsageRecord(**fields)
-
-
-def _usage_of_row(values: Sequence[Any]) -> Usage:
-    fields = dict(zip(_USAGE_FIELDS, values, strict=False))
-    more = values[-1]
-    return Usage(**fields) if more is None else msgspec.convert(fields | msgspec.json.decode(more), Usage)

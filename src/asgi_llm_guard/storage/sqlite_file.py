@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.sql.files import QueueLock, check_file_system, check_sqlite, file_system, mounts
+from asgi_llm_guard.usage_rows import create_ledger
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -24,8 +25,11 @@ __all__ = [
 
 Synchronous = Literal["NORMAL", "FULL"]
 
-SCHEMA_VERSION: Final = 3
-"""Counts up with every change of sqlite.sql."""
+SCHEMA_VERSION: Final = 4
+"""Counts up with every change of sqlite.sql and of usage_rows.py."""
+
+_UPGRADED: Final = 3
+"""Files of this version get what is new in the next one when they are opened."""
 
 APPLICATION_ID: Final = 0x4C4C4D47
 """`LLMG`, in the header of the file."""
@@ -82,7 +86,7 @@ def _make_tables(connection: sqlite3.Connection, path: Path) -> None:
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if tables and application != APPLICATION_ID:
         raise ConfigurationError(f"{path}: is the database of another program; give another path")
-    if tables and version != SCHEMA_VERSION:
+    if tables and version not in {SCHEMA_VERSION, _UPGRADED}:
         raise ConfigurationError(
             f"{path}: its tables have version {version}, this release works with version {SCHEMA_VERSION}; "
             "export it with the release that made it and import it into a new file"
@@ -91,6 +95,9 @@ def _make_tables(connection: sqlite3.Connection, path: Path) -> None:
         for statement in resources.files(__package__).joinpath("sqlite.sql").read_text("utf-8").split(";\n"):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    if not tables or version == _UPGRADED:
+        for statement in create_ledger("sqlite"):
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
 

@@ -26,7 +26,7 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.cells import Hold, Needs, Owner, State, Tombstone
 from asgi_llm_guard.storage.counting import GRACE_MS, disposable
-from asgi_llm_guard.storage.sqlite_codec import HoldCodec, row_of_record
+from asgi_llm_guard.storage.sqlite_codec import HoldCodec
 from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
 from asgi_llm_guard.storage.sqlite_members import SqliteMembers
 from asgi_llm_guard.storage.sqlite_tables import (
@@ -53,6 +53,7 @@ from asgi_llm_guard.storage.sqlite_tables import (
 )
 from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
 from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.usage_rows import row_of_record
 
 __all__ = [
     "Amend",

@@ -15,8 +15,9 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
 from asgi_llm_guard.storage.counting import Cell
 from asgi_llm_guard.storage.export import Snapshot
-from asgi_llm_guard.storage.sqlite_codec import LEDGER_COLUMNS, HoldCodec, record_of_row, row_of_record
+from asgi_llm_guard.storage.sqlite_codec import HoldCodec
 from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.usage_rows import LEDGER_COLUMNS, LEDGER_LIST, record_of_row, row_of_record
 
 __all__ = [
     "CELL_COLUMNS",
@@ -141,7 +142,7 @@ def tombstone_row(call_id: str, tombstone: Tombstone, codec: HoldCodec) -> tuple
 def records_since(connection: sqlite3.Connection, since_ms: int, limit: int | None) -> Iterator[UsageRecord]:
     """Usage records by instant and call id."""
     rows = connection.execute(
-        f"SELECT {', '.join(LEDGER_COLUMNS)} FROM ledger WHERE at_ms >= ? ORDER BY at_ms, call_id LIMIT ?",  # noqa: S608 - our names
+        f"SELECT {LEDGER_LIST} FROM ledger WHERE at_ms >= ? ORDER BY at_ms, call_id LIMIT ?",  # noqa: S608 - our names
         (since_ms, -1 if limit is None else limit),
     )
     return map(record_of_row, rows)

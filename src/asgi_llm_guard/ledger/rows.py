@@ -1,0 +1,201 @@
+"""Single rows: records that are added and looked at, cursors of sources, counts of refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from asgi_llm_guard.ledger.filters import record_conditions
+from asgi_llm_guard.ledger.rollups import chunks, list_of
+from asgi_llm_guard.ledger.tables import lock
+from asgi_llm_guard.ledger.values import OTHER, Page, RecordQuery, RefusalCount, RefusalQuery, SessionUsage
+from asgi_llm_guard.sql import Connection
+from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.usage_rows import LEDGER_LIST, record_of_row, row_of_record, upsert_ledger
+
+__all__ = ["ANY", "add_refusals", "append", "batch", "cursor", "last_row", "page", "refusals", "sessions"]
+
+_UPSERT: Final = upsert_ledger()
+
+ANY: Final = "any"
+"""A cursor that moves wherever it is."""
+
+MAX_REFUSALS: Final = 1_000
+"""Different counts of one hour."""
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def append(
+    connection: Connection,
+    records: Sequence[UsageRecord],
+    source: str | None,
+    position: str | None,
+    after: str | None = ANY,
+) -> int | None:
+    """Add records, or replace those of the same call id, and move the source's cursor, if it is at `after`."""
+    lock(connection)
+    if not _is_at(connection, source, after):
+        return None
+    ids = {record.call_id for record in records}
+    known = 0
+    for some in chunks(ids):
+        marks = ", ".join("?" * len(some))
+        known += connection.execute(f"SELECT count(*) FROM ledger WHERE call_id IN ({marks})", some)[0][0]  # noqa: S608
+    connection.execute_many(_UPSERT, map(row_of_record, records))
+    _move(connection, source, position)
+    return len(ids) - known
+
+
+def cursor(connection: Connection, source: str) -> str | None:
+    rows = connection.execute("SELECT cursor FROM ledger_cursors WHERE source = ?", (source,))
+    return rows[0][0] if rows else None
+
+
+def last_row(connection: Connection) -> int:
+    """The number of the newest record; 0: there are none."""
+    number: int = connection.execute("SELECT COALESCE(MAX(row), 0) FROM ledger")[0][0]
+    return number
+
+
+def page(connection: Connection, query: RecordQuery) -> Page[UsageRecord]:
+    """The newest records of the query, from where the page before ended."""
+    rows = _records(connection, query, query.position(), newest_first=True, most=query.limit + 1)
+    items = tuple(record_of_row(row[2:]) for row in rows[: query.limit])
+    more = len(rows) > query.limit
+    return Page(items, f"{rows[query.limit - 1][0]}-{rows[query.limit - 1][1]}" if more else None)
+
+
+def batch(
+    connection: Connection, query: RecordQuery, after: tuple[int, int] | None, last: int
+) -> tuple[tuple[UsageRecord, ...], tuple[int, int] | None]:
+    """The oldest records of the query behind `after`, without those that came after row `last`; and where they end."""
+    rows = _records(connection, query, after, newest_first=False, most=query.limit, last=last)
+    end = (rows[-1][0], rows[-1][1]) if len(rows) == query.limit else None
+    return tuple(record_of_row(row[2:]) for row in rows), end
+
+
+def sessions(connection: Connection, since_ms: int, limit: int) -> tuple[SessionUsage, ...]:
+    rows = connection.execute(
+        "SELECT caller, session, agent, departments, MIN(at_ms), MAX(at_ms),"
+        " SUM(CASE WHEN attempt_of IS NULL THEN 1 ELSE 0 END), CAST(SUM(COALESCE(cost_nanousd, 0)) AS BIGINT),"
+        " SUM(CASE WHEN cost_nanousd IS NULL THEN 1 ELSE 0 END), CAST(SUM(COALESCE(tokens, 0)) AS BIGINT)"
+        " FROM ledger WHERE at_ms >= ? AND session IS NOT NULL"
+        " GROUP BY caller, session, agent, departments ORDER BY 6 DESC, session LIMIT ?",
+        (since_ms, limit),
+    )
+    return tuple(
+        SessionUsage(
+            caller=caller,
+            session=session,
+            agent=agent,
+            departments=list_of(departments),
+            first_ms=first_ms,
+            last_ms=last_ms,
+            calls=calls,
+            cost_nanousd=cost,
+            unpriced=unpriced,
+            tokens=tokens,
+        )
+        for caller, session, agent, departments, first_ms, last_ms, calls, cost, unpriced, tokens in rows
+    )
+
+
+def _records(
+    connection: Connection,
+    query: RecordQuery,
+    after: tuple[int, int] | None,
+    *,
+    newest_first: bool,
+    most: int,
+    last: int | None = None,
+) -> list[tuple[Any, ...]]:
+    since_ms, until_ms = query.since_ms, query.until_ms
+    conditions, named = record_conditions(query.where, connection.dialect)
+    parameters: list[object] = []
+    if after is not None:
+        at_ms, row = after
+        # The index begins at the instant of the last one; of those within it, what was not there yet.
+        if newest_first:
+            until_ms = min(until_ms, at_ms + 1)
+            conditions += " AND (at_ms < ? OR row < ?)"
+        else:
+            since_ms = max(since_ms, at_ms)
+            conditions += " AND (at_ms > ? OR row > ?)"
+        parameters += [at_ms, row]
+    if last is not None:
+        conditions += " AND row <= ?"
+        parameters.append(last)
+    down = " DESC" if newest_first else ""
+    return connection.execute(
+        f"SELECT at_ms, row, {LEDGER_LIST} FROM ledger WHERE at_ms >= ? AND at_ms < ?{conditions}"  # noqa: S608
+        f" ORDER BY at_ms{down}, row{down} LIMIT ?",
+        (since_ms, until_ms, *named, *parameters, most),
+    )
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def add_refusals(
+    connection: Connection,
+    counts: Sequence[RefusalCount],
+    source: str | None,
+    position: str | None,
+    after: str | None = ANY,
+) -> bool:
+    """Add to the counts, and move the source's cursor, if it is at `after`; whether it was."""
+    lock(connection)
+    if not _is_at(connection, source, after):
+        return False
+    there: dict[int, set[tuple[str, ...]]] = {}
+    for count in counts:
+        hour_ms, key = count.hour_ms, (count.policy, count.scope, count.code, count.route or "")
+        if hour_ms not in there:
+            rows = connection.execute(
+                "SELECT policy, scope, code, route FROM ledger_refusals WHERE hour_ms = ?", (hour_ms,)
+            )
+            there[hour_ms] = set(rows)
+        if key not in there[hour_ms]:
+            if len(there[hour_ms]) >= MAX_REFUSALS - 1:
+                key = (OTHER, "", "", "")
+            there[hour_ms].add(key)
+        connection.execute(
+            "INSERT INTO ledger_refusals (hour_ms, policy, scope, code, route, count) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (hour_ms, policy, scope, code, route)"
+            " DO UPDATE SET count = ledger_refusals.count + excluded.count",
+            (hour_ms, *key, count.count),
+        )
+    _move(connection, source, position)
+    return True
+
+
+def refusals(connection: Connection, query: RefusalQuery) -> tuple[RefusalCount, ...]:
+    named = {"policy": query.policy, "scope": query.scope, "route": query.route}
+    chosen = {name: value for name, value in named.items() if value is not None}
+    conditions = "".join(f" AND {name} = ?" for name in chosen)
+    rows = connection.execute(
+        "SELECT hour_ms, policy, scope, code, route, count FROM ledger_refusals"  # noqa: S608 - our names
+        f" WHERE hour_ms >= ? AND hour_ms < ?{conditions}"
+        " ORDER BY hour_ms DESC, count DESC, policy, scope, code, route LIMIT ?",
+        (query.since_ms, query.until_ms, *chosen.values(), query.limit),
+    )
+    return tuple(
+        RefusalCount(hour_ms=hour_ms, policy=policy, scope=scope, code=code, route=route or None, count=count)
+        for hour_ms, policy, scope, code, route, count in rows
+    )
+
+
+def _is_at(connection: Connection, source: str | None, after: str | None) -> bool:
+    """Whether the source's cursor is where somebody has found it; `lock` keeps it there."""
+    return source is None or after == ANY or cursor(connection, source) == after
+
+
+def _move(connection: Connection, source: str | None, position: str | None) -> None:
+    if source is not None and position is not None:
+        connection.execute(
+            "INSERT INTO ledger_cursors (source, cursor) VALUES (?, ?)"
+            " ON CONFLICT (source) DO UPDATE SET cursor = excluded.cursor",
+            (source, position),
+        )
