@@ -1,0 +1,219 @@
+"""Alerts of one guard: from its events to what is told and sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from asgi_llm_guard.alerts.deliveries import Deliveries, Due
+from asgi_llm_guard.alerts.rules import AlertRule, BurnRate, Threshold, is_fixed
+from asgi_llm_guard.alerts.watch import Crossing, Watch
+from asgi_llm_guard.alerts.webhook import Webhook
+from asgi_llm_guard.claims import Meter
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.events import Alert, emit
+from asgi_llm_guard.storage.shared import KeepsShared, Shared
+from asgi_llm_guard.windows import duration_ms
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.guard import Guard
+
+__all__ = ["CHORE", "LAST_CHORE", "Alerts"]
+
+CHORE: Final = "alerts"
+LAST_CHORE: Final = "alerts at the end"
+
+_EVERY_S: Final = 1.0
+_LAST_EVERY_S: Final = 3600.0
+_LAST_S: Final = 4.0
+_BATCH: Final = 500
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Alerts:
+    """`Guard(alerts=Alerts([Threshold(), BurnRate(times=10)], webhooks=[Webhook(url, secret="env:…")]))`.
+
+    Args:
+        rules: what is worth an alert; without any, `Threshold()`: 50, 80, 95 and 100 % of every budget and quota.
+        webhooks: who is told; none: only observers are, by `Alert` events.
+        patience: how long one process tries to reach a webhook before another one may: from `10s` to `1h`.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or two webhooks have the same name.
+    """
+
+    def __init__(
+        self, rules: Sequence[AlertRule] = (Threshold(),), *, webhooks: Sequence[Webhook] = (), patience: str = "2m"
+    ) -> None:
+        self.rules = tuple(rules)
+        self.webhooks = tuple(webhooks)
+        for rule in self.rules:
+            if not isinstance(rule, Threshold | BurnRate):
+                raise ConfigurationError(f"Alerts: expected rules such as Threshold() or BurnRate(), got {rule!r}")
+        for webhook in self.webhooks:
+            if not isinstance(webhook, Webhook):
+                raise ConfigurationError(f"Alerts: expected webhooks such as Webhook(url, secret=…), got {webhook!r}")
+        if len({webhook.id for webhook in self.webhooks}) < len(self.webhooks):
+            raise ConfigurationError("Alerts: two webhooks have the same URL or name; give each a name of its own")
+        self._patience_ms = duration_ms(patience, name="Alerts.patience")
+        if not 10_000 <= self._patience_ms <= 3_600_000:
+            raise ConfigurationError(f"Alerts.patience: expected a time from 10s to 1h, got {patience!r}")
+        self._guard: Guard | None = None
+
+    def bind(self, guard: Guard) -> None:
+        """Watch this guard from now on.
+
+        Raises:
+            ConfigurationError: it watches another one, or the guard's storage cannot tell its processes apart.
+        """
+        if self._guard is not None:
+            raise ConfigurationError("Alerts: these belong to another guard; make new ones")
+        if not isinstance(guard.storage, KeepsShared):
+            raise ConfigurationError(
+                f"Alerts: a {type(guard.storage).__name__} cannot keep what was told already; use memory, SQLite, or Redis"
+            )
+        guard.storage.shared()  # says by itself if what it is around cannot
+        self._guard = guard
+        self._begin_anew(guard)
+        guard.observe(self._see)
+        guard.chores.add(CHORE, _EVERY_S, self.turn)
+        guard.chores.add(LAST_CHORE, _LAST_EVERY_S, self.flush, last=True)
+
+    def _begin_anew(self, guard: Guard) -> None:
+        self._pid = os.getpid()
+        self._watch = Watch(self.rules)
+        self._deliveries = Deliveries(lambda: _shared(guard), guard.clock, patience_ms=self._patience_ms)
+        self._generations: dict[str, tuple[int, str]] = {}
+        self._turn: asyncio.Lock = asyncio.Lock()
+
+    def _see(self, event: object, /) -> None:
+        if self._pid != os.getpid() and self._guard is not None:  # a forked child: what was seen is its parent's
+            self._begin_anew(self._guard)
+        self._watch(event)  # type: ignore[arg-type]  # observers are told events
+
+    # ------------------------------------------------------------------- on the background loop
+
+    async def turn(self) -> None:
+        """Look at what has changed, and tell what was crossed.
+
+        Raises:
+            StorageError: the store does not answer; all of it is looked at again.
+        """
+        guard = self._guard
+        assert guard is not None, "bound before it is a chore"  # noqa: S101
+        async with self._turn:
+            now_ms = guard.clock.now_ms()
+            due = self._watch.due(now_ms)
+            for at in range(0, len(due), _BATCH):
+                meters = due[at : at + _BATCH]
+                readings = await guard.storage.read(meters)
+                crossings = self._watch.look(meters, readings, now_ms)
+                await self._note_resets(guard)
+                for crossing in crossings:
+                    await self._tell(guard, crossing, now_ms)
+            await self._deliveries.ask()
+
+    async def flush(self) -> None:
+        """Tell what is left, and wait up to 4 seconds for what is being sent."""
+        try:
+            async with asyncio.timeout(_LAST_S / 2):
+                await self.turn()
+        except TimeoutError:
+            pass
+        finally:
+            await self._deliveries.flush(_LAST_S / 2)
+
+    async def _note_resets(self, guard: Guard) -> None:
+        """Have what was told of an instance be told again where its counter was reset, by whoever notices first."""
+        while self._watch.lowered:
+            key = next(iter(self._watch.lowered))
+            meter, instance = self._watch.lowered[key]
+            known = self._generations.get(key, (0, ""))[0]
+            await _shared(guard).publish(_generation_name(meter), known + 1, instance.encode())
+            await self._learn(guard, meter)
+            del self._watch.lowered[key]
+
+    async def _learn(self, guard: Guard, meter: Meter) -> None:
+        known = self._generations.get(meter.key, (0, ""))
+        found = await _shared(guard).document(_generation_name(meter), known=known[0])
+        if found is not None:
+            self._generations[meter.key] = (found.version, found.data.decode())
+
+    async def _tell(self, guard: Guard, crossing: Crossing, now_ms: int) -> None:
+        if not self._deliveries.has_room(self.webhooks):
+            return  # it is still crossed with the next turn
+        if isinstance(crossing.rule, BurnRate) or not is_fixed(crossing.meter.window):
+            found = await self._episode(guard, crossing, now_ms)
+        else:
+            found = await self._instance(guard, crossing)
+        if found is None:
+            return  # another process has just begun to tell it: with the next turn its id is known
+        alert_id, first = found
+        alert = _alert(alert_id, crossing, now_ms)
+        if first:
+            emit(guard.engine.observers, alert)
+        self._watch.handled(crossing)
+        for webhook in self.webhooks:
+            self._deliveries.add(Due(alert, webhook, crossing.until_ms))
+
+    async def _instance(self, guard: Guard, crossing: Crossing) -> tuple[str, bool]:
+        """The id of an alert about one instance of a window, and whether it is this process's to tell."""
+        await self._learn(guard, crossing.meter)
+        version, instance = self._generations.get(crossing.meter.key, (0, ""))
+        alert_id = _digest(crossing, version if instance == crossing.instance else 0)
+        return alert_id, await _shared(guard).mark(f"alert:{alert_id}", until_ms=crossing.until_ms)
+
+    async def _episode(self, guard: Guard, crossing: Crossing, now_ms: int) -> tuple[str, bool] | None:
+        """The same where there are no instances: it lasts as long as it is not to be told again, from when it was told."""
+        shared = _shared(guard)
+        name = "alert:" + _digest(crossing, 0)
+        if await shared.mark(name, until_ms=crossing.until_ms):
+            await shared.publish(name, now_ms, b"")
+            return _digest(crossing, now_ms), True
+        begun = await shared.document(name)
+        if begun is None or begun.version + crossing.until_ms - now_ms <= now_ms:
+            return None
+        return _digest(crossing, begun.version), False
+
+
+def _digest(crossing: Crossing, generation: int) -> str:
+    what = (crossing.meter.key, crossing.instance, generation, *crossing.what)
+    return hashlib.blake2b(_encode(what), digest_size=16).hexdigest()
+
+
+def _alert(alert_id: str, crossing: Crossing, now_ms: int) -> Alert:
+    meter, rule = crossing.meter, crossing.rule
+    return Alert(
+        id=alert_id,
+        kind="burn_rate" if isinstance(rule, BurnRate) else "threshold",
+        policy=meter.policy,
+        scope=meter.scope,
+        subject=meter.subject,
+        unit=meter.unit,
+        threshold=crossing.at,
+        at_ms=now_ms,
+        limit=meter.limit or 0,
+        used=crossing.reading.used,
+        held=crossing.reading.held,
+        resets_at_ms=crossing.reading.resets_at_ms,
+        spent=crossing.spent,
+        window_ms=rule.window_ms if isinstance(rule, BurnRate) else None,
+        shadow=not meter.enforce,
+    )
+
+
+def _shared(guard: Guard) -> Shared:
+    storage = guard.storage
+    if not isinstance(storage, KeepsShared):
+        raise ConfigurationError(f"Alerts: a {type(storage).__name__} cannot keep what was told already")
+    return storage.shared()
+
+
+def _generation_name(meter: Meter) -> str:
+    return "alert:" + hashlib.blake2b(meter.key.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,315 @@
+"""Which counters are to be looked at, and what has been crossed. Nothing here waits or asks a store.
+
+Rule 1: the hot path only puts an event into a queue. All else is done when the queue is taken.
+
+Rule 2: a counter is watched from the admission after which it may cross a threshold, by all that is held, until a
+reading says that it has, or cannot. Whatever process settles the last of it, each that admitted some of it watches.
+
+Rule 3: nothing that may cross is dropped. Where the queue is full, the counters of an admission that may cross are
+kept by themselves, each once, and read.
+
+Rule 4: what was crossed is told again until it was handled (`handled`), once per instance of the window, and once per
+length of the window where it has no instances.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from asgi_llm_guard.alerts.rules import AlertRule, BurnRate, Threshold, crossed, instance_of, is_fixed, period_ms
+from asgi_llm_guard.claims import Meter, Reading, Receipt
+from asgi_llm_guard.events import Admission, Event, Expired, SettledCall
+
+__all__ = ["Crossing", "Watch"]
+
+MOST_EVENTS: Final = 10_000
+MOST_METERS: Final = 50_000
+MOST_CALLS: Final = 50_000
+
+_SAMPLES: Final = 60
+"""A burn rate's window is looked at in so many steps."""
+_GRACE_MS: Final = 600_000
+"""Clocks differ: what was told of a window is known for longer than that."""
+
+
+class Crossing(msgspec.Struct, frozen=True, kw_only=True):
+    """A threshold that was crossed."""
+
+    meter: Meter
+    rule: AlertRule
+    at: float
+    """Percent, or how many times as fast."""
+    reading: Reading
+    instance: str
+    """Names the instance of the window; empty where it has none."""
+    until_ms: int
+    """It is not told again before then."""
+    spent: int | None = None
+    """Of a burn rate."""
+
+    @property
+    def what(self) -> tuple[str, float, int]:
+        """What was crossed, of the same meter: equal for rules that say the same."""
+        if isinstance(self.rule, BurnRate):
+            return "burn_rate", self.at, self.rule.window_ms
+        return self.rule.of, self.at, 0
+
+
+class _Entry:
+    """What is known of one counter."""
+
+    __slots__ = ("burns", "instance", "last", "meter", "sampled_ms", "samples", "spent", "thresholds", "told")
+
+    def __init__(self, meter: Meter, rules: Sequence[AlertRule]) -> None:
+        self.meter = meter
+        self.thresholds = [rule for rule in rules if isinstance(rule, Threshold)]
+        self.burns = [rule for rule in rules if isinstance(rule, BurnRate)]
+        self.instance: str | None = None
+        """Of the last reading; `None`: there was none."""
+        self.last = 0
+        """What was used then."""
+        self.told: dict[tuple[str, float, int], int] = {}
+        """What was handled, and until when it is not told again."""
+        self.spent = 0
+        """Since the first reading, over all instances."""
+        self.samples: deque[tuple[int, int]] = deque()
+        """Instants and what was spent by then."""
+        self.sampled_ms = -1
+
+    @property
+    def step_ms(self) -> int:
+        return min((rule.window_ms for rule in self.burns), default=0) // _SAMPLES
+
+    def may_cross(self, used: int, held: int, now_ms: int) -> bool:
+        """Whether there is a threshold at or below all that is used or held, that was not told."""
+        limit, level = self.meter.limit or 0, used + held
+        return any(
+            crossed(level, at, limit) and self.told.get((rule.of, at, 0), 0) <= now_ms
+            for rule in self.thresholds
+            for at in rule.at
+        )
+
+    def was_lowered(self, used: int, now_ms: int) -> bool:
+        """Whether less is used than something that was told of this instance stands for."""
+        limit = self.meter.limit or 0
+        return any(
+            until_ms > now_ms and what in ("used", "held") and not crossed(used, at, limit)
+            for (what, at, _), until_ms in self.told.items()
+        )
+
+
+class Watch:
+    """An observer. `due` and `look` are for one thread at a time, the observer is for any.
+
+    `lowered`: meters of which less is used than before in the same instance of the window, which is named beside: they
+    were reset. Whoever takes them out says so to the other processes.
+    """
+
+    def __init__(self, rules: Sequence[AlertRule], *, most_events: int = MOST_EVENTS) -> None:
+        self._rules = tuple(rules)
+        self._most_events = most_events
+        self._events: deque[Admission | SettledCall] = deque()
+        self._crowded: dict[str, Meter] = {}
+        self._crowding = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._calls: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._watched: set[str] = set()
+        self._sampling: set[str] = set()
+        self._all = False
+        self.lowered: dict[str, tuple[Meter, str]] = {}
+
+    # ------------------------------------------------------------------------------ hot path
+
+    def __call__(self, event: Event, /) -> None:
+        kind = type(event)
+        if kind is Expired:
+            self._all = True
+        elif (kind is Admission and not event.degraded) or kind is SettledCall:  # type: ignore[union-attr]
+            if len(self._events) < self._most_events:
+                self._events.append(event)  # type: ignore[arg-type]
+            else:
+                self._crowd(event)  # type: ignore[arg-type]
+
+    def _crowd(self, event: Admission | SettledCall) -> None:
+        if isinstance(event, SettledCall):
+            # Its admission has put on watch what it may cross, unless it used more than it held.
+            self._all = self._all or any(event.settled.overages)
+            return
+        for receipt in event.granted.receipts:
+            meter, level = receipt.claim.meter, receipt.used + receipt.held + receipt.claim.amount
+            for rule in self._rules:
+                if rule.matches(meter) and (
+                    isinstance(rule, BurnRate) or crossed(level, rule.lowest, meter.limit or 0)
+                ):
+                    with self._crowding:
+                        self._crowded[meter.key] = meter
+                    break
+
+    # --------------------------------------------------------------------------- off the hot path
+
+    @property
+    def waiting(self) -> int:
+        """How many events are in the queue."""
+        return len(self._events)
+
+    def look_again(self) -> None:
+        """Have everything that is known read next."""
+        self._all = True
+
+    def due(self, now_ms: int) -> list[Meter]:
+        """Take the queue, and give the meters that are to be read."""
+        for _ in range(len(self._events)):
+            event = self._events.popleft()
+            if isinstance(event, Admission):
+                self._admitted(event, now_ms)
+            else:
+                self._settled(event)
+        with self._crowding:
+            crowded, self._crowded = self._crowded, {}
+        for meter in crowded.values():
+            entry = self._entry(meter)
+            if entry is not None:
+                self._watched.add(meter.key)
+        keys = set(self._watched)
+        for key in tuple(self._sampling):
+            entry = self._entries.get(key)
+            if entry is None:
+                self._sampling.discard(key)
+            elif now_ms >= entry.sampled_ms + entry.step_ms or now_ms < entry.sampled_ms:
+                keys.add(key)
+        if self._all:
+            self._all = False
+            keys.update(self._entries)
+        return [self._entries[key].meter for key in sorted(keys) if key in self._entries]
+
+    def _admitted(self, event: Admission, now_ms: int) -> None:
+        keys = []
+        for receipt in event.granted.receipts:
+            entry = self._entry(receipt.claim.meter)
+            if entry is None or not receipt.taken:
+                continue
+            keys.append(receipt.claim.meter.key)
+            self._took(entry, receipt, now_ms)
+        if event.call_id is not None and keys:
+            self._calls[event.call_id] = tuple(keys)
+            if len(self._calls) > MOST_CALLS:
+                self._calls.popitem(last=False)
+
+    def _took(self, entry: _Entry, receipt: Receipt, now_ms: int) -> None:
+        key = entry.meter.key
+        if entry.burns:
+            self._sampling.add(key)
+        if entry.may_cross(receipt.used, receipt.held + receipt.claim.amount, now_ms) or entry.was_lowered(
+            receipt.used, now_ms
+        ):
+            self._watched.add(key)
+
+    def _settled(self, event: SettledCall) -> None:
+        keys = self._calls.pop(event.settled.call_id, None)
+        over = any(event.settled.overages)
+        if keys is None:
+            self._all = self._all or over
+            return
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.burns:
+                self._sampling.add(key)
+            if over:
+                self._watched.add(key)
+
+    def _entry(self, meter: Meter) -> _Entry | None:
+        """What is known of a meter; `None`: no rule is about it."""
+        entry = self._entries.get(meter.key)
+        if entry is None:
+            rules = [rule for rule in self._rules if rule.matches(meter)]
+            if not rules:
+                return None
+            entry = self._entries[meter.key] = _Entry(meter, rules)
+            if len(self._entries) > MOST_METERS:
+                old, _ = self._entries.popitem(last=False)
+                self._watched.discard(old)
+        else:
+            self._entries.move_to_end(meter.key)
+            entry.meter = meter  # its limit may be another one
+        return entry
+
+    def look(self, meters: Sequence[Meter], readings: Sequence[Reading], now_ms: int) -> list[Crossing]:
+        """What the readings have crossed and was not handled yet. Readings come in the order in which they were made."""
+        found: list[Crossing] = []
+        for meter, reading in zip(meters, readings, strict=True):
+            entry = self._entries.get(meter.key)
+            if entry is None:
+                continue
+            instance = instance_of(meter.window, reading.resets_at_ms)
+            grown = self._compare(entry, instance, reading, now_ms)
+            crossings = self._thresholds(entry, reading, instance, now_ms)
+            if entry.burns:
+                crossings += self._burns(entry, grown, reading, instance, now_ms)
+            found += crossings
+            if crossings or entry.may_cross(reading.used, reading.held, now_ms):
+                self._watched.add(meter.key)
+            else:
+                self._watched.discard(meter.key)
+        return found
+
+    def _compare(self, entry: _Entry, instance: str, reading: Reading, now_ms: int) -> int:
+        """How much was used since the reading before, as far as that can be told."""
+        before, known = entry.last, entry.instance
+        entry.instance, entry.last = instance, reading.used
+        if known is None or not is_fixed(entry.meter.window):
+            return 0
+        if known == instance and reading.used >= before:
+            return reading.used - before
+        if known == instance or (known and not instance and now_ms < int(known)):
+            self.lowered[entry.meter.key] = (entry.meter, known)
+        entry.told = {what: until_ms for what, until_ms in entry.told.items() if what[0] == "burn_rate"}
+        return reading.used
+
+    def _thresholds(self, entry: _Entry, reading: Reading, instance: str, now_ms: int) -> list[Crossing]:
+        meter = entry.meter
+        if is_fixed(meter.window):
+            until_ms = (reading.resets_at_ms or now_ms) + _GRACE_MS
+        else:
+            until_ms = now_ms + max(period_ms(meter.window, now_ms), 60_000)
+        found: dict[tuple[str, float, int], Crossing] = {}
+        for rule in entry.thresholds:
+            level = reading.used + (reading.held if rule.of == "held" else 0)
+            for at in rule.at:
+                if crossed(level, at, meter.limit or 0) and entry.told.get((rule.of, at, 0), 0) <= now_ms:
+                    crossing = Crossing(
+                        meter=meter, rule=rule, at=at, reading=reading, instance=instance, until_ms=until_ms
+                    )
+                    found.setdefault(crossing.what, crossing)
+        return list(found.values())
+
+    def _burns(self, entry: _Entry, grown: int, reading: Reading, instance: str, now_ms: int) -> list[Crossing]:
+        entry.spent += grown
+        entry.sampled_ms = now_ms
+        entry.samples.append((now_ms, entry.spent))
+        longest_ms = max(rule.window_ms for rule in entry.burns)
+        while entry.samples[0][0] < now_ms - longest_ms or entry.samples[0][0] > now_ms:
+            entry.samples.popleft()
+        found = []
+        for rule in entry.burns:
+            # From the first sample inside the window: what this process did not see may have been before it.
+            spent = entry.spent - next(then for at_ms, then in entry.samples if at_ms >= now_ms - rule.window_ms)
+            crossing = Crossing(
+                meter=entry.meter, rule=rule, at=rule.times, reading=reading, instance=instance,
+                until_ms=now_ms + rule.window_ms, spent=spent,
+            )  # fmt: skip
+            if spent >= max(1, rule.worth(entry.meter, now_ms)) and entry.told.get(crossing.what, 0) <= now_ms:
+                found.append(crossing)
+        if not grown:
+            self._sampling.discard(entry.meter.key)  # until something is admitted or settled again
+        return found
+
+    def handled(self, crossing: Crossing) -> None:
+        """It was told: not again before it is over."""
+        entry = self._entries.get(crossing.meter.key)
+        if entry is not None and entry.instance == crossing.instance:
+            entry.told[crossing.what] = crossing.until_ms
