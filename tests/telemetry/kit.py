@@ -27,8 +27,8 @@ class Telemetry:
         self.meters = MeterProvider([self._reader])
         self.tracer = self.tracers.get_tracer("application")
 
-    def instrument(self, guard: Guard) -> Instrumentation:
-        return instrument(guard, tracer_provider=self.tracers, meter_provider=self.meters)
+    def instrument(self, guard: Guard, **options: Any) -> Instrumentation:
+        return instrument(guard, tracer_provider=self.tracers, meter_provider=self.meters, **options)
 
     @property
     def spans(self) -> list[ReadableSpan]:
