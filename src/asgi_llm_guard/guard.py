@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     import httpx
     import httpx2
 
+    from asgi_llm_guard.alerts import Alerts
     from asgi_llm_guard.control.store import Control
     from asgi_llm_guard.health import HealthApp
     from asgi_llm_guard.ledger import Ledger
@@ -93,6 +94,7 @@ class Guard:
             money policy applies.
         clock: the time; for tests.
         observers: are told every event.
+        alerts: who is told when a limit is nearly used up, or too fast (`docs/alerts.md`). `None`: nobody.
         hold_wait_s: how long a call waits, in seconds, where only the holds of others stand in its way.
         max_waiting: how many calls may wait at the same time; more are refused at once.
         max_overage: a reported usage of more than so many times what was held is not believed: that much is
@@ -136,6 +138,7 @@ class Guard:
         prices: PriceBook | None = None,
         clock: Clock | None = None,
         observers: Sequence[Observer] = (),
+        alerts: Alerts | None = None,
         hold_wait_s: float = 0.25,
         max_waiting: int = 1000,
         max_overage: int | None = 10,
@@ -233,6 +236,8 @@ class Guard:
         self._owns_ledger = ledger is None or isinstance(ledger, str)
         self._books: Bookkeeping | None = None
         self._attach(ledger, lazily=True)
+        if alerts is not None:
+            _bind_alerts(alerts, self)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -658,6 +663,14 @@ def _control(control: Control | str | None, clock: Clock) -> Control | None:
     from asgi_llm_guard.control.store import Control
 
     return Control(control, clock=clock)
+
+
+def _bind_alerts(alerts: object, guard: Guard) -> None:
+    from asgi_llm_guard.alerts import Alerts
+
+    if not isinstance(alerts, Alerts):
+        raise ConfigurationError(f"alerts: expected Alerts(…), got {alerts!r}")
+    alerts.bind(guard)
 
 
 def _local_storage(clock: Clock) -> Callable[[], Storage]:
