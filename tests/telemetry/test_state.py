@@ -27,11 +27,13 @@ from asgi_llm_guard import (
     Usage,
 )
 from asgi_llm_guard.cache import Cache
+from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import BacklogFull, DataLost, Expired, SlotOverrun, emit
 from asgi_llm_guard.identity import TrustedHeaders
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.telemetry.labels import Labels
 from asgi_llm_guard.telemetry.storing import MeasuredStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
@@ -324,9 +326,9 @@ async def test_junk_makes_no_series(clock: FrozenClock, told: Telemetry) -> None
         await ask(app, body, headers=headers, session=False)
         await request(f"/{name}", headers=headers).run(routes)
         await request(f"/agents/{name}", headers=headers).run(routes)
-        async with guard.open(Context(caller=name, agent=name, session=name, tags=(name,))):
-            async with guard.call(model=f"{name}/{name}", input_tokens=1, max_output_tokens=1) as call:
-                call.record(Usage(input_tokens=1, output_tokens=1))
+        described = guard.call(model=f"{name}/{name}", input_tokens=1, max_output_tokens=1)
+        async with guard.open(Context(caller=name, agent=name, session=name, tags=(name,))), described as call:
+            call.record(Usage(input_tokens=1, output_tokens=1))
 
     def series() -> int:
         return sum(len(points) for points in told.collect().values())
@@ -342,3 +344,16 @@ async def test_junk_makes_no_series(clock: FrozenClock, told: Telemetry) -> None
     assert "junk-" not in text
     assert "warm-" not in text
     await guard.aclose()
+
+
+def test_invented_providers() -> None:
+    """T11: a provider that nobody knows is `other`, unless it is a deployment's or its model has a price; so is what
+    comes after a hundred names of a kind."""
+    labels = Labels()
+    assert labels.model(Call(provider="junk", model="junk")) == ("other", "other")
+    assert labels.model(Call(provider="junk", model="junk", deployment="a")) == ("junk", "other")
+    assert labels.model(Call(provider="own", model="m", price_source="override")) == ("own", "m")
+    assert labels.model(None) == ("other", "other")
+    named = {labels.name("policy", f"policy-{number}") for number in range(200)}
+    assert len(named) == 101
+    assert labels.name("policy", "policy-0") == "policy-0"
