@@ -158,6 +158,7 @@ class ActiveCall(Claimed):
             except StopAsyncIteration:
                 return
             except Halted as halted:
+                await _close(parts)
                 raise halted.refused() from None
             self.record_chunk(chunk)
             yield chunk
@@ -169,6 +170,9 @@ class ActiveCall(Claimed):
             self.record_chunk(chunk)
             yield chunk
             if self.halted is not None:
+                close = getattr(chunks, "close", None)
+                if callable(close):
+                    close()
                 raise LimitExceeded(self.halted)
 
     def release(self) -> None:
@@ -360,6 +364,13 @@ class ActiveCall(Claimed):
 
 _FAILED: Final = frozenset({"provider_error", "not_dispatched", "unknown"})
 _MEASURED = frozenset({Unit.TOKENS, Unit.NANOUSD})
+
+
+async def _close(parts: object) -> None:
+    """Close a stream that nobody reads on: not only once it is collected."""
+    close = getattr(parts, "aclose", None)
+    if callable(close):
+        await close()
 
 
 def _debit(receipt: Receipt, amount: int | None) -> Claim:
