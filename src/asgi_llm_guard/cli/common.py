@@ -41,6 +41,11 @@ class Tool:
         """A URL in place of the settings'."""
         self._urls = {name: url for name, url in urls.items() if url is not None}
 
+    @property
+    def names_control(self) -> bool:
+        """Whether the command line or the settings say where administration data is."""
+        return "control" in self._urls or getattr(self.settings(), "control", None) is not None
+
     def settings(self) -> GuardSettings:
         """What the file, the environment and secret files say.
 

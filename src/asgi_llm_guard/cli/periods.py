@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as day_time
@@ -14,12 +16,13 @@ import click
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.windows import duration_ms
 
-__all__ = ["Period", "instant_of", "period_options"]
+__all__ = ["Period", "end_of", "instant_of", "period_options"]
 
 _GRAMMAR: Final = (
     "a time ago (24h, 7d), today, yesterday, month, a month (2026-11), a day (2026-11-01), or an instant "
     "(2026-11-01T08:00Z)"
 )
+_DURATION: Final = re.compile(r"\d+[a-z]+", re.ASCII)
 _MONTH: Final = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
 
 Period = tuple[int, int]
@@ -55,6 +58,27 @@ def instant_of(text: str, *, now_ms: int, tz: str = "UTC") -> int:
         raise ConfigurationError(f"expected {_GRAMMAR}; got {text!r}") from None
 
 
+def end_of(text: str, *, name: str) -> int:
+    """When something ends: a time from now (`2h`, `90d`), a day or an instant, in milliseconds.
+
+    Raises:
+        UsageError: it is none of these, or over already.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    try:
+        at_ms = instant_of(text, now_ms=now_ms)
+    except ConfigurationError:
+        raise click.UsageError(
+            f"{name}: expected a time from now (2h, 90d), a day (2027-06-30) or an instant (2027-06-30T18:00Z), "
+            f"got {text!r}"
+        ) from None
+    if _DURATION.fullmatch(text):
+        at_ms = 2 * now_ms - at_ms
+    if at_ms <= now_ms:
+        raise click.UsageError(f"{name}: {text} is over already")
+    return at_ms
+
+
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
@@ -74,9 +98,6 @@ def period_options(default: str) -> Callable[[Callable[..., Any]], Callable[...,
     """`--since`, `--until` and `--tz`; the command is given `period` and `tz`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        import functools
-        import time
-
         @click.option("--since", default=default, show_default=True, metavar="WHEN", help=f"From: {_GRAMMAR}.")
         @click.option("--until", default="now", show_default=True, metavar="WHEN", help="Up to, and without.")
         @click.option(

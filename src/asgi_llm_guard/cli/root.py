@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from asgi_llm_guard.cli.failures import Failure
+from asgi_llm_guard.cli.failures import Exit, Failure
 from asgi_llm_guard.errors import GuardError
 
 __all__ = ["Late", "program"]
@@ -62,6 +62,10 @@ class Late(click.Group):
             return super().invoke(ctx)
         except GuardError as error:
             raise Failure.of(error) from error
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # click ends quietly where nobody reads on
+                raise
+            raise Failure(f"{error.filename or 'a file'}: {error.strerror or error}", Exit.FOUND) from error
 
 
 @click.group(

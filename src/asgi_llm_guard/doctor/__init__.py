@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asgi_llm_guard.doctor.application import GuardedPath, examine_application
+from asgi_llm_guard.doctor.application import GuardedPath, examine_application, guards_of
 from asgi_llm_guard.doctor.configuration import (
     Pricing,
     examine_clock,
@@ -25,6 +25,7 @@ __all__ = [
     "examine_prices",
     "examine_records",
     "examine_store",
+    "guards_of",
     "models_named",
     "worst",
 ]

@@ -15,7 +15,7 @@ from asgi_llm_guard.middleware import GuardMiddleware
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.routes import RouteTable
 
-__all__ = ["GuardedPath", "examine_application"]
+__all__ = ["GuardedPath", "examine_application", "guards_of"]
 
 _DEPTH: Final = 16
 _AUTHENTICATION: Final = frozenset({"AuthenticationMiddleware", "SessionMiddleware"})
@@ -80,6 +80,20 @@ def examine_application(app: object) -> tuple[list[Finding], list[GuardedPath]]:
     ]
     findings += _unused_routes(guards, paths)
     return findings, paths
+
+
+def guards_of(app: object) -> list[Guard]:
+    """The guards of the middleware around an application and what is mounted in it, each once."""
+    return list({id(layer.guard): layer.guard for layer in _every_layer(app, 0) if layer.guard is not None}.values())
+
+
+def _every_layer(app: object, depth: int) -> Iterator[_Layer]:
+    layers, inner = _layers(app)
+    yield from layers
+    for route in getattr(inner, "routes", None) or ():
+        mounted = getattr(route, "app", None)
+        if mounted is not None and getattr(route, "endpoint", None) is None and depth < _DEPTH:
+            yield from _every_layer(mounted, depth + 1)
 
 
 # ---------------------------------------------------------------------------------- middleware

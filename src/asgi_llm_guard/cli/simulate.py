@@ -1,0 +1,245 @@
+"""`simulate`: replay a past period under other policies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Hashable, Sequence
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import click
+
+from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, progress, run
+from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.cli.periods import Period, period_options
+from asgi_llm_guard.cli.tables import Column, count, instant, table, usd
+from asgi_llm_guard.windows import duration_ms
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.simulate import Agreement, Misfit, Simulation
+    from asgi_llm_guard.usage import UsageRecord
+
+__all__ = ["simulate"]
+
+_BATCH: Final = 2_000
+_HOUR_MS: Final = 3_600_000
+_SHADOW: Final = ".shadow"
+
+
+@click.command()
+@click.argument("candidate", type=click.Path(exists=True, dir_okay=False), required=False)
+@command_options
+@ledger_option
+@period_options("7d")
+@click.option(
+    "--warm-up",
+    default="0s",
+    show_default=True,
+    metavar="TIME",
+    help="Replay so much before the period, too, so that counters begin as they were: as long as the longest window.",
+)
+@click.option("--against", type=click.Choice(["shadow"]), help="Compare with what shadows reported in the period.")
+@click.option("--apart", is_flag=True, help="Ask each policy by itself, as a shadow: none takes anything from another.")
+@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many subjects to show.")
+@click.option("--refusals", type=click.File("w"), metavar="FILE", help="Write each refusal there, as JSON lines.")
+def simulate(
+    tool: Tool,
+    candidate: str | None,
+    period: Period,
+    tz: str,  # noqa: ARG001 - of the period
+    warm_up: str,
+    against: str | None,
+    top: int,
+    refusals: IO[str] | None,
+    *,
+    apart: bool,
+) -> None:
+    """Replay a past period under the policies of CANDIDATE: who would have been refused?
+
+    CANDIDATE is a settings file; its policies, routes, agents, departments and prices decide. The usage records are
+    those of --config. Without CANDIDATE, the policies of --config itself are replayed.
+
+    What was refused then is in no ledger, and what a caller would have done after a refusal nobody knows: every call is
+    asked by itself. With --against shadow the result is compared, hour by hour and policy by policy, with what the
+    policies of CANDIDATE reported when they ran as shadows of the same names.
+
+    Exit codes: 0 replayed; 1 there are no records, or less than 99 % agree with --against; 4 the ledger is away.
+    """
+    found, agreed = run(
+        _simulate(
+            tool,
+            candidate,
+            period,
+            warm_up_ms=duration_ms(warm_up, name="--warm-up"),
+            against=against is not None,
+            apart=apart or against is not None,
+            refusals=refusals,
+        )
+    )
+    document: dict[str, Any] = {"since_ms": period[0], "until_ms": period[1], "simulation": found}
+    if agreed is not None:
+        document["agreement"] = {
+            "decisions": agreed.decisions,
+            "both": agreed.both,
+            "only_simulated": agreed.only_simulated,
+            "only_reported": agreed.only_reported,
+            "share": agreed.share,
+        }
+    tool.show(document, lambda: _text(found, agreed, top))
+    if not found.records or (agreed is not None and agreed.share < 0.99):
+        raise click.exceptions.Exit(Exit.FOUND)
+
+
+async def _simulate(
+    tool: Tool,
+    candidate: str | None,
+    period: Period,
+    *,
+    warm_up_ms: int,
+    against: bool,
+    apart: bool,
+    refusals: IO[str] | None,
+) -> tuple[Simulation, Agreement | None]:
+    from asgi_llm_guard.settings import build_guard_arguments, build_middleware_arguments, load_settings
+    from asgi_llm_guard.simulate import Simulator
+
+    settings = tool.settings()
+    chosen = settings if candidate is None else load_settings(candidate)
+    arguments = build_guard_arguments(chosen)
+    routes = build_middleware_arguments(chosen)["routes"] or ()
+    policies = arguments["policies"]
+    simulator = Simulator(
+        policies,
+        routes=routes,
+        apart=apart,
+        hold_wait_s=arguments.get("hold_wait_s", 0.25),
+        found=None if refusals is None else lambda misfit: _write(refusals, misfit),
+        arguments=arguments,
+    )
+    guard: Any = tool.guard(settings)
+    try:
+        if getattr(guard, "ledger", None) is None:
+            raise Failure(
+                f"{tool.path}: no ledger is configured, so there are no records to replay; name one with --ledger URL",
+                Exit.CONFIGURATION,
+            )
+        since_ms, until_ms = period
+        records = _records(guard.ledger, since_ms - warm_up_ms, until_ms)
+        total = await _how_many(guard.ledger, since_ms - warm_up_ms, until_ms)
+        with progress("replaying", length=total) as bar:
+            found = await simulator.run(records, since_ms=since_ms, progress=bar)
+        names = [policy.name for policy in (*policies, *(policy for route in routes for policy in route.extra))]
+        agreed = await _compared(guard.ledger, found, period, names) if against else None
+    finally:
+        await guard.aclose()
+    return found, agreed
+
+
+async def _records(ledger: Any, since_ms: int, until_ms: int) -> AsyncIterator[Sequence[UsageRecord]]:
+    from asgi_llm_guard.ledger.values import RecordQuery
+
+    query = RecordQuery(since_ms=max(0, since_ms), until_ms=until_ms, limit=_BATCH)
+    async for batch in ledger.stream(query):
+        yield batch
+
+
+async def _how_many(ledger: Any, since_ms: int, until_ms: int) -> int:
+    from asgi_llm_guard.ledger.values import UsageQuery
+
+    report = await ledger.usage(UsageQuery(since_ms=max(0, since_ms), until_ms=until_ms))
+    return int(report.total.records)
+
+
+async def _compared(ledger: Any, found: Simulation, period: Period, names: Sequence[str]) -> Agreement:
+    """With the hours that lie in the period as a whole; the others were counted in part."""
+    from asgi_llm_guard.ledger.values import RefusalQuery
+    from asgi_llm_guard.simulate import agreement_of_counts
+
+    first = -(-period[0] // _HOUR_MS) * _HOUR_MS
+    last = period[1] - period[1] % _HOUR_MS
+    wanted = {name.removesuffix(_SHADOW) for name in names}
+    simulated: dict[Hashable, int] = {
+        (row.hour_ms, row.policy): row.calls for row in found.hours if first <= row.hour_ms < last and not row.enforced
+    }
+    reported: dict[Hashable, int] = {}
+    for row in await ledger.refusals(RefusalQuery(since_ms=first, until_ms=max(first, last), limit=10_000_000)):
+        policy = row.policy.removesuffix(_SHADOW)
+        if policy != row.policy and policy in wanted:
+            reported[row.hour_ms, policy] = reported.get((row.hour_ms, policy), 0) + row.count
+    return agreement_of_counts(simulated, reported, decisions=found.calls * max(1, len(wanted)))
+
+
+def _write(file: IO[str], misfit: Misfit) -> None:
+    import msgspec
+
+    file.write(json.dumps(msgspec.to_builtins(misfit)) + "\n")
+
+
+# ----------------------------------------------------------------------------------------- text
+
+
+def _text(found: Simulation, agreed: Agreement | None, top: int) -> str:
+    if not found.records:
+        return "There are no usage records in this period."
+    period = f"{instant(found.first_ms)} to {instant(found.last_ms)} UTC"
+    parts = [f"{count(found.records)} records of {period}, {usd(found.cost_nanousd)}"]
+    share = found.refused / found.records
+    would = f"{count(found.refused)} of them would have been refused ({share:.1%}), {usd(found.refused_nanousd)}"
+    notes = [
+        f"{count(number)} {text}"
+        for number, text in (
+            (found.unknown, "at a cost that is not known"),
+            (found.followed, "with their first attempt"),
+            (found.shorter, "that would have fit with a lower output limit"),
+        )
+        if number
+    ]
+    parts.append(click.style(would, bold=True) + (f": {', '.join(notes)}" if notes else ""))
+    if found.policies:
+        columns = [
+            Column("POLICY"),
+            Column("CODE"),
+            Column("CALLS", align="right"),
+            Column("COST", align="right"),
+            Column("FIRST (UTC)", keep=True),
+            Column("LAST (UTC)", keep=True),
+        ]
+        rows = [
+            (
+                row.policy,
+                row.code if row.enforced else "would (shadow)",
+                row.calls,
+                usd(row.cost_nanousd),
+                instant(row.first_ms)[:16],
+                instant(row.last_ms)[:16],
+            )
+            for row in found.policies
+        ]
+        parts.append(table(columns, rows))
+        columns = [
+            Column("SCOPE"),
+            Column("WHO"),
+            Column("POLICY"),
+            Column("CALLS", align="right"),
+            Column("COST", align="right"),
+            Column("FIRST (UTC)", keep=True),
+        ]
+        lines = [
+            (
+                row.scope or None,
+                row.subject or None,
+                row.policy,
+                row.calls,
+                usd(row.cost_nanousd),
+                instant(row.first_ms)[:16],
+            )
+            for row in found.subjects[:top]
+        ]
+        parts.append(table(columns, lines))
+        if len(found.subjects) > top:
+            parts[-1] += f"\n… and {count(len(found.subjects) - top)} more (--top)"
+    if agreed is not None:
+        parts.append(
+            f"{agreed.share:.2%} agree with what shadows reported: {count(agreed.both)} misfits on both sides, "
+            f"{count(agreed.only_simulated)} only here, {count(agreed.only_reported)} only there"
+        )
+    return "\n\n".join(parts)
