@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -176,8 +178,7 @@ def hash_(tool: Tool, whose: dict[str, Any], id_: str) -> None:
     """
     from asgi_llm_guard.identity.keys import ApiKey, ApiKeys
 
-    stream = click.get_text_stream("stdin")
-    key: str = click.prompt("Key", hide_input=True, err=True) if stream.isatty() else stream.readline(_MOST_LINE)
+    key = getpass.getpass("Key: ") if sys.stdin.isatty() else sys.stdin.readline(_MOST_LINE)
     record = ApiKey(id=id_, digest=ApiKeys.hash(key.strip(), _secret(tool)), **_record_fields(whose))
     document = {"id": record.id, "digest": record.digest, "entry": record.to_toml()}
     tool.show(document, lambda: record.to_toml().rstrip())

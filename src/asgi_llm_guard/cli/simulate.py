@@ -32,8 +32,6 @@ _SHADOW: Final = ".shadow"
 @period_options("7d")
 @click.option(
     "--warm-up",
-    default="0s",
-    show_default=True,
     metavar="TIME",
     help="Replay so much before the period, too, so that counters begin as they were: as long as the longest window.",
 )
@@ -46,7 +44,7 @@ def simulate(
     candidate: str | None,
     period: Period,
     tz: str,  # noqa: ARG001 - of the period
-    warm_up: str,
+    warm_up: str | None,
     against: str | None,
     top: int,
     refusals: IO[str] | None,
@@ -69,7 +67,7 @@ def simulate(
             tool,
             candidate,
             period,
-            warm_up_ms=duration_ms(warm_up, name="--warm-up"),
+            warm_up_ms=0 if warm_up is None else duration_ms(warm_up, name="--warm-up"),
             against=against is not None,
             apart=apart or against is not None,
             refusals=refusals,
