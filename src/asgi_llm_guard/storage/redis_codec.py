@@ -104,7 +104,9 @@ def read_record(call_id: str, data: bytes) -> UsageRecord:
         fields[name] = usual if value is None else tuple(value) if isinstance(value, list) else value
     usage = fields.get("usage")
     if usage is not None:
-        fields["usage"] = Usage(**dict(zip(Usage.__struct_fields__, usage, strict=True)))
+        known = dict(zip(Usage.__struct_fields__, usage, strict=True))
+        known["extra"] = msgspec.convert(known["extra"] or (), tuple[Usage, ...])
+        fields["usage"] = Usage(**known)
     return UsageRecord(call_id=call_id, **fields)
 
 
