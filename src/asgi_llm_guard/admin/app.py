@@ -1,0 +1,160 @@
+"""The administration page as an ASGI application. Mount it where you like: `app.mount("/admin", guard.admin_app(…))`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import get_route_path
+
+from asgi_llm_guard.admin import gate
+from asgi_llm_guard.admin.asked import Asked, ProblemError, fields_of, json_answer, read_json
+from asgi_llm_guard.admin.cookies import set_cookie
+from asgi_llm_guard.admin.desk import Desk
+from asgi_llm_guard.admin.options import AdminOptions
+from asgi_llm_guard.admin.pages import page
+from asgi_llm_guard.admin.sessions import SESSION_COOKIE
+from asgi_llm_guard.admin.table import VERBS
+from asgi_llm_guard.admin.verbs import Verb
+from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.marks import mark_own
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from asgi_llm_guard.guard import Guard
+
+__all__ = ["HEADERS", "AdminApp", "end_socket", "follow_lifespan"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; "
+        "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "interest-cohort=()",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Of every answer. `Referrer-Policy`: browsers name no origin with `no-referrer`, and forms are checked by it."""
+
+
+@mark_own
+class AdminApp:
+    """Pages, forms and an API over one guard. `GuardMiddleware` neither counts nor refuses its requests."""
+
+    def __init__(self, guard: Guard, options: AdminOptions) -> None:
+        self.desk = Desk(guard, options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await follow_lifespan(receive, send)
+        elif scope["type"] == "http":
+            response = await self._answer(Request(scope, receive))
+            for name, value in HEADERS.items():
+                response.headers.setdefault(name, value)
+            if scope["method"] == "HEAD":
+                response.body = b""
+            await response(scope, receive, send)
+        else:
+            await end_socket(receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        path = get_route_path(request.scope) or "/"
+        api = path.startswith("/api/")
+        asked = Asked(self.desk, request, None, None)
+        try:
+            credential, session = await gate.identify(self.desk, request)
+            asked.credential, asked.session = credential, session
+            found = VERBS.find(request.method, path)
+            if not isinstance(found, tuple):
+                found = await self._missing(asked, found)
+            verb, asked.params = found
+            await gate.admit(verb, asked)
+            await self._read(verb, asked)
+            response = await verb.run(asked)
+            if session is not None and verb.path != "/logout":
+                value = self.desk.sessions.renewed(session, self.desk.now_ms)
+                if value is not None:
+                    set_cookie(asked, response, SESSION_COOKIE, value, self.desk.sessions.absolute_ms)
+        except ProblemError as problem:
+            return _problem(asked, problem, api=api)
+        except StorageError as error:
+            _log.warning("administration: %s: %s", request.url.path, error)
+            problem = ProblemError(503, "The store does not answer. Try again in a moment.", headers={"Retry-After": "5"})
+            return _problem(asked, problem, api=api)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception:
+            # What is said of it must not be more than that it went wrong.
+            _log.exception("administration: %s failed", request.url.path)
+            return _problem(asked, ProblemError(500, "Something went wrong here; the log of the service says what."), api=api)
+        else:
+            return response
+
+    async def _missing(self, asked: Asked, allowed: Any) -> tuple[Verb, dict[str, str]]:
+        """Raises `ProblemError`, to strangers the same for what is there and for what is not."""
+        await gate.admit(_ANY, asked)
+        if allowed:
+            names = sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])})
+            raise ProblemError(405, f"This takes {', '.join(names)}.", headers={"Allow": ", ".join(names)})
+        raise ProblemError(404, "There is nothing here.")
+
+    async def _read(self, verb: Verb, asked: Asked) -> None:
+        if verb.kind == "form":
+            gate.check_origin(asked)
+            asked.form = await fields_of(asked.request)
+            if verb.role is not None and not (
+                asked.session is not None
+                and self.desk.sessions.form_token_holds(asked.session, asked.form.get("form_token", ""))
+            ):
+                raise ProblemError(403, "This form is not from a page of this session. Go back, load the page anew, and send it again.")
+        elif verb.kind == "api" and verb.method != "GET":
+            if asked.session is not None:
+                raise ProblemError(403, "What changes something takes a token here: Authorization: Bearer …")
+            if verb.takes is not None:
+                asked.body = await read_json(asked.request, verb.takes)
+
+
+async def _nothing(asked: Asked) -> Response:
+    raise ProblemError(404, f"There is nothing at {asked.request.url.path}.")
+
+
+_ANY: Final = Verb(method="GET", path="/{rest:path}", role="viewer", kind="api", run=_nothing)
+
+
+def _problem(asked: Asked, problem: ProblemError, *, api: bool) -> Response:
+    if api:
+        response = json_answer(problem.body(), problem.status, media="application/problem+json")
+    elif problem.status == 401 and asked.request.method in {"GET", "HEAD"}:
+        path = get_route_path(asked.request.scope) or "/"
+        query = asked.request.url.query
+        wanted = path + (f"?{query}" if query else "")
+        response = RedirectResponse(asked.url("/login") + (f"?next={quote(wanted)}" if wanted != "/" else ""), 303)
+    else:
+        response = page(asked, "error.html", active="", status=problem.status, problem=problem)
+    response.headers.update(problem.headers)
+    return response
+
+
+async def follow_lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
+async def end_socket(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "websocket.close", "code": 1008, "reason": ""})

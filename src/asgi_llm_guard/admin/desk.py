@@ -1,0 +1,88 @@
+"""What the pages stand on: the guard's ledger, administration data, counters and open calls, behind one door."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from asgi_llm_guard.admin.budgets import Budget, budget_of
+from asgi_llm_guard.admin.options import AdminOptions
+from asgi_llm_guard.admin.recent import RecentRefusals
+from asgi_llm_guard.admin.sessions import Failures, Sessions
+from asgi_llm_guard.control import Actor, Control
+from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.ledger import Ledger
+from asgi_llm_guard.storage.shared import ListsCalls, OpenCall
+
+__all__ = ["MOST_OPEN", "Desk"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+MOST_OPEN: Final = 1_000
+_MOST_SUBJECTS: Final = 200
+
+
+class Desk:
+    """One administration page's guard and settings."""
+
+    def __init__(self, guard: Guard, options: AdminOptions) -> None:
+        self.guard = guard
+        self.options = options
+        self.sessions = Sessions(options)
+        self.failures = Failures(options.failed_logins)
+        self.recent = RecentRefusals(options.refusals_kept, guard.clock)
+        guard.observe(self.recent)
+
+    @property
+    def now_ms(self) -> int:
+        return self.guard.clock.now_ms()
+
+    @property
+    def ledger(self) -> Ledger | None:
+        return self.guard.ledger
+
+    @property
+    def control(self) -> Control | None:
+        return self.guard.control
+
+    async def note(
+        self, verb: str, target: str, *, actor: Actor, reason: str = "", new: Mapping[str, object] | None = None
+    ) -> None:
+        """Write into the audit what was done that is no change of administration data."""
+        if self.control is not None:
+            await self.control.note(verb, target, actor=actor, reason=reason, new=new)
+        _log.info("administration: %s of %s by %s", verb, target, actor.name)
+
+    async def note_refused(self, *, verb: str, target: str, name: str, role: str, address: str, why: str) -> None:
+        """Write into the audit what somebody tried who may not. A store that does not answer hinders no refusal."""
+        _log.warning("administration: %s refused to %s (%s) from %s: %s", verb, name, role, address, why)
+        if self.control is None:
+            return
+        try:
+            actor = Actor(name=name, role=role, address=address)
+            await self.control.note(verb, target, actor=actor, reason="", refused=why)
+        except StorageError as error:
+            _log.error("administration: a refused try is not in the audit: %s", error)  # noqa: TRY400 - no trace needed
+
+    # --------------------------------------------------------------------------- reading
+
+    async def open_calls(self) -> Sequence[OpenCall] | None:
+        """The calls that are open over all processes, newest first; `None`: this storage cannot list them."""
+        storage = self.guard.storage
+        return await storage.open_calls(MOST_OPEN) if isinstance(storage, ListsCalls) else None
+
+    async def budgets(self, subjects: Iterable[tuple[str, str]]) -> list[Budget]:
+        """Every limit in money and tokens of these scopes and subjects, the fullest first."""
+        wanted = list(dict.fromkeys(subjects))[:_MOST_SUBJECTS]
+        found = await asyncio.gather(*(self.guard.meters_of(scope, subject) for scope, subject in wanted))
+        now_ms = self.now_ms
+        budgets = [
+            budget
+            for each in found
+            for meter, reading in each
+            if (budget := budget_of(meter, reading, now_ms)) is not None
+        ]
+        return sorted({budget.key: budget for budget in budgets}.values(), key=lambda budget: -budget.share)

@@ -1,0 +1,325 @@
+"""What pages and API show, gathered from the ledger, the counters and the open calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Final, Literal
+
+import msgspec
+
+from asgi_llm_guard.admin import shown
+from asgi_llm_guard.admin.budgets import Budget
+from asgi_llm_guard.admin.charts import Bar
+from asgi_llm_guard.admin.desk import Desk
+from asgi_llm_guard.admin.periods import Period, slots
+from asgi_llm_guard.ledger import Amounts, RefusalQuery, UsageQuery, UsageReport
+from asgi_llm_guard.storage.shared import OpenCall
+from asgi_llm_guard.windows import Calendar
+
+__all__ = [
+    "Chart",
+    "Group",
+    "Held",
+    "LiveSession",
+    "budgets",
+    "by_month",
+    "charts",
+    "departments_known",
+    "groups",
+    "held",
+    "live_sessions",
+    "over_time",
+    "refused_by_policy",
+]
+
+_SINCE_MS: Final = 30 * 86_400_000
+_LIVE_MS: Final = 3_600_000
+
+
+class Group(msgspec.Struct, frozen=True):
+    """One row of a table of usage."""
+
+    name: str | None
+    amounts: Amounts
+    share: int
+    """Of the largest, in percent: how long its bar is."""
+
+
+class Chart(msgspec.Struct, frozen=True, kw_only=True):
+    """Bars over time, and the same as a table."""
+
+    identity: str
+    title: str
+    description: str
+    series: tuple[Bar, ...]
+    top: str
+    """The largest value in words."""
+    first: str
+    last: str
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What open calls hold at the moment."""
+
+    calls: int
+    nanousd: int
+    known: bool
+    """Whether this storage can tell."""
+    more: bool = False
+    """There are more than were counted."""
+
+
+class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session that made calls lately, or makes one."""
+
+    caller: str | None
+    session: str | None
+    user: str | None
+    agent: str | None
+    departments: tuple[str, ...]
+    first_ms: int
+    last_ms: int
+    calls: int
+    """Settled ones."""
+    cost_nanousd: int
+    unpriced: int
+    open: int
+    held_nanousd: int
+
+
+async def over_time(desk: Desk, period: Period, where: Mapping[str, str | None] | None = None) -> UsageReport | None:
+    """Usage by hour or day; `None`: there is no ledger."""
+    if desk.ledger is None:
+        return None
+    return await desk.ledger.usage(
+        UsageQuery(
+            since_ms=period.since_ms,
+            until_ms=period.until_ms,
+            by=(period.unit,),
+            where=where or {},
+            tz=period.tz,
+            order="key",
+            limit=10_000,
+        )
+    )
+
+
+def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Chart, Chart]:
+    """Spend and calls, one bar for each hour or day, those without any included."""
+    spans = slots(period)
+    found = _by_instant(report, period, spans)
+    spend, calls = [], []
+    for start, end in spans:
+        amounts = found.get(start, Amounts())
+        label = shown.instant(start, period.tz)
+        if period.unit == "day":
+            label = label[:10]
+        told = shown.money(amounts.cost_nanousd)
+        if amounts.unpriced:
+            told += f" and {amounts.unpriced:,} calls of unknown cost"
+        unfinished = start < period.until_ms < end
+        spend.append(Bar(label, amounts.cost_nanousd, told, unfinished))
+        calls.append(Bar(label, amounts.calls, f"{amounts.calls:,} calls", unfinished))
+    names = ("spend", "Spend", shown.money), ("calls", "Calls", shown.count)
+    per = "hour" if period.unit == "hour" else "day"
+    made = []
+    for (name, title, told_as), series in zip(names, (spend, calls), strict=True):
+        most = max((bar.value for bar in series), default=0)
+        total = sum(bar.value for bar in series)
+        made.append(
+            Chart(
+                identity=f"{prefix}{name}",
+                title=f"{title} per {per}",
+                description=f"{told_as(total)} in {len(series)} {per}s; the most in one {per} is {told_as(most)}.",
+                series=tuple(series),
+                top=told_as(most),
+                first=series[0].label if series else "",
+                last=series[-1].label if series else "",
+            )
+        )
+    return made[0], made[1]
+
+
+def _by_instant(report: UsageReport, period: Period, spans: Sequence[tuple[int, int]]) -> Mapping[int, Amounts]:
+    """What was used, by when its hour or day began."""
+    days = {shown.instant((start + end) // 2, period.tz)[:10]: start for start, end in spans}
+    found: dict[int, Amounts] = {}
+    for row in report.rows:
+        key = row.key[0]
+        assert key is not None, "every record has a time"  # noqa: S101
+        at_ms = days.get(key) if period.unit == "day" else int(datetime.fromisoformat(key).timestamp()) * 1000
+        if at_ms is not None:
+            found[at_ms] = found.get(at_ms, Amounts()) + row.amounts
+    return found
+
+
+async def groups(
+    desk: Desk,
+    period: Period,
+    by: Literal["department", "agent", "user", "caller", "model", "provider"],
+    *,
+    where: Mapping[str, str | None] | None = None,
+    limit: int = 8,
+) -> Sequence[Group]:
+    """Who or what has cost most."""
+    if desk.ledger is None:
+        return ()
+    report = await desk.ledger.usage(
+        UsageQuery(
+            since_ms=period.since_ms,
+            until_ms=period.until_ms,
+            by=(by,),
+            where=where or {},
+            tz=period.tz,
+            order="cost",
+            limit=limit,
+        )
+    )
+    most = max((row.amounts.cost_nanousd for row in report.rows), default=0)
+    return [
+        Group(row.key[0], row.amounts, row.amounts.cost_nanousd * 100 // most if most else 0) for row in report.rows
+    ]
+
+
+async def held(desk: Desk) -> Held:
+    """What open calls of all processes hold."""
+    calls = await desk.open_calls()
+    if calls is None:
+        return Held(calls=0, nanousd=0, known=False)
+    drafts = [call for call in calls if call.draft is not None]
+    return Held(calls=len(drafts), nanousd=sum(map(_held_nanousd, drafts)), known=True, more=len(calls) >= 1_000)
+
+
+def _held_nanousd(call: OpenCall) -> int:
+    """The dearest of its money holds: each of them is the same money."""
+    return max((hold.amount for hold in call.held if hold.unit == "nanousd"), default=0)
+
+
+async def refused_by_policy(desk: Desk, period: Period) -> Sequence[tuple[str, str, int]]:
+    """How often was refused, by policy and code, the most first."""
+    if desk.ledger is None:
+        return ()
+    counts: Counter[tuple[str, str]] = Counter()
+    for each in await desk.ledger.refusals(RefusalQuery(since_ms=period.since_ms, until_ms=period.until_ms)):
+        counts[each.policy, each.code] += each.count
+    return [(policy, code, count) for (policy, code), count in counts.most_common()]
+
+
+async def departments_known(desk: Desk) -> list[str]:
+    """Departments that have a quota, or have called within 30 days."""
+    names: dict[str, None] = {}
+    if desk.control is not None:
+        names |= dict.fromkeys((await desk.control.state()).departments)
+    names |= dict.fromkeys(await _called(desk, "department"))
+    return sorted(names)
+
+
+async def budgets(desk: Desk) -> list[Budget]:
+    """The limits in money and tokens of everything together, of providers, and of departments."""
+    providers, departments = await asyncio.gather(_called(desk, "provider"), departments_known(desk))
+    subjects: Iterable[tuple[str, str]] = (
+        ("global", ""),
+        *(("provider", name) for name in providers),
+        *(("department", name) for name in departments),
+    )
+    return await desk.budgets(subjects)
+
+
+async def _called(desk: Desk, by: Literal["department", "provider"]) -> list[str]:
+    if desk.ledger is None:
+        return []
+    now_ms = desk.now_ms
+    report = await desk.ledger.usage(
+        UsageQuery(since_ms=max(0, now_ms - _SINCE_MS), until_ms=now_ms + 1, by=(by,), limit=100)
+    )
+    return [name for row in report.rows if (name := row.key[0]) is not None]
+
+
+async def live_sessions(desk: Desk, *, limit: int = 200) -> tuple[list[LiveSession], bool]:
+    """Sessions with calls within the last hour, those with open calls first; and whether open ones can be told."""
+    calls = await desk.open_calls()
+    found: dict[tuple[str | None, str | None], LiveSession] = {}
+    if desk.ledger is not None:
+        for each in await desk.ledger.sessions(since_ms=max(0, desk.now_ms - _LIVE_MS), limit=limit):
+            found[each.caller, each.session] = LiveSession(
+                caller=each.caller,
+                session=each.session,
+                user=None,
+                agent=each.agent,
+                departments=each.departments,
+                first_ms=each.first_ms,
+                last_ms=each.last_ms,
+                calls=each.calls,
+                cost_nanousd=each.cost_nanousd,
+                unpriced=each.unpriced,
+                open=0,
+                held_nanousd=0,
+            )
+    for call in calls or ():
+        if call.draft is None:
+            continue
+        draft = call.draft
+        key = (draft.caller, draft.session)
+        known = found.get(key) or LiveSession(
+            caller=draft.caller,
+            session=draft.session,
+            user=draft.user,
+            agent=draft.agent,
+            departments=draft.departments,
+            first_ms=call.at_ms,
+            last_ms=call.at_ms,
+            calls=0,
+            cost_nanousd=0,
+            unpriced=0,
+            open=0,
+            held_nanousd=0,
+        )
+        found[key] = msgspec.structs.replace(
+            known,
+            user=known.user or draft.user,
+            last_ms=max(known.last_ms, call.at_ms),
+            first_ms=min(known.first_ms, call.at_ms),
+            open=known.open + 1,
+            held_nanousd=known.held_nanousd + _held_nanousd(call),
+        )
+    ordered = sorted(found.values(), key=lambda each: (-min(each.open, 1), -each.last_ms))
+    return ordered[:limit], calls is not None
+
+
+async def by_month(desk: Desk, period: Period, where: Mapping[str, str | None]) -> Chart | None:
+    """Spend by calendar month; `None`: there is no ledger."""
+    if desk.ledger is None:
+        return None
+    report = await desk.ledger.usage(
+        UsageQuery(
+            since_ms=period.since_ms,
+            until_ms=period.until_ms,
+            by=("month",),
+            where=where,
+            tz=period.tz,
+            order="key",
+            limit=100,
+        )
+    )
+    found = {row.key[0]: row.amounts for row in report.rows}
+    calendar = Calendar("month", period.tz)
+    series = []
+    start, end = calendar.bounds(period.since_ms)
+    while start < period.until_ms:
+        label = shown.instant((start + end) // 2, period.tz)[:7]
+        amounts = found.get(label, Amounts())
+        series.append(Bar(label, amounts.cost_nanousd, shown.money(amounts.cost_nanousd), period.until_ms < end))
+        start, end = calendar.bounds(end)
+    most = max((bar.value for bar in series), default=0)
+    return Chart(
+        identity="months",
+        title="Spend per month",
+        description=f"The most in one month is {shown.money(most)}.",
+        series=tuple(series),
+        top=shown.money(most),
+        first=series[0].label if series else "",
+        last=series[-1].label if series else "",
+    )

@@ -1,0 +1,218 @@
+"""The pages: each reads what it shows and gives it to its template."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from starlette.responses import RedirectResponse, Response
+
+from asgi_llm_guard.admin import gathered
+from asgi_llm_guard.admin.asked import Asked, ProblemError
+from asgi_llm_guard.admin.budgets import budget_of
+from asgi_llm_guard.admin.pages import STATIC, page
+from asgi_llm_guard.admin.periods import RANGES, Period, read_period
+from asgi_llm_guard.control import AuditQuery
+from asgi_llm_guard.errors import ConfigurationError
+
+__all__ = ["audit", "department", "departments", "file", "health", "overview", "refusals", "sessions", "usage_of_all"]
+
+_LATEST: Final = 50
+_AUDIT_PAGE: Final = 100
+
+
+def period_of(asked: Asked, default: str = "24h") -> Period:
+    return read_period(asked.query, asked.now_ms, tz=asked.desk.options.tz, default=default)
+
+
+async def overview(asked: Asked) -> Response:
+    desk, period = asked.desk, period_of(asked)
+    report, by_department, by_model, now_held, refused, limits = await asyncio.gather(
+        gathered.over_time(desk, period),
+        gathered.groups(desk, period, "department"),
+        gathered.groups(desk, period, "model"),
+        gathered.held(desk),
+        gathered.refused_by_policy(desk, period),
+        gathered.budgets(desk),
+    )
+    spend, calls = (None, None) if report is None else gathered.charts(report, period)
+    return page(
+        asked,
+        "overview.html",
+        active="overview",
+        period=period,
+        ranges=RANGES,
+        total=None if report is None else report.total,
+        spend=spend,
+        calls=calls,
+        by_department=by_department,
+        by_model=by_model,
+        held=now_held,
+        refused=refused,
+        refused_count=sum(count for _, _, count in refused),
+        budgets=limits,
+        health=desk.guard.health(),
+    )
+
+
+async def departments(asked: Asked) -> Response:
+    desk, period = asked.desk, period_of(asked, "30d")
+    names, used = await asyncio.gather(
+        gathered.departments_known(desk), gathered.groups(desk, period, "department", limit=500)
+    )
+    state = None if desk.control is None else await desk.control.state()
+    by_name = {group.name: group for group in used}
+    limits = await desk.budgets(("department", name) for name in names)
+    return page(
+        asked,
+        "departments.html",
+        active="departments",
+        period=period,
+        ranges=RANGES,
+        names=names,
+        used=by_name,
+        nobody=by_name.get(None),
+        budgets={name: [budget for budget in limits if budget.subject == name] for name in names},
+        quotas={} if state is None else state.departments,
+        administered=state is not None,
+    )
+
+
+async def department(asked: Asked) -> Response:
+    name = asked.query.get("name", "")
+    if not name:
+        return RedirectResponse(asked.url("/departments"), 303)
+    desk, period = asked.desk, period_of(asked, "30d")
+    where = {"department": name}
+    months = Period(name="custom", since_ms=max(0, asked.now_ms - 365 * 86_400_000), until_ms=period.until_ms, tz=period.tz)
+    report, models, users, agents, limits, monthly = await asyncio.gather(
+        gathered.over_time(desk, period, where),
+        gathered.groups(desk, period, "model", where=where),
+        gathered.groups(desk, period, "user", where=where),
+        gathered.groups(desk, period, "agent", where=where),
+        desk.budgets([("department", name)]),
+        gathered.by_month(desk, months, where),
+    )
+    spend, calls = (None, None) if report is None else gathered.charts(report, period)
+    state = None if desk.control is None else await desk.control.state()
+    return page(
+        asked,
+        "department.html",
+        active="departments",
+        name=name,
+        period=period,
+        ranges=RANGES,
+        total=None if report is None else report.total,
+        spend=spend,
+        calls=calls,
+        monthly=monthly,
+        models=models,
+        users=users,
+        agents=agents,
+        budgets=limits,
+        quota=None if state is None else state.departments.get(name),
+        administered=state is not None,
+    )
+
+
+async def sessions(asked: Asked) -> Response:
+    live, tells = await gathered.live_sessions(asked.desk)
+    return page(
+        asked,
+        "sessions.html",
+        active="sessions",
+        sessions=live,
+        tells=tells,
+        administered=asked.desk.control is not None,
+        tz=asked.desk.options.tz,
+    )
+
+
+async def refusals(asked: Asked) -> Response:
+    desk, period = asked.desk, period_of(asked)
+    policy = asked.query.get("policy") or None
+    counted = await gathered.refused_by_policy(desk, period)
+    return page(
+        asked,
+        "refusals.html",
+        active="refusals",
+        period=period,
+        ranges=RANGES,
+        counted=counted,
+        most=max((count for _, _, count in counted), default=0),
+        policy=policy,
+        latest=desk.recent.latest(_LATEST, policy=policy),
+        kept=desk.options.refusals_kept,
+        ledger=desk.ledger is not None,
+    )
+
+
+async def audit(asked: Asked) -> Response:
+    desk = asked.desk
+    entries = None
+    actor, target = asked.query.get("actor") or None, asked.query.get("target") or None
+    if desk.control is not None:
+        try:
+            entries = await desk.control.audit(AuditQuery(actor=actor, target=target, limit=_AUDIT_PAGE))
+        except ConfigurationError as error:
+            raise ProblemError(422, str(error), field="target") from None
+    return page(
+        asked,
+        "audit.html",
+        active="audit",
+        entries=entries,
+        actor=actor or "",
+        target=target or "",
+        most=_AUDIT_PAGE,
+        tz=asked.desk.options.tz,
+    )
+
+
+async def health(asked: Asked) -> Response:
+    guard = asked.desk.guard
+    return page(
+        asked,
+        "health.html",
+        active="health",
+        health=guard.health(),
+        storage=type(guard.storage).__name__,
+        policies=guard.policies,
+        ledger=asked.desk.ledger is not None,
+        control=asked.desk.control is not None,
+        held=await gathered.held(asked.desk),
+        tz=asked.desk.options.tz,
+    )
+
+
+async def usage_of_all(asked: Asked) -> Response:
+    """Every limit of one scope and subject, and the form that resets them."""
+    scope, subject = asked.query.get("scope", ""), asked.query.get("subject", "")
+    rows = []
+    if scope:
+        try:
+            found = await asked.desk.guard.meters_of(scope, subject, caller=asked.query.get("caller") or None)
+        except ConfigurationError as error:
+            raise ProblemError(422, str(error), field="scope") from None
+        rows = [(meter, reading, budget_of(meter, reading, asked.now_ms)) for meter, reading in found]
+    return page(
+        asked,
+        "limits.html",
+        active="raises",
+        scope=scope,
+        subject=subject,
+        caller=asked.query.get("caller", ""),
+        rows=rows,
+        administered=asked.desk.control is not None,
+        tz=asked.desk.options.tz,
+    )
+
+
+async def file(asked: Asked) -> Response:
+    found = STATIC().get(asked.params["name"])
+    if found is None:
+        raise ProblemError(404, "There is no such file.")
+    raw, media, digest = found
+    kept = "public, max-age=31536000, immutable" if asked.query.get("v") == digest else "no-cache"
+    return Response(raw, media_type=media, headers={"Cache-Control": kept})
+
+
