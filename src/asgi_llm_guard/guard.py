@@ -265,7 +265,7 @@ class Guard:
 
     def _attach(self, given: Ledger | str | None, *, lazily: bool) -> None:
         storage = self._stored
-        if given is None and (lazily or not isinstance(storage, KeepsLedger)):
+        if given is None and (not isinstance(storage, KeepsLedger) or (lazily and isinstance(storage, KeepsStreams))):
             return  # there is none; or one in memory, that nobody may ever ask for
         from asgi_llm_guard.ledger.attach import attach, open_ledger
 
@@ -355,6 +355,10 @@ class Guard:
     def begin_reading(self, meters: Sequence[Meter], /) -> Future[tuple[Reading, ...]]:
         """Read the state of meters in the background. From any thread; the answer need not be waited for."""
         return background.begin(self._engine.storage.read(meters))
+
+    def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
+        """The meters under the limits that hold now: some may be raised for a while."""
+        return self._engine.raised(meters)
 
     def begin_counting(self) -> Future[int]:
         """Count the open holds of all processes in the background, as `begin_reading`."""
@@ -544,6 +548,7 @@ class Guard:
         error. `unsettled` settlements wait for it, `degraded` requests and calls are open that were admitted
         without it, `waiting` calls wait for the holds of others, and `processes` shared it when last heard of.
         `control`: which version of the administration data is in force, and whether they can be followed.
+        `behind` records were not in the ledger yet when this process looked last.
         """
         engine = self._engine
         state = "failed" if engine.state == "ok" and not engine.available else engine.state
@@ -558,6 +563,7 @@ class Guard:
             "waiting": engine.waiting,
             "processes": engine.processes,
             "control": None if self.follower is None else self.follower.health(),
+            "behind": 0 if self._books is None else self._books.behind,
         }
 
     @property

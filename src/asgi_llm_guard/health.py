@@ -144,11 +144,16 @@ class HealthApp:
             "service": "draining" if guard.draining else "ok",
             "clock": "skewed" if abs(guard.skew_ms) > self._max_skew_ms else "ok",
             "prices": "stale" if self._max_age_ms is not None and days * _DAY_MS > self._max_age_ms else "ok",
-            "control": str(guard.health().get("control", "ok")),
+            "control": self._control(),
         }
         ready = all(found == "ok" for found in checks.values())
         told: dict[str, object] = {"status": "ready" if ready else "not ready", "checks": checks, "prices_days": days}
         return (200 if ready else 503), told
+
+    def _control(self) -> str:
+        # Of those that are followed the last good ones stay in force; without any, nothing is decided.
+        known = self._guard.health()["control"]
+        return "missing" if isinstance(known, dict) and known["version"] is None else "ok"
 
     def _storage(self) -> str:
         if self._slow:

@@ -208,6 +208,8 @@ async def test_readiness(clock: FrozenClock) -> None:
         "degraded": 1,
         "waiting": 0,
         "processes": 1,
+        "control": None,
+        "behind": 0,
     }
     storage.up()
     clock.advance(seconds=1)

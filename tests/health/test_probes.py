@@ -143,6 +143,20 @@ async def test_draining(guard: Guard) -> None:
     assert (await get(app, "/healthz")).status == 200
 
 
+async def test_administration_that_was_never_loaded(clock: FrozenClock) -> None:
+    """M16: while no administration data were loaded an instance is not ready; asking begins to load them."""
+    guard = Guard(control="sqlite://:memory:", clock=clock)
+    app = guard.health_app()
+    first = await get(app)
+    assert guard.follower is not None
+    await guard.follower.closed()
+    then = await get(app)
+    await guard.aclose()
+
+    assert (first.status, first.json["checks"]["control"]) == (503, "missing")
+    assert then.status == 200
+
+
 async def test_clock_apart(guard: Guard, storage: Beating) -> None:
     """M16: a clock that is half a minute from the storage's is not ready."""
     storage.ahead_ms = 30_001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import anyio.to_thread
@@ -9,7 +10,7 @@ import pytest
 from tests.decorator.values import ANSWER, BOUND, HELD, MODEL, PRICES, USED
 from tests.middleware.asgi import request
 from tests.middleware.values import Provider, ask, guarded
-from tests.telemetry.kit import Telemetry
+from tests.telemetry.kit import Telemetry, telemetry
 
 from asgi_llm_guard import (
     Budget,
@@ -27,10 +28,12 @@ from asgi_llm_guard import (
     Usage,
 )
 from asgi_llm_guard.cache import Cache
+from asgi_llm_guard.claims import Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.events import BacklogFull, DataLost, Expired, SlotOverrun, emit
+from asgi_llm_guard.events import Alert, BacklogFull, DataLost, Expired, SlotOverrun, emit
 from asgi_llm_guard.identity import TrustedHeaders
+from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.telemetry.labels import Labels
@@ -184,7 +187,17 @@ async def test_what_is_out_of_the_ordinary(clock: FrozenClock, told: Telemetry) 
     """S17: expired holds, lost slots, lost data and a full backlog are counted."""
     guard = new(clock)
     told.instrument(guard)
-    for event in (Expired(("a", "b", "c")), SlotOverrun("a", ("slots",)), DataLost("gone", "deny"), BacklogFull(7)):
+    alert = Alert(
+        id="1", kind="threshold", policy="all", scope="user", subject="ada", unit=Unit.NANOUSD, threshold=80, at_ms=0,
+        limit=1, used=1, held=0, resets_at_ms=None,
+    )  # fmt: skip
+    for event in (
+        alert,
+        Expired(("a", "b", "c")),
+        SlotOverrun("a", ("slots",)),
+        DataLost("gone", "deny"),
+        BacklogFull(7),
+    ):
         emit(guard.engine.observers, event)
 
     metrics = told.collect()
@@ -192,6 +205,8 @@ async def test_what_is_out_of_the_ordinary(clock: FrozenClock, told: Telemetry) 
         name: metrics[f"llm_guard.{name}"][0].value
         for name in ("holds.expired", "slots.overrun", "storage.losses", "settlements.dropped")
     }
+    (alerts,) = metrics["llm_guard.alerts"]
+    assert (alerts.value, dict(alerts.attributes)) == (1, {"llm_guard.kind": "threshold", "llm_guard.policy": "all"})
     assert counted == {"holds.expired": 3, "slots.overrun": 1, "storage.losses": 1, "settlements.dropped": 1}
 
 
@@ -214,6 +229,42 @@ async def test_state_of_a_process(clock: FrozenClock, told: Telemetry) -> None:
     assert found["llm_guard.storage.clock_skew"] == 0
     assert found["llm_guard.ready"] == 1
     assert found["llm_guard.prices.age"] % 86_400 == 0
+    await guard.aclose()
+
+
+async def test_administration_and_ledger(clock: FrozenClock, told: Telemetry) -> None:
+    """S17: which version of the administration data is in force, whether they are followed, and what the ledger lacks."""
+    plain = new(clock)
+    told.instrument(plain)
+    found = await anyio.to_thread.run_sync(told.collect)
+    assert "llm_guard.control.version" not in found
+    assert [point.value for point in found["llm_guard.ledger.behind"]] == [0]
+    await plain.aclose()
+
+    with telemetry() as other:
+        guard = new(clock, control="sqlite://:memory:")
+        other.instrument(guard)
+        for _ in range(2):  # asking begins the first load
+            found = await anyio.to_thread.run_sync(other.collect)
+            assert guard.follower is not None
+            await guard.follower.closed()
+        assert [point.value for point in found["llm_guard.control.following"]] == [1]
+        assert [point.value for point in found["llm_guard.control.version"]] == [guard.control_version]
+        await guard.aclose()
+
+
+async def test_raised_limits(clock: FrozenClock, told: Telemetry) -> None:
+    """B7: a limit that is raised for a while is told as it holds now."""
+    guard = new(clock, Budget("$1/1d", per="global", name="all"))
+    told.instrument(guard)
+    guard.engine.set_raises([Raise(policy="all", unit="usd", amount=Decimal(4), until_ms=clock.now_ms() + 60_000)])
+
+    def left() -> dict[Any, Any]:
+        return values(told, "llm_guard.budget.remaining", "llm_guard.policy")
+
+    assert await anyio.to_thread.run_sync(left) == {"all": 5.0}
+    clock.advance(seconds=60)
+    assert await anyio.to_thread.run_sync(left) == {"all": 1.0}
     await guard.aclose()
 
 

@@ -54,6 +54,10 @@ class Instrumented(Observed, Protocol):
         """Ask the storage through what `around` makes of it; `None`: directly."""
         ...
 
+    def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
+        """The meters under the limits that hold now."""
+        ...
+
     def begin_reading(self, meters: Sequence[Meter], /) -> Future[tuple[Reading, ...]]:
         """Read meters in the background."""
         ...
@@ -130,7 +134,7 @@ def instrument(
     meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
     tracer = trace.get_tracer(_SCOPE, tracer_provider=tracer_provider)
     conventions, labels, open_calls = Conventions.chosen(), Labels(), OpenCalls()
-    budgets = RemainingBudgets(guard.policies, guard.begin_reading, guard.clock, meter)
+    budgets = RemainingBudgets(guard.policies, guard.raised, guard.begin_reading, guard.clock, meter)
     state = GuardState(guard, meter)
     everything = _Everything(
         AttemptObserver(tracer, meter, guard.clock, conventions, labels),

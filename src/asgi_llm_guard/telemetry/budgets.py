@@ -20,6 +20,9 @@ __all__ = ["ProviderLimits", "RemainingBudgets"]
 _NANO: Final = 1_000_000_000
 _MOST: Final = 100
 
+Raised = Callable[[Sequence[Meter]], "tuple[Meter, ...]"]
+"""Gives meters under the limits that hold now."""
+
 Read = Callable[[Sequence[Meter]], "Future[tuple[Reading, ...]]"]
 """Begins to read meters, from any thread."""
 
@@ -70,14 +73,16 @@ class RemainingBudgets:
     given. A storage that does not answer leaves no points.
     """
 
-    def __init__(self, policies: Iterable[Policy], read: Read, clock: Clock, instruments: Instruments) -> None:
+    def __init__(
+        self, policies: Iterable[Policy], raised: Raised, read: Read, clock: Clock, instruments: Instruments
+    ) -> None:
         policies = tuple(policies)
         self._providers = tuple(policy for policy in policies if isinstance(policy, ProviderLimits))
         self._configured = tuple(
             policy for policy in policies if isinstance(policy, Configured) and not isinstance(policy, ProviderLimits)
         )
+        self._raised = raised
         self._begin = read
-        self._asked: tuple[tuple[Meter, int], ...] = ()
         self._latest: Latest[tuple[_Read, ...]] = Latest(self._ask, clock)
         self._first = True
         if any(_counts(meter, Unit.NANOUSD) for policy in self._providers for meter in _of(policy)):
@@ -118,7 +123,7 @@ class RemainingBudgets:
         """Read what is limited now: quotas may have been changed."""
         meters = [meter for policy in self._providers for meter in _of(policy)]
         meters += [meter for policy in self._configured for meter in policy.configured()]
-        asked = [meter for meter in meters if meter.enforce and meter.limit is not None][:_MOST]
+        asked = self._raised([meter for meter in meters if meter.enforce and meter.limit is not None][:_MOST])
         told: Future[tuple[_Read, ...]] = Future()
 
         def done(reading: Future[tuple[Reading, ...]]) -> None:

@@ -43,7 +43,10 @@ class DecisionObserver:
             description="From the end of a call until the storage has settled it.",
             explicit_bucket_boundaries_advisory=SECONDS,
         )
-        self._late = meter.create_counter(
+        self._alerts = meter.create_counter(
+            "llm_guard.alerts", unit="{alert}", description="Limits that were nearly used up, or too fast."
+        )
+        self._settlements = meter.create_counter(
             "llm_guard.settlements", unit="{settlement}", description="Settled calls, by what the storage found."
         )
         self._counted: dict[type[events.Event], Counter] = {
@@ -73,6 +76,8 @@ class DecisionObserver:
                 self._lookups.add(1, {names.CACHE_RESULT: "not_kept" if reason else "miss"})
             case events.SettledCall():
                 self._settled(event)
+            case events.Alert(kind=kind, policy=policy):
+                self._alerts.add(1, {names.KIND: kind, names.POLICY: self._labels.name("policy", policy)})
             case events.Expired(call_ids=call_ids):
                 self._counted[events.Expired].add(len(call_ids))
             case _:
@@ -95,7 +100,7 @@ class DecisionObserver:
 
     def _settled(self, event: events.SettledCall) -> None:
         record = event.record
-        self._late.add(1, {"llm_guard.settlement.status": event.settled.status})
+        self._settlements.add(1, {"llm_guard.settlement.status": event.settled.status})
         if record.ended_ms is not None:
             self._lag.record(max(0, self._clock.now_ms() - record.ended_ms) / 1000)
         if record.cost_nanousd is not None and record.estimate_nanousd is not None and record.outcome != "cached":

@@ -21,11 +21,12 @@ _OF_HEALTH: Final = (
     ("degraded", "llm_guard.calls.degraded", "{call}", "Open calls that were admitted without the storage."),
     ("waiting", "llm_guard.calls.waiting", "{call}", "Calls that wait for the holds of others."),
     ("processes", "llm_guard.processes", "{process}", "Processes that share the storage, when it last said so."),
-    ("control_version", "llm_guard.control.version", "{version}", "The version of the administration data in use."),
-    ("drain_behind", "llm_guard.ledger.behind", "{record}", "Records that are not in the ledger yet."),
-)
-_AGES: Final = (
-    ("control_age_ms", "llm_guard.control.age", "Since the administration data was last known to be current."),
+    (
+        "behind",
+        "llm_guard.ledger.behind",
+        "{record}",
+        "Records that were not in the ledger when it was last looked at.",
+    ),
 )
 
 
@@ -65,8 +66,6 @@ class GuardState:
         self._meter = meter
         for key, name, unit, what in _OF_HEALTH:
             self._gauge(name, unit, what, self._number(key))
-        for key, name, what in _AGES:
-            self._gauge(name, "s", what, self._number(key, 1000))
         self._gauge("llm_guard.requests.open", "{request}", "Open requests and jobs of this process.", _open)
         self._gauge("llm_guard.storage.available", "1", "Whether the storage decides: 1, or 0.", _available)
         self._gauge("llm_guard.ready", "1", "Whether this process takes new calls and can decide: 1, or 0.", _ready)
@@ -74,6 +73,12 @@ class GuardState:
             "llm_guard.storage.clock_skew", "s", "How far the storage's clock is ahead of this process's.", _skew
         )
         self._gauge("llm_guard.prices.age", "s", "Since the day that the list prices are from.", _price_age)
+        self._gauge(
+            "llm_guard.control.version", "{version}", "The version of the administration data in force.", _version
+        )
+        self._gauge(
+            "llm_guard.control.following", "1", "Whether administration data can be followed: 1, or 0.", _following
+        )
         self._gauge("llm_guard.holds.open", "{hold}", "Open holds of all processes.", self._open_holds)
 
     def close(self) -> None:
@@ -89,12 +94,10 @@ class GuardState:
 
         self._meter.create_observable_gauge(name, [observe], unit=unit, description=what)
 
-    def _number(self, key: str, scale: int = 1) -> Callable[[Observed], float | None]:
+    def _number(self, key: str) -> Callable[[Observed], float | None]:
         def read(guard: Observed) -> float | None:
-            value = guard.health().get(key)
-            if not isinstance(value, (int, float)):
-                return None  # there is nothing of the kind in this guard
-            return value / scale if scale > 1 else value
+            value = guard.health()[key]
+            return value if isinstance(value, int) else None
 
         return read
 
@@ -112,6 +115,17 @@ def _available(guard: Observed) -> float:
 
 def _ready(guard: Observed) -> float:
     return int(bool(guard.health()["ready"]))
+
+
+def _version(guard: Observed) -> float | None:
+    known = guard.health()["control"]
+    version = known["version"] if isinstance(known, dict) else None
+    return version if isinstance(version, int) else None
+
+
+def _following(guard: Observed) -> float | None:
+    known = guard.health()["control"]
+    return int(known["state"] == "ok") if isinstance(known, dict) else None
 
 
 def _skew(guard: Observed) -> float:
