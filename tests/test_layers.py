@@ -25,7 +25,8 @@ LAYERS = {
     "policies": "policies",
     "adapters": "control identity ledger storage telemetry",
     "engine": "active_call admission attempts background cache chores claimed engine exchange following halting guard loss moment open_admissions opening outage replays scope session_ids standing streams waiters",
-    "skins": "admin alerts decorator gateway health httpx integrations middleware",
+    "skins": "alerts decorator gateway health httpx integrations middleware",
+    "consoles": "admin",
     "roots": "__init__ cli doctor settings simulate testing",
 }
 MAY_IMPORT = {
@@ -37,13 +38,17 @@ MAY_IMPORT = {
     "adapters": "values drivers protocols rules",
     "engine": "values drivers protocols rules",
     "skins": "values drivers protocols rules engine",
-    "roots": "values drivers protocols rules policies adapters engine skins",
+    "consoles": "values drivers protocols rules adapters engine",
+    "roots": "values drivers protocols rules policies adapters engine skins consoles",
 }
 
 # The arrows that point outward, each with its reason. They are taken when a function is called, not on import.
 ENTRANCES = {
     ("control.values", "identity.keys"): "keys are checked by the record that a keys file is read with",
     ("control.values", "policies.quota"): "departments are checked by the quota that code is written with",
+    ("guard", "admin"): "`Guard.admin_app` and `Guard.usage_app` make the pages",
+    ("guard", "admin.app"): "as above, for those who annotate with it",
+    ("guard", "admin.usage"): "as above, for those who annotate with it",
     ("guard", "alerts"): "sends what crosses a threshold; taken only where a guard has alerts",
     ("guard", "control.store"): "opens the administration data that a URL names",
     ("guard", "health"): "`Guard.health_app` makes the app that answers probes",
@@ -82,6 +87,7 @@ LIBRARIES = {
     "joserfc": "identity.jwt",
     "langchain_core": "integrations.langchain",
     "limits": "policies.rate storage.limits",
+    "markupsafe": "admin",
     "litellm": "gateway.providers.litellm integrations.litellm",
     "opentelemetry": "telemetry",
     "psycopg": "sql.postgres",

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     import httpx
     import httpx2
 
+    from asgi_llm_guard.admin import AdminOptions
+    from asgi_llm_guard.admin.app import AdminApp
+    from asgi_llm_guard.admin.usage import UsageApp
     from asgi_llm_guard.alerts import Alerts
     from asgi_llm_guard.control.store import Control
     from asgi_llm_guard.health import HealthApp
@@ -597,6 +600,29 @@ class Guard:
         app = HealthApp(self, max_price_age=max_price_age, max_clock_skew_s=max_clock_skew_s)
         self.own_paths |= {f"{at}/healthz", f"{at}/readyz"}
         return app
+
+    def admin_app(self, options: AdminOptions) -> AdminApp:
+        """`app.mount("/admin", guard.admin_app(AdminOptions(credentials=[…], secret=…)))`: pages, forms and an API for
+        those who run the service (`docs/admin.md`). It opens for its own credentials alone, and no limit blocks it.
+
+        Raises:
+            NotInstalledError: jinja2 is missing.
+        """
+        from asgi_llm_guard.admin import make_admin_app
+
+        return make_admin_app(self, options)
+
+    def usage_app(self, *, tz: str = "UTC") -> UsageApp:
+        """`app.mount("/usage", guard.usage_app())`: what is left for whoever asks, as a page and as JSON. `tz`: in which
+        the page shows instants. No limit blocks it.
+
+        Raises:
+            ConfigurationError: the guard has no identity, or the time zone is none.
+            NotInstalledError: jinja2 is missing.
+        """
+        from asgi_llm_guard.admin import make_usage_app
+
+        return make_usage_app(self, tz=tz)
 
     async def accept_data_loss(self) -> None:
         """Go on with a storage that has lost its data, with the counters as they are now.
