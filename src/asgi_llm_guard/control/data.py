@@ -16,6 +16,7 @@ from asgi_llm_guard.control.values import (
     KnowledgeBase,
     Price,
     Value,
+    check_instant,
     check_name,
     plain,
 )
@@ -137,10 +138,13 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
     if missing:
         raise ConfigurationError(f"{where}: {', '.join(missing)} missing")
     try:
-        return made(**fields)
+        value = made(**fields)
+        if isinstance(value, (Raise, Stop)) and value.until_ms is not None:
+            check_instant("until_ms", value.until_ms)
     except ConfigurationError as error:
         text = str(error)
         raise ConfigurationError(text if text.startswith(where) else f"{where}: {text}") from None
+    return value
 
 
 def _field(kind: Kind, field: str, item: Any, where: str) -> Any:

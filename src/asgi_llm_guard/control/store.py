@@ -260,7 +260,7 @@ class Control:
 
     async def rotate_key(
         self,
-        id: str,
+        key_id: str,
         *,
         overlap: str,
         actor: Actor,
@@ -277,18 +277,18 @@ class Control:
         """
         overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
         state = await self.state()
-        old = state.keys.get(id)
+        old = state.keys.get(key_id)
         now_ms = self._clock.now_ms()
         try:
             if old is None:
-                raise NotThere("key", id)
+                raise NotThere("key", key_id)
             if not old.value.is_active(now_ms):
-                raise ConfigurationError(f"key {id!r}: it is over, and cannot be rotated; make a new one")
+                raise ConfigurationError(f"key {key_id!r}: it is over, and cannot be rotated; make a new one")
             for other in state.keys.values():
-                if other.value.replaces == id and other.value.is_active(now_ms):
-                    raise ConfigurationError(f"key {id!r}: was rotated already; rotate {other.value.id!r} instead")
+                if other.value.replaces == key_id and other.value.is_active(now_ms):
+                    raise ConfigurationError(f"key {key_id!r}: was rotated already; rotate {other.value.id!r} instead")
         except GuardError as error:
-            await self.note("rotate_key", f"key:{id}", actor=actor, reason=reason, refused=_why(error))
+            await self.note("rotate_key", f"key:{key_id}", actor=actor, reason=reason, refused=_why(error))
             raise
         key = old.value
         ends = key.ends_ms()
@@ -300,12 +300,12 @@ class Control:
             tags=key.tags,
             params=key.params,
             expires_at_ms=None,
-            replaces=id,
+            replaces=key_id,
         )
         stated = now_ms + overlap_ms if ends is None else min(ends, now_ms + overlap_ms)
         ending = msgspec.structs.replace(key, expires_at_ms=stated)
         changes = (
-            Change(kind="key", name=id, value=ending, expected=old.version if expected is None else expected),
+            Change(kind="key", name=key_id, value=ending, expected=old.version if expected is None else expected),
             Change(kind="key", name=new.id, value=new, expected=0),
         )
         await self._change(changes, actor=actor, reason=reason, verb="rotate_key")
@@ -313,7 +313,7 @@ class Control:
 
     async def revoke_key(
         self,
-        id: str,
+        key_id: str,
         *,
         actor: Actor,
         reason: str = "",
@@ -325,14 +325,16 @@ class Control:
             NotThere, Conflict, StorageError: as `remove`.
         """
         state = await self.state()
-        entry = state.keys.get(id)
+        entry = state.keys.get(key_id)
         if entry is None:
-            await self.note("revoke_key", f"key:{id}", actor=actor, reason=reason, refused="there is no such key")
-            raise NotThere("key", id)
+            await self.note("revoke_key", f"key:{key_id}", actor=actor, reason=reason, refused="there is no such key")
+            raise NotThere("key", key_id)
         if entry.value.revoked_ms is not None:
             return state
         revoked = msgspec.structs.replace(entry.value, revoked_ms=self._clock.now_ms())
-        change = Change(kind="key", name=id, value=revoked, expected=entry.version if expected is None else expected)
+        change = Change(
+            kind="key", name=key_id, value=revoked, expected=entry.version if expected is None else expected
+        )
         await self._change((change,), actor=actor, reason=reason, verb="revoke_key")
         return await self.state()
 
