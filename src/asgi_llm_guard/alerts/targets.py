@@ -32,8 +32,9 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 _NAT64: Final = ip_network("64:ff9b::/96")
-_CLOUDS: Final = frozenset({ip_address("168.63.129.16")})
-"""Azure's own service, under a public address. Those of other clouds are not public."""
+_INSIDE: Final = (ip_network("168.63.129.16/32"), ip_network("192.0.0.0/24"), ip_network("fec0::/10"))
+"""What Python does not say, or not in every release: Azure's own service, which has a public address; addresses of
+protocols, one of them Oracle's service; and what IPv6 once called site-local."""
 
 
 class TargetRefusedError(GuardError):
@@ -182,7 +183,8 @@ def _is_public(address: Address) -> bool:
     inside = _inside(address)
     if inside is not None:
         return _is_public(inside)
-    return address.is_global and not address.is_multicast and not address.is_reserved and address not in _CLOUDS
+    public = address.is_global and not (address.is_private or address.is_multicast or address.is_reserved)
+    return public and not any(address in network for network in _INSIDE)
 
 
 def _inside(address: Address) -> Address | None:

@@ -1,0 +1,413 @@
+"""Alerts of a guard: what is told, when, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from tests.alerts.kit import PRICES, SECRET, Receiver, alerts_in, hook, receiving, spend
+from tests.storage.values import DOLLAR, HOUR_MS, START
+
+from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
+from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold
+from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE
+from asgi_llm_guard.claims import Meter
+from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
+from asgi_llm_guard.events import Admission, Alert, Event
+from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.limits import LimitsStorage
+from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.sqlite import SqliteStorage
+from asgi_llm_guard.testing import FrozenClock, OutageStorage
+
+pytestmark = pytest.mark.anyio
+
+
+class Watched:
+    """A guard, what it told, and its clock."""
+
+    def __init__(
+        self,
+        *rules: Threshold | BurnRate,
+        policies: tuple[Policy, ...] = (Budget("$10/daily"),),
+        storage: Storage | None = None,
+        clock: FrozenClock | None = None,
+        receivers: tuple[Receiver, ...] = (),
+        **options: Any,
+    ) -> None:
+        self.clock = clock or FrozenClock(START)
+        self.seen: list[Event] = []
+        self.alerts = Alerts(rules or (Threshold(),), webhooks=[hook(receiver, **options) for receiver in receivers])
+        self.guard = Guard(
+            policies,
+            storage=storage or MemoryStorage(clock=self.clock, lapse_ms=400 * 86_400_000),
+            clock=self.clock,
+            prices=PRICES,
+            observers=[self.seen.append],
+            alerts=self.alerts,
+        )
+
+    async def told(self) -> list[Alert]:
+        """What is told from now on, after one more look and after all was sent."""
+        before = len(alerts_in(self.seen))
+        await self.guard.chores.run(CHORE)
+        await self.guard.chores.run(LAST_CHORE)
+        return alerts_in(self.seen)[before:]
+
+    async def percents(self) -> list[float]:
+        return [alert.threshold for alert in await self.told()]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.guard.aclose()
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as receiver:
+        yield receiver
+
+
+# -------------------------------------------------------------------------------- thresholds
+
+
+async def test_each_threshold_once(receiver: Receiver) -> None:
+    """S3: as a budget is used up each threshold is told once, signed, with what is known of it."""
+    async with Watched(receivers=(receiver,)) as watched:
+        await spend(watched.guard, 4.99)
+        assert await watched.told() == []
+        await spend(watched.guard, 0.01)
+        (alert,) = await watched.told()
+        assert (alert.kind, alert.policy, alert.scope, alert.subject) == ("threshold", "user_budget", "user", "ann")
+        assert (alert.threshold, alert.limit, alert.used, alert.held) == (50, 10 * DOLLAR, 5 * DOLLAR, 0)
+        assert await watched.told() == []
+        await spend(watched.guard, 4.6)
+        assert await watched.percents() == [80, 95]
+        await spend(watched.guard, 0.4)
+        assert await watched.percents() == [100]
+        with pytest.raises(LimitExceeded):
+            await spend(watched.guard, 1)
+        assert await watched.told() == []
+    assert sorted(got.json["threshold"] for got in receiver.got) == [50, 80, 95, 100]
+    assert len({got.headers["x-guard-id"] for got in receiver.got}) == 4
+    for got in receiver.got:
+        got.check(SECRET)
+        assert got.json["id"] == got.headers["x-guard-id"]
+
+
+async def test_subjects_are_apart() -> None:
+    """Each subject has thresholds of its own."""
+    async with Watched(Threshold(at=(50,))) as watched:
+        for caller in ("ann", "bob", "cy"):
+            await spend(watched.guard, 6 if caller != "cy" else 4, caller=caller)
+        assert sorted(alert.subject for alert in await watched.told()) == ["ann", "bob"]
+
+
+async def test_anew_in_the_next_window() -> None:
+    """S3: what was told of one day is told of the next."""
+    async with Watched(Threshold(at=(50,))) as watched:
+        for _ in range(3):
+            await spend(watched.guard, 6)
+            assert await watched.percents() == [50]
+            assert await watched.percents() == []
+            watched.clock.advance(ms=24 * HOUR_MS)
+            assert await watched.percents() == []
+
+
+async def test_a_window_of_a_year(receiver: Receiver) -> None:
+    """S3: in a window longer than 30 days, too, each threshold is told once."""
+    async with Watched(Threshold(at=(50,)), policies=(Budget("$10/yearly"),), receivers=(receiver,)) as watched:
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+        for _ in range(3):
+            watched.clock.advance(ms=100 * 24 * HOUR_MS)
+            await spend(watched.guard, 0.1)
+            assert await watched.percents() == []
+        watched.clock.advance(ms=100 * 24 * HOUR_MS)
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+    assert len(receiver.got) == 2
+
+
+async def test_anew_after_a_reset(tmp_path: Path) -> None:
+    """S3: after a reset the thresholds of the same window are told once more, by one of all processes."""
+    clock = FrozenClock(START)
+    path = tmp_path / "guard.db"
+    one, other = (
+        Watched(Threshold(at=(50, 80)), storage=SqliteStorage(path, clock=clock, lapse_ms=86_400_000), clock=clock)
+        for _ in range(2)
+    )
+    async with one, other:
+        await spend(one.guard, 6)
+        await spend(other.guard, 1)
+        assert await one.percents() + await other.percents() == [50]
+        for _ in range(3):
+            await one.guard.storage.reset(_meters(one))
+            await spend(one.guard, 1)
+            await spend(other.guard, 1)
+            assert await one.percents() + await other.percents() == []
+            await spend(other.guard, 4)
+            await spend(one.guard, 0.1)
+            assert await other.percents() + await one.percents() == [50]
+            assert await other.percents() + await one.percents() == []
+
+
+def _meters(watched: Watched) -> list[Meter]:
+    """All that were claimed on."""
+    receipts = [receipt for event in watched.seen if isinstance(event, Admission) for receipt in event.granted.receipts]
+    return list({receipt.claim.meter.key: receipt.claim.meter for receipt in receipts}.values())
+
+
+async def test_held_counts_where_it_is_asked_for() -> None:
+    """`of="held"` tells what open calls hold, too; `used` only what was charged."""
+    async with Watched(Threshold(at=(50,), of="held"), Threshold(at=(60,))) as watched:
+        async with (
+            watched.guard.open(Context(caller="ann")),
+            watched.guard.call(model="test/m", input_tokens=7_000, max_output_tokens=1),
+        ):
+            (alert,) = await watched.told()
+            assert (alert.threshold, alert.used, alert.held) == (50, 0, 7 * DOLLAR)
+        assert await watched.percents() == [60]
+
+
+async def test_what_is_held_is_watched_until_it_is_settled() -> None:
+    """S3: a threshold that is crossed long after the admission, by a call of another process, is told by who knows."""
+    clock, storage = FrozenClock(START), MemoryStorage(clock=FrozenClock(START), lapse_ms=86_400_000)
+    one, other = (Watched(Threshold(at=(50,)), storage=storage, clock=clock) for _ in range(2))
+    async with one, other:
+        async with (
+            one.guard.open(Context(caller="ann")),
+            one.guard.call(model="test/m", input_tokens=4_000, max_output_tokens=1),
+        ):
+            await spend(other.guard, 4)
+            assert await one.percents() + await other.percents() == []
+        assert await other.percents() == [50]
+        assert await one.percents() == []
+
+
+async def test_more_than_was_held() -> None:
+    """S3: a call that uses more than it held, and so crosses a threshold, is told of."""
+    async with Watched(Threshold(at=(50, 100))) as watched:
+        await spend(watched.guard, 6, held=1)
+        assert await watched.percents() == [50]
+        await spend(watched.guard, 6, held=1)
+        assert await watched.percents() == [100]
+
+
+async def test_shadow_and_other_policies_only_if_asked() -> None:
+    """Policies in shadow, rates and iterations are not told of, unless a rule names them."""
+    policies = (Budget("$10/daily").shadow(), Iterations(2), RateLimit("2/minute", name="rates"))
+    async with Watched(policies=policies) as watched:
+        await spend(watched.guard, 9)
+        assert await watched.told() == []
+    async with Watched(
+        Threshold(at=(80,), shadow=True), Threshold(policy="rates", at=(50,)), policies=policies
+    ) as watched:
+        await spend(watched.guard, 9)
+        assert sorted((alert.policy, alert.shadow) for alert in await watched.told()) == [
+            ("rates", False),
+            ("user_budget.shadow", True),
+        ]
+
+
+async def test_sliding_windows_once_per_length() -> None:
+    """A limit without instances is told of once per length of its window, each time under an id of its own."""
+    async with Watched(Threshold(policy="rates", at=(50,)), policies=(RateLimit("2/hour", name="rates"),)) as watched:
+        ids = set()
+        for _ in range(3):
+            async with watched.guard.open(Context(caller="ann")):
+                pass
+            (alert,) = await watched.told()
+            ids.add(alert.id)
+            watched.clock.advance(ms=HOUR_MS // 2)
+            async with watched.guard.open(Context(caller="ann")):
+                pass
+            assert await watched.told() == []
+            watched.clock.advance(ms=2 * HOUR_MS)
+        assert len(ids) == 3
+
+
+# -------------------------------------------------------------------------------- burn rates
+
+
+async def test_burning_too_fast(receiver: Receiver) -> None:
+    """S15: what is spent within the window at so many times what would just last is told, once per window."""
+    budget = Budget("$240/daily")  # $10 an hour just last
+    async with Watched(BurnRate(window="1h", times=2), policies=(budget,), receivers=(receiver,)) as watched:
+        await spend(watched.guard, 1)
+        for minutes in range(1, 60):
+            watched.clock.advance(ms=60_000)
+            await spend(watched.guard, 0.3)
+            assert await watched.told() == [], minutes
+        alerts = []
+        for _ in range(90):
+            watched.clock.advance(ms=60_000)
+            await spend(watched.guard, 0.5)
+            alerts += await watched.told()
+        first, second = alerts
+        assert (first.kind, first.threshold, first.window_ms) == ("burn_rate", 2, HOUR_MS)
+        assert 20 * DOLLAR <= (first.spent or 0) < 21 * DOLLAR
+        assert second.at_ms - first.at_ms >= HOUR_MS
+        assert second.id != first.id
+    assert [got.json["type"] for got in receiver.got] == ["burn_rate"] * 2
+
+
+async def test_no_burning_over_idle_hours() -> None:
+    """S15: what was spent while this process did not look is not taken for spent at once."""
+    clock, storage = FrozenClock(START), MemoryStorage(clock=FrozenClock(START), lapse_ms=86_400_000)
+    one, other = (
+        Watched(BurnRate(window="1h", times=2), policies=(Budget("$240/daily"),), storage=storage, clock=clock)
+        for _ in range(2)
+    )
+    async with one, other:
+        await spend(one.guard, 0.1)
+        assert await one.told() == []
+        for _ in range(4):
+            clock.advance(ms=HOUR_MS)
+            await spend(other.guard, 10)
+            assert await other.told() == []
+        await spend(one.guard, 0.1)
+        assert await one.told() == []
+
+
+# ------------------------------------------------------------------------- delivery, outages
+
+
+async def test_at_least_once(receiver: Receiver) -> None:
+    """S3: what a receiver does not take is sent again under the same id, and once it was taken no more."""
+    receiver.answers = [500, None, 302, 429, 204]
+    async with Watched(Threshold(at=(50,)), receivers=(receiver,)) as watched:
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+        assert await watched.percents() == []
+    assert len(receiver.got) == 5
+    assert len({got.headers["x-guard-id"] for got in receiver.got}) == 1
+    assert len({got.body for got in receiver.got}) == 1
+
+
+async def test_a_process_that_dies_before_it_has_sent(receiver: Receiver, tmp_path: Path) -> None:
+    """S3: an alert whose process died with it is sent by another that knows of it, once the turn is over."""
+    clock, path = FrozenClock(START), tmp_path / "guard.db"
+    store = SqliteStorage(path, clock=clock, lapse_ms=86_400_000)
+    dead = Watched(Threshold(at=(50,)), storage=store, clock=clock)
+    await spend(dead.guard, 6)
+    (alert,) = await dead.told()
+    webhook = hook(receiver)
+    assert await store.shared().mark(f"alert:{alert.id}:{webhook.id}:turn", until_ms=clock.now_ms() + 120_000)
+    async with Watched(
+        Threshold(at=(50,)),
+        storage=SqliteStorage(path, clock=clock, lapse_ms=86_400_000),
+        clock=clock,
+        receivers=(receiver,),
+    ) as other:
+        await spend(other.guard, 0.1)
+        assert await other.told() == []
+        assert receiver.got == []
+        clock.advance(ms=120_000)
+        await other.told()
+        clock.advance(ms=60_000)
+        await other.told()
+        assert [got.headers["x-guard-id"] for got in receiver.got] == [alert.id]
+        clock.advance(ms=3 * HOUR_MS)
+        await other.told()
+        assert len(receiver.got) == 1
+    await dead.guard.aclose()
+
+
+async def test_a_receiver_that_hangs_holds_up_nobody(receiver: Receiver) -> None:
+    """S3: a receiver that does not answer holds up neither calls, nor other webhooks, nor the end beyond its bound; what
+    was not sent is left to others."""
+    hanging = Receiver()
+    silent = socket.create_server(("127.0.0.1", 0))
+    hanging.port = silent.getsockname()[1]
+    clock = FrozenClock(START)
+    storage = MemoryStorage(clock=clock, lapse_ms=86_400_000)
+    loop = asyncio.get_running_loop()
+    async with Watched(
+        Threshold(at=(50,)), storage=storage, clock=clock, receivers=(hanging, receiver), timeout_s=30
+    ) as watched:
+        await spend(watched.guard, 6)
+        await watched.guard.chores.run(CHORE)
+        begun_s = loop.time()
+        await spend(watched.guard, 1)
+        assert loop.time() - begun_s < 1
+    assert loop.time() - begun_s < 6
+    assert len(receiver.got) == 1
+    (alert,) = alerts_in(watched.seen)
+    assert await MemoryMarks(storage).free(f"alert:{alert.id}:{hook(hanging).id}:turn")
+    assert not await MemoryMarks(storage).free(f"alert:{alert.id}:{hook(receiver).id}:sent")
+    silent.close()
+
+
+class MemoryMarks:
+    """Whether marks are free, also of a storage that was closed."""
+
+    def __init__(self, storage: MemoryStorage) -> None:
+        self._marks = storage.shared()._marks
+
+    async def free(self, name: str) -> bool:
+        return name not in self._marks
+
+
+async def test_a_store_that_is_away() -> None:
+    """While the store does not answer nothing is told and nothing forgotten; when it is back, all of it is told once."""
+    clock = FrozenClock(START)
+    storage = OutageStorage(MemoryStorage(clock=clock, lapse_ms=86_400_000))
+    async with Watched(storage=storage, clock=clock) as watched:
+        await spend(watched.guard, 8.5)
+        storage.down()
+        with pytest.raises(StorageError):
+            await watched.guard.chores.run(CHORE)
+        for after in range(6):
+            storage.down(after=after)
+            with contextlib.suppress(StorageError):
+                await watched.guard.chores.run(CHORE)
+            storage.up()
+        told = alerts_in(watched.seen)
+        told_later = await watched.told()
+        assert sorted(alert.threshold for alert in {alert.id: alert for alert in (*told, *told_later)}.values()) == [
+            50,
+            80,
+        ]
+        assert len(told) + len(told_later) == 2
+
+
+async def test_a_full_queue_drops_nothing_that_crosses() -> None:
+    """S3: more events than the queue takes, with nobody looking: every threshold is told all the same."""
+    from asgi_llm_guard.alerts.watch import Watch
+
+    async with Watched(Threshold(at=(50,))) as watched:
+        watched.alerts._watch = Watch(watched.alerts.rules, most_events=2)
+        for n in range(20):
+            await spend(watched.guard, 6 if n % 2 else 1, caller=f"c{n}")
+        assert watched.alerts._watch.waiting == 2
+        assert sorted(alert.subject for alert in await watched.told()) == sorted(f"c{n}" for n in range(1, 20, 2))
+
+
+def test_what_alerts_cannot_be_bound_to() -> None:
+    """Alerts need a storage that knows what was told, and belong to one guard."""
+    alerts = Alerts()
+    Guard(alerts=alerts)
+    with pytest.raises(ConfigurationError, match="another guard"):
+        Guard(alerts=alerts)
+    with pytest.raises(ConfigurationError, match="LimitsStorage"):
+        Guard(storage=LimitsStorage.from_url("memory://"), alerts=Alerts())
+    with pytest.raises(ConfigurationError, match="alerts"):
+        Guard(alerts="yes")  # type: ignore[arg-type]
+
+
+def test_two_webhooks_of_one_name() -> None:
+    """Two webhooks that could not be told apart are refused."""
+    receiver = Receiver()
+    receiver.port = 1
+    with pytest.raises(ConfigurationError, match="name of its own"):
+        Alerts(webhooks=[hook(receiver), hook(receiver)])
+    Alerts(webhooks=[hook(receiver), hook(receiver, name="second")])
