@@ -18,15 +18,58 @@ from asgi_llm_guard.control import Actor, Conflict, Control, ControlState, Key, 
 from asgi_llm_guard.control.data import shown as shown_value
 from asgi_llm_guard.control.values import Kind
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.standing import ResetMeter
 from asgi_llm_guard.windows import duration_ms
 
-__all__ = ["actor_of", "control_of", "end", "field_in", "make_key", "put", "raise_limit", "remove", "reset", "revoke", "rotate", "stop"]
+__all__ = [
+    "actor_of",
+    "control_of",
+    "end",
+    "field_in",
+    "make_key",
+    "put",
+    "raise_limit",
+    "remove",
+    "reset",
+    "revoke",
+    "rotate",
+    "stop",
+]
 
 _WORD: Final = re.compile(r"[a-z][a-z_0-9]*")
 _FIELDS: Final = frozenset(
-    """models daily_tokens monthly_tokens daily_cost monthly_cost tz max_iterations params entry from_ms until_ms cache acl
-    version scope subject caller user departments agent tags policy unit amount reason expected overlap lasts name
-    until""".split()
+    [
+        "models",
+        "daily_tokens",
+        "monthly_tokens",
+        "daily_cost",
+        "monthly_cost",
+        "tz",
+        "max_iterations",
+        "params",
+        "entry",
+        "from_ms",
+        "until_ms",
+        "cache",
+        "acl",
+        "version",
+        "scope",
+        "subject",
+        "caller",
+        "user",
+        "departments",
+        "agent",
+        "tags",
+        "policy",
+        "unit",
+        "amount",
+        "reason",
+        "expected",
+        "overlap",
+        "lasts",
+        "name",
+        "until",
+    ]
 )
 
 
@@ -107,7 +150,7 @@ async def end(asked: Asked, kind: Kind, name: str, *, reason: str) -> None:
     await remove(asked, kind, name, reason=reason, expected=None)
 
 
-async def reset(asked: Asked, wanted: Reset) -> Sequence[Any]:
+async def reset(asked: Asked, wanted: Reset) -> Sequence[ResetMeter]:
     """Set the limits of a subject to unused; gives what was reset."""
     control = control_of(asked)
     actor = actor_of(asked)
@@ -118,9 +161,7 @@ async def reset(asked: Asked, wanted: Reset) -> Sequence[Any]:
     except ConfigurationError as error:
         raise _malformed(error, {"scope": wanted.scope, "subject": wanted.subject}) from None
     target = f"{wanted.scope}:{wanted.subject}" if wanted.subject else wanted.scope
-    used = [
-        {"policy": each.meter.policy, "unit": each.meter.unit.value, "used": each.reading.used} for each in done
-    ]
+    used = [{"policy": each.policy, "unit": each.unit.value, "used": each.used} for each in done]
     await control.note("reset", target, actor=actor, reason=wanted.reason, old={"limits": used})
     return done
 
@@ -162,7 +203,7 @@ async def revoke(asked: Asked, name: str, *, reason: str) -> None:
 
 def field_in(message: str, known: Mapping[str, Any]) -> str:
     """The field that a message is about: the first one named in it, of those that were sent before any other."""
-    words = _WORD.findall(re.sub(r"'[^']*'", "", message))
+    words: list[str] = _WORD.findall(re.sub(r"'[^']*'", "", message))
     for word in words:
         if word in known:
             return word

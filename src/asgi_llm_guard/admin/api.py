@@ -221,9 +221,7 @@ async def audit(asked: Asked) -> Response:
 
 async def health(asked: Asked) -> Response:
     told = asked.desk.guard.health()
-    return json_answer(
-        HealthRow(ready=bool(told["ready"]), storage=str(told["storage"]), details=dict(told))
-    )
+    return json_answer(HealthRow(ready=bool(told["ready"]), storage=str(told["storage"]), details=dict(told)))
 
 
 # ------------------------------------------------------------------------------------- entries
@@ -318,11 +316,11 @@ async def reset(asked: Asked) -> Response:
     return json_answer(
         [
             ResetRow(
-                policy=each.meter.policy,
-                scope=each.meter.scope,
-                subject=each.meter.subject,
-                unit=each.meter.unit.value,
-                used=each.reading.used,
+                policy=each.policy,
+                scope=each.scope,
+                subject=each.subject,
+                unit=each.unit.value,
+                used=each.used,
             )
             for each in await administer.reset(asked, asked.body)
         ]
@@ -429,5 +427,6 @@ def _checked(make: Callable[[], T], field: str) -> T:
 
 def _no_ledger() -> ProblemError:
     return ProblemError(
-        409, "No ledger is configured, so nothing is known of past usage: Guard(ledger='postgresql://…') or a SQLite storage."
+        409,
+        "No ledger is configured, so nothing is known of past usage: Guard(ledger='postgresql://…') or a SQLite storage.",
     )

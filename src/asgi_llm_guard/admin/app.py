@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import get_route_path
 
 from asgi_llm_guard.admin import gate
 from asgi_llm_guard.admin.asked import Asked, ProblemError, fields_of, json_answer, read_json
@@ -21,6 +20,7 @@ from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.admin.verbs import Verb
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.marks import mark_own
+from asgi_llm_guard.routes import route_path
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["HEADERS", "AdminApp", "end_socket", "follow_lifespan"]
 
 _log = logging.getLogger("asgi_llm_guard")
+
+_NO_STORE: Final = "The store does not answer. Try again in a moment."
 
 HEADERS: Final = {
     "Content-Security-Policy": (
@@ -68,7 +70,7 @@ class AdminApp:
             await end_socket(receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path = get_route_path(request.scope) or "/"
+        path = route_path(request.scope)
         api = path.startswith("/api/")
         asked = Asked(self.desk, request, None, None)
         try:
@@ -89,14 +91,15 @@ class AdminApp:
             return _problem(asked, problem, api=api)
         except StorageError as error:
             _log.warning("administration: %s: %s", request.url.path, error)
-            problem = ProblemError(503, "The store does not answer. Try again in a moment.", headers={"Retry-After": "5"})
-            return _problem(asked, problem, api=api)
+            return _problem(asked, ProblemError(503, _NO_STORE, headers={"Retry-After": "5"}), api=api)
         except ClientDisconnect:
             return Response(status_code=400)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the last resort of a page
             # What is said of it must not be more than that it went wrong.
             _log.exception("administration: %s failed", request.url.path)
-            return _problem(asked, ProblemError(500, "Something went wrong here; the log of the service says what."), api=api)
+            return _problem(
+                asked, ProblemError(500, "Something went wrong here; the log of the service says what."), api=api
+            )
         else:
             return response
 
@@ -116,7 +119,9 @@ class AdminApp:
                 asked.session is not None
                 and self.desk.sessions.form_token_holds(asked.session, asked.form.get("form_token", ""))
             ):
-                raise ProblemError(403, "This form is not from a page of this session. Go back, load the page anew, and send it again.")
+                raise ProblemError(
+                    403, "This form is not from a page of this session. Go back, load the page anew, and send it again."
+                )
         elif verb.kind == "api" and verb.method != "GET":
             if asked.session is not None:
                 raise ProblemError(403, "What changes something takes a token here: Authorization: Bearer …")
@@ -135,7 +140,7 @@ def _problem(asked: Asked, problem: ProblemError, *, api: bool) -> Response:
     if api:
         response = json_answer(problem.body(), problem.status, media="application/problem+json")
     elif problem.status == 401 and asked.request.method in {"GET", "HEAD"}:
-        path = get_route_path(asked.request.scope) or "/"
+        path = route_path(asked.request.scope)
         query = asked.request.url.query
         wanted = path + (f"?{query}" if query else "")
         response = RedirectResponse(asked.url("/login") + (f"?next={quote(wanted)}" if wanted != "/" else ""), 303)

@@ -131,9 +131,7 @@ async def fields_of(request: Request) -> dict[str, str]:
     if kind != "application/x-www-form-urlencoded":
         raise ProblemError(415, "Expected a form: application/x-www-form-urlencoded.")
     try:
-        pairs = parse_qsl(
-            (await _raw(request)).decode(), keep_blank_values=True, errors="strict", max_num_fields=200
-        )
+        pairs = parse_qsl((await _raw(request)).decode(), keep_blank_values=True, errors="strict", max_num_fields=200)
     except ValueError:
         raise ProblemError(400, "The form cannot be read.") from None
     fields: dict[str, str] = {}
@@ -185,7 +183,9 @@ def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 def _finite(told: object, place: str) -> None:
     if told is None:
         raise ProblemError(
-            422, f"{place or 'body'}: null is no value. Leave the field out, or say what it is to be.", field=place or "body"
+            422,
+            f"{place or 'body'}: null is no value. Leave the field out, or say what it is to be.",
+            field=place or "body",
         )
     if isinstance(told, float) and not math.isfinite(told):
         raise ProblemError(422, f"{place or 'body'}: expected a finite number.", field=place or "body")
@@ -198,4 +198,4 @@ def _finite(told: object, place: str) -> None:
 
 
 def json_answer(told: object, status: int = 200, *, media: str = "application/json") -> Response:
-    return Response(msgspec.json.encode(told, decimal_format="string"), status, media_type=media)
+    return Response(msgspec.json.encode(told), status, media_type=media)

@@ -16,8 +16,8 @@ __all__ = [
     "BudgetRow",
     "Change",
     "DepartmentFields",
-    "EntryRow",
     "Ended",
+    "EntryRow",
     "HealthRow",
     "KeyMade",
     "KeyRow",
@@ -48,12 +48,16 @@ Instant = Annotated[int, Meta(ge=0, le=253_402_300_799_999, description="Millise
 Dollars = (
     Annotated[int, Meta(ge=0, le=_MAX_DOLLARS)]
     | Annotated[float, Meta(ge=0, le=_MAX_DOLLARS)]
-    | Annotated[str, Meta(pattern=r"^(\$?[0-9]{1,7}(\.[0-9]{1,9})?|unlimited)$", description="`12.50`, or `unlimited`.")]
+    | Annotated[
+        str, Meta(pattern=r"^(\$?[0-9]{1,7}(\.[0-9]{1,9})?|unlimited)$", description="`12.50`, or `unlimited`.")
+    ]
 )
 Lasting = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,3}(s|m|h|d|w|mo)$", description="`30m`, `12h`, `7d`.")]
 Expected = Annotated[
     int,
-    Meta(ge=0, le=MAX_AMOUNT, description="The version that was seen; 0: it must not be there. Another one answers 409."),
+    Meta(
+        ge=0, le=MAX_AMOUNT, description="The version that was seen; 0: it must not be there. Another one answers 409."
+    ),
 ]
 
 

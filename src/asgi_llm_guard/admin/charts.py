@@ -40,9 +40,7 @@ def bars(series: Sequence[Bar], *, identity: str, title: str, description: str) 
     """Upright bars over the whole width, each with a title of its own."""
     top, _ = ticks(max((bar.value for bar in series), default=0))
     width = max(1, len(series)) * 10
-    shapes = [
-        f'<line class="rule" x1="0" x2="{width}" y1="{y}" y2="{y}"/>' for y in (0, 25, 50, 75, 100)
-    ]
+    shapes = [f'<line class="rule" x1="0" x2="{width}" y1="{y}" y2="{y}"/>' for y in (0, 25, 50, 75, 100)]
     for place, bar in enumerate(series):
         height = round(bar.value * 100 / top, 2)
         if bar.value > 0:

@@ -15,6 +15,7 @@ from asgi_llm_guard.control import Actor, Control
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.ledger import Ledger
+from asgi_llm_guard.standing import known_scopes
 from asgi_llm_guard.storage.shared import ListsCalls, OpenCall
 
 __all__ = ["MOST_OPEN", "Desk"]
@@ -65,7 +66,7 @@ class Desk:
             actor = Actor(name=name, role=role, address=address)
             await self.control.note(verb, target, actor=actor, reason="", refused=why)
         except StorageError as error:
-            _log.error("administration: a refused try is not in the audit: %s", error)  # noqa: TRY400 - no trace needed
+            _log.error("administration: a refused try is not in the audit: %s", error)
 
     # --------------------------------------------------------------------------- reading
 
@@ -76,7 +77,8 @@ class Desk:
 
     async def budgets(self, subjects: Iterable[tuple[str, str]]) -> list[Budget]:
         """Every limit in money and tokens of these scopes and subjects, the fullest first."""
-        wanted = list(dict.fromkeys(subjects))[:_MOST_SUBJECTS]
+        scopes = known_scopes(self.guard.policies)
+        wanted = [each for each in dict.fromkeys(subjects) if each[0] in scopes][:_MOST_SUBJECTS]
         found = await asyncio.gather(*(self.guard.meters_of(scope, subject) for scope, subject in wanted))
         now_ms = self.now_ms
         budgets = [

@@ -83,9 +83,7 @@ async def logout(asked: Asked) -> Response:
 def _login_form(asked: Asked, status: int, problem: str | None) -> Response:
     token = asked.desk.sessions.login_token(asked.now_ms)
     wanted = _inside(asked.form.get("next") or asked.query.get("next", ""))
-    response = page(
-        asked, "login.html", active="", status=status, login_token=token, wanted=wanted, problem=problem
-    )
+    response = page(asked, "login.html", active="", status=status, login_token=token, wanted=wanted, problem=problem)
     set_cookie(asked, response, LOGIN_COOKIE, token, _LOGIN_MS)
     return response
 
@@ -103,7 +101,11 @@ def entries(kind: EditedKind) -> Handler:
 
     async def run(asked: Asked) -> Response:
         state = None if asked.desk.control is None else await asked.desk.control.state()
-        rows = () if state is None else [(name, shown_value(entry.value), entry) for name, entry in state.of(kind.kind).items()]
+        rows = (
+            ()
+            if state is None
+            else [(name, shown_value(entry.value), entry) for name, entry in state.of(kind.kind).items()]
+        )
         return page(asked, "entries.html", active=kind.slug, kind=kind, rows=rows, administered=state is not None)
 
     return run
@@ -207,7 +209,9 @@ async def raises(asked: Asked) -> Response:
         active="raises",
         administered=state is not None,
         stops=[] if state is None else [entry.value for entry in state.stops.values() if entry.value.holds(now_ms)],
-        raises=[] if state is None else [entry.value for entry in state.raises.values() if now_ms < entry.value.until_ms],
+        raises=[]
+        if state is None
+        else [entry.value for entry in state.raises.values() if now_ms < entry.value.until_ms],
         policies=list(dict.fromkeys(policy.name for policy in asked.desk.guard.policies)),
         wanted=asked.query,
         tz=asked.desk.options.tz,

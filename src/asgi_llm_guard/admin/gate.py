@@ -98,7 +98,8 @@ def check_origin(asked: Asked) -> None:
     own = headers.get("host", "")
     if origin not in asked.desk.options.origins and (not own or urlsplit(origin).netloc != own):
         raise ProblemError(
-            403, "This form was sent from another site. Behind a proxy that changes the Host header, name its origin in AdminOptions(origins=...)."
+            403,
+            "This form was sent from another site. Behind a proxy that changes the Host header, name its origin in AdminOptions(origins=...).",
         )
 
 
@@ -127,7 +128,9 @@ def _patience(desk: Desk, request: Request) -> None:
     wait_s = desk.failures.wait_s(_address(request), desk.now_ms)
     if wait_s is not None:
         raise ProblemError(
-            429, f"Too many wrong tokens came from this address. Try again in {wait_s} s.", headers={"Retry-After": str(wait_s)}
+            429,
+            f"Too many wrong tokens came from this address. Try again in {wait_s} s.",
+            headers={"Retry-After": str(wait_s)},
         )
 
 
@@ -164,7 +167,7 @@ def _caller(desk: Desk, request: Request) -> str | None:
         identity = desk.guard.identity(request.scope)
     except IdentityError:
         return None
-    except Exception:
+    except Exception:  # noqa: BLE001 - resolvers are code of others
         # A resolver that stands on middleware which is not around this application.
         _log.exception("identity: the resolver failed on a request to the administration page")
         return None

@@ -62,9 +62,7 @@ class EditedKind(msgspec.Struct, frozen=True, kw_only=True):
             elif not text and field.optional:
                 continue
             elif not text and field.unlimited:
-                raise ProblemError(
-                    422, f"{field.label}: write a limit, or tick that there is none.", field=field.name
-                )
+                raise ProblemError(422, f"{field.label}: write a limit, or tick that there is none.", field=field.name)
             else:
                 told[field.name] = _READERS.get(field.show, str)(text) if field.show != "json" else _table(field, text)
         return told
@@ -115,8 +113,17 @@ KINDS: Final = (
         "as the Quota policy says.",
         name_label="Department",
         fields=(
-            Field(name="daily_cost", label="Cost a day", show="money", unlimited=True, help="US dollars.", example="50"),
-            Field(name="monthly_cost", label="Cost a month", show="money", unlimited=True, help="US dollars.", example="1000"),
+            Field(
+                name="daily_cost", label="Cost a day", show="money", unlimited=True, help="US dollars.", example="50"
+            ),
+            Field(
+                name="monthly_cost",
+                label="Cost a month",
+                show="money",
+                unlimited=True,
+                help="US dollars.",
+                example="1000",
+            ),
             Field(name="daily_tokens", label="Tokens a day", show="number", unlimited=True, example="2000000"),
             Field(name="monthly_tokens", label="Tokens a month", show="number", unlimited=True, example="40000000"),
             Field(
@@ -126,7 +133,13 @@ KINDS: Final = (
                 unlimited=True,
                 help="One to a line, such as openai/gpt-5 or openai/*. An empty list allows none.",
             ),
-            Field(name="tz", label="Time zone", show="tz", help="In which its days and months begin.", example="Europe/Berlin"),
+            Field(
+                name="tz",
+                label="Time zone",
+                show="tz",
+                help="In which its days and months begin.",
+                example="Europe/Berlin",
+            ),
         ),
         body=DepartmentFields,
     ),
@@ -167,8 +180,20 @@ KINDS: Final = (
                 help="A JSON table of rates.",
                 example='{"input": "2.50", "output": "10"}',
             ),
-            Field(name="from_ms", label="Holds from", show="number", optional=True, help="Milliseconds since 1970; empty: at once."),
-            Field(name="until_ms", label="Holds until", show="number", optional=True, help="Milliseconds since 1970; empty: it does not end."),
+            Field(
+                name="from_ms",
+                label="Holds from",
+                show="number",
+                optional=True,
+                help="Milliseconds since 1970; empty: at once.",
+            ),
+            Field(
+                name="until_ms",
+                label="Holds until",
+                show="number",
+                optional=True,
+                help="Milliseconds since 1970; empty: it does not end.",
+            ),
         ),
         body=PriceFields,
     ),

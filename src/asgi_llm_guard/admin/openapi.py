@@ -62,7 +62,13 @@ def _operation(verb: Verb, schema: Any) -> dict[str, Any]:
         for name in _PARAMETER.findall(verb.path)
     ]
     parameters += [
-        {"name": param.name, "in": "query", "required": param.required, "description": param.told, "schema": param.schema}
+        {
+            "name": param.name,
+            "in": "query",
+            "required": param.required,
+            "description": param.told,
+            "schema": dict(param.schema),
+        }
         for param in verb.params
     ]
     if parameters:

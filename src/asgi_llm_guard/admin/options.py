@@ -70,7 +70,9 @@ class AdminCredential:
             ConfigurationError: the token is shorter than 32 characters, or the secret than 16 bytes.
         """
         if not isinstance(token, str) or not 32 <= len(token) <= 512:
-            raise ConfigurationError("AdminCredential.hash: a token must have 32 to 512 characters; let generate() make one")
+            raise ConfigurationError(
+                "AdminCredential.hash: a token must have 32 to 512 characters; let generate() make one"
+            )
         return _digest(token, peppers(secret)[0])
 
     @classmethod
@@ -147,7 +149,7 @@ class AdminOptions:
         digests = [_digest(token, pepper) for pepper in peppers(self.secret)]
         found = None
         for credential in self.credentials:  # all of them: how long it takes tells nothing
-            if any([hmac.compare_digest(credential.digest, digest) for digest in digests]):
+            if any(hmac.compare_digest(credential.digest, digest) for digest in digests):
                 found = credential
         return found if found is not None and _holds(found, now_ms) else None
 

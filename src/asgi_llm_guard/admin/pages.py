@@ -66,7 +66,13 @@ def _environment() -> Environment:
         "cut": shown.cut,
         "plain": shown.plain,
     }
-    made.globals |= {"window_told": window_told, "bars": _bars, "gauge": _gauge, "instant": shown.instant, "percent": shown.percent}
+    made.globals |= {
+        "window_told": window_told,
+        "bars": _bars,
+        "gauge": _gauge,
+        "instant": shown.instant,
+        "percent": shown.percent,
+    }
     return made
 
 

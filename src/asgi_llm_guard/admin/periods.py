@@ -43,7 +43,12 @@ class Period(msgspec.Struct, frozen=True, kw_only=True):
         """What links of the page carry so that the next one shows the same time."""
         if self.name != "custom":
             return {"range": self.name, "tz": self.tz}
-        return {"range": "custom", "since": self.local(self.since_ms), "until": self.local(self.until_ms), "tz": self.tz}
+        return {
+            "range": "custom",
+            "since": self.local(self.since_ms),
+            "until": self.local(self.until_ms),
+            "tz": self.tz,
+        }
 
     def local(self, at_ms: int) -> str:
         """As a field of type `datetime-local` takes it."""

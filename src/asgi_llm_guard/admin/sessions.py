@@ -49,7 +49,10 @@ class Sessions:
 
     def __init__(self, options: AdminOptions) -> None:
         self._options = options
-        self._keys = tuple(hashlib.blake2b(pepper, digest_size=32, person=b"llm-guard-sess").digest() for pepper in peppers(options.secret))
+        self._keys = tuple(
+            hashlib.blake2b(pepper, digest_size=32, person=b"llm-guard-sess").digest()
+            for pepper in peppers(options.secret)
+        )
         self._idle_ms = duration_ms(options.idle)
         self.absolute_ms = duration_ms(options.absolute)
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -94,7 +97,7 @@ class Sessions:
 
     def form_token_holds(self, session: Session, token: str) -> bool:
         sent = token.encode()
-        return any([hmac.compare_digest(_mac(key, b"form:" + session.id.encode()).encode(), sent) for key in self._keys])
+        return any(hmac.compare_digest(_mac(key, b"form:" + session.id.encode()).encode(), sent) for key in self._keys)
 
     def login_token(self, now_ms: int) -> str:
         """What the login form and its cookie carry."""
@@ -121,7 +124,7 @@ class Sessions:
         if not dot or len(signed) > 2_000:
             return None
         sent = mac.encode()
-        if not any([hmac.compare_digest(_mac(key, body.encode()).encode(), sent) for key in self._keys]):
+        if not any(hmac.compare_digest(_mac(key, body.encode()).encode(), sent) for key in self._keys):
             return None
         try:
             return base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))

@@ -14,7 +14,19 @@ from zoneinfo import ZoneInfo
 
 from asgi_llm_guard.money import format_usd, from_nano
 
-__all__ = ["UNKNOWN", "compact", "count", "cut", "exact_usd", "instant", "length", "money", "percent", "plain", "quantity"]
+__all__ = [
+    "UNKNOWN",
+    "compact",
+    "count",
+    "cut",
+    "exact_usd",
+    "instant",
+    "length",
+    "money",
+    "percent",
+    "plain",
+    "quantity",
+]
 
 UNKNOWN: Final = "unknown"
 
@@ -101,7 +113,7 @@ def cut(text: str, most: int = 48) -> str:
     if len(whole) <= most:
         return whole
     head = most * 2 // 3
-    return f"{whole[:head]}\N{HORIZONTAL ELLIPSIS}{whole[-(most - head - 1):]}"
+    return f"{whole[:head]}\N{HORIZONTAL ELLIPSIS}{whole[-(most - head - 1) :]}"
 
 
 def _escaped(character: str) -> str:

@@ -45,7 +45,11 @@ def _pages() -> Iterator[Verb]:
         ("/limits/reset", forms.reset),
     ):
         yield Verb(method="POST", path=path, role="operator", kind="form", run=form)
-    for path, form in (("/keys", forms.key_new), ("/keys/rotate", forms.key_rotate), ("/keys/revoke", forms.key_revoke)):
+    for path, form in (
+        ("/keys", forms.key_new),
+        ("/keys/rotate", forms.key_rotate),
+        ("/keys/revoke", forms.key_revoke),
+    ):
         yield Verb(method="POST", path=path, role="admin", kind="form", run=form)
     for kind in KINDS:
         if kind.kind != "department":  # whose page has usage beside quotas

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import get_route_path
 
 from asgi_llm_guard.admin.app import HEADERS, end_socket, follow_lifespan
 from asgi_llm_guard.admin.asked import ProblemError, json_answer
@@ -26,6 +25,7 @@ from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import mark_own
 from asgi_llm_guard.money import from_nano
+from asgi_llm_guard.routes import route_path
 from asgi_llm_guard.windows import Calendar
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True):
     scope: str
     subject: str | None
     unit: str
-    window: str
+    window: str | None
     limit: str | None
     used: str | None
     held: str | None
@@ -98,23 +98,23 @@ class UsageApp:
             await end_socket(receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path = get_route_path(request.scope) or "/"
+        path = route_path(request.scope)
+        if path.startswith("/static/") and (found := STATIC().get(path.removeprefix("/static/"))):
+            return Response(found[0], media_type=found[1], headers={"Cache-Control": "public, max-age=3600"})
+        if path not in {"/", "/v1/usage"}:
+            return _problem(ProblemError(404, "There is nothing here."))
+        if request.method not in _READS:
+            return _problem(ProblemError(405, "This can only be read.", headers={"Allow": "GET, HEAD"}))
         try:
-            if path.startswith("/static/") and (found := STATIC().get(path.removeprefix("/static/"))):
-                return Response(found[0], media_type=found[1], headers={"Cache-Control": "public, max-age=3600"})
-            if path not in {"/", "/v1/usage"}:
-                raise ProblemError(404, "There is nothing here.")
-            if request.method not in _READS:
-                raise ProblemError(405, "This can only be read.", headers={"Allow": "GET, HEAD"})
             limits = await self._limits(request)
         except ProblemError as problem:
-            response = json_answer(problem.body(), problem.status, media="application/problem+json")
-            response.headers.update(problem.headers)
-            return response
+            return _problem(problem)
         if path == "/" and _wants_page(request):
             root = str(request.scope.get("root_path", "")).rstrip("/")
             now_ms = self._guard.clock.now_ms()
-            text = write("usage.html", limits=limits, root=root, tz=self._tz, title="Usage", now_ms=now_ms, url=_url(root))
+            text = write(
+                "usage.html", limits=limits, root=root, tz=self._tz, title="Usage", now_ms=now_ms, url=_url(root)
+            )
             return Response(text, media_type="text/html; charset=utf-8", headers={"Vary": "Accept"})
         return json_answer(limits)
 
@@ -126,7 +126,9 @@ class UsageApp:
         except IdentityError as error:
             raise ProblemError(error.status, error.message) from None
         if identity is None:
-            raise ProblemError(401, "Send the credential that you call this service with.", headers={"WWW-Authenticate": "Bearer"})
+            raise ProblemError(
+                401, "Send the credential that you call this service with.", headers={"WWW-Authenticate": "Bearer"}
+            )
         context = Context(
             caller=identity.caller,
             user=identity.user,
@@ -139,12 +141,14 @@ class UsageApp:
             standing = await guard.standing(context)
         except StorageError as error:
             _log.warning("usage: %s", error)
-            raise ProblemError(503, "The store does not answer. Try again in a moment.", headers={"Retry-After": "5"}) from None
+            raise ProblemError(
+                503, "The store does not answer. Try again in a moment.", headers={"Retry-After": "5"}
+            ) from None
         everything = guard.engine.disclose == "all"
-        rows = [_limit(row, shown=row.owned or everything) for row in standing.rows if row.enforce and row.limit is not None]
-        return Limits(
-            caller=identity.caller, user=identity.user, departments=identity.departments, limits=tuple(rows)
-        )
+        rows = [
+            _limit(row, shown=row.owned or everything) for row in standing.rows if row.enforce and row.limit is not None
+        ]
+        return Limits(caller=identity.caller, user=identity.user, departments=identity.departments, limits=tuple(rows))
 
 
 def _limit(row: StandingRow, *, shown: bool) -> Limit:
@@ -167,6 +171,12 @@ def _limit(row: StandingRow, *, shown: bool) -> Limit:
         raised_until_ms=row.raised_until_ms if shown else None,
         share=round((row.used + row.held) / row.limit, 4) if shown and row.limit else 1.0 if shown else None,
     )
+
+
+def _problem(problem: ProblemError) -> Response:
+    response = json_answer(problem.body(), problem.status, media="application/problem+json")
+    response.headers.update(problem.headers)
+    return response
 
 
 def _wants_page(request: Request) -> bool:

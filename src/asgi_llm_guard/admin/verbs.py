@@ -6,7 +6,8 @@ that is added is guarded, described and tested, or is not there.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import msgspec
@@ -27,7 +28,7 @@ class Param(msgspec.Struct, frozen=True):
 
     name: str
     told: str
-    schema: dict[str, Any] = {"type": "string"}
+    schema: Mapping[str, Any] = MappingProxyType({"type": "string"})
     required: bool = False
 
 

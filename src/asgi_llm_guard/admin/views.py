@@ -84,7 +84,9 @@ async def department(asked: Asked) -> Response:
         return RedirectResponse(asked.url("/departments"), 303)
     desk, period = asked.desk, period_of(asked, "30d")
     where = {"department": name}
-    months = Period(name="custom", since_ms=max(0, asked.now_ms - 365 * 86_400_000), until_ms=period.until_ms, tz=period.tz)
+    months = Period(
+        name="custom", since_ms=max(0, asked.now_ms - 365 * 86_400_000), until_ms=period.until_ms, tz=period.tz
+    )
     report, models, users, agents, limits, monthly = await asyncio.gather(
         gathered.over_time(desk, period, where),
         gathered.groups(desk, period, "model", where=where),
@@ -214,5 +216,3 @@ async def file(asked: Asked) -> Response:
     raw, media, digest = found
     kept = "public, max-age=31536000, immutable" if asked.query.get("v") == digest else "no-cache"
     return Response(raw, media_type=media, headers={"Cache-Control": kept})
-
-
