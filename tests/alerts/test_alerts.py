@@ -357,6 +357,18 @@ class MemoryMarks:
         return name not in self._marks
 
 
+async def test_clocks_that_differ(receiver: Receiver) -> None:
+    """S3: the storage's clock decides: with this process's an hour behind it, thresholds are told and sent all the same."""
+    ahead = FrozenClock(START)
+    ahead.advance(ms=HOUR_MS)
+    storage = MemoryStorage(clock=ahead, lapse_ms=86_400_000)
+    async with Watched(Threshold(at=(50,)), storage=storage, receivers=(receiver,)) as watched:
+        await watched.guard.heartbeat()
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+        assert len(receiver.got) == 1
+
+
 async def test_a_store_that_is_away() -> None:
     """While the store does not answer nothing is told and nothing forgotten; when it is back, all of it is told once."""
     clock = FrozenClock(START)

@@ -88,7 +88,7 @@ class Alerts:
     def _begin_anew(self, guard: Guard) -> None:
         self._pid = os.getpid()
         self._watch = Watch(self.rules)
-        self._deliveries = Deliveries(lambda: _shared(guard), guard.clock, patience_ms=self._patience_ms)
+        self._deliveries = Deliveries(lambda: _shared(guard), lambda: _now_ms(guard), patience_ms=self._patience_ms)
         self._generations: dict[str, tuple[int, str]] = {}
         self._turn: asyncio.Lock = asyncio.Lock()
 
@@ -108,7 +108,7 @@ class Alerts:
         guard = self._guard
         assert guard is not None, "bound before it is a chore"  # noqa: S101
         async with self._turn:
-            now_ms = guard.clock.now_ms()
+            now_ms = _now_ms(guard)
             due = self._watch.due(now_ms)
             for at in range(0, len(due), _BATCH):
                 meters = due[at : at + _BATCH]
@@ -213,6 +213,11 @@ def _shared(guard: Guard) -> Shared:
     if not isinstance(storage, KeepsShared):
         raise ConfigurationError(f"Alerts: a {type(storage).__name__} cannot keep what was told already")
     return storage.shared()
+
+
+def _now_ms(guard: Guard) -> int:
+    """The storage's clock, which decides when marks are over."""
+    return guard.clock.now_ms() + guard.skew_ms
 
 
 def _generation_name(meter: Meter) -> str:

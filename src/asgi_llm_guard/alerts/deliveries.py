@@ -23,7 +23,6 @@ from typing import Final
 import msgspec
 
 from asgi_llm_guard.alerts.webhook import DeliveryError, Webhook
-from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Alert
 from asgi_llm_guard.storage.shared import Shared
@@ -63,14 +62,20 @@ class Due(msgspec.Struct, frozen=True):
 class Deliveries:
     """All of them in one process, on one event loop.
 
-    `patience_ms`: how long a turn lasts. `spread`: gives a factor for pauses.
+    `now_ms`: the storage's clock, as far as it is known. `patience_ms`: how long a turn lasts. `spread`: gives a factor
+    for pauses.
     """
 
     def __init__(
-        self, shared: Callable[[], Shared], clock: Clock, *, patience_ms: int, spread: Callable[[], float] | None = None
+        self,
+        shared: Callable[[], Shared],
+        now_ms: Callable[[], int],
+        *,
+        patience_ms: int,
+        spread: Callable[[], float] | None = None,
     ) -> None:
         self._shared = shared
-        self._clock = clock
+        self._now_ms = now_ms
         self._patience_ms = patience_ms
         self._spread = spread or _spread
         self._later: list[tuple[int, int, Due]] = []
@@ -90,7 +95,7 @@ class Deliveries:
 
     def add(self, due: Due) -> None:
         """Send it, or see to it that somebody does. Where there is room; see `has_room`."""
-        self._put(due, self._clock.now_ms())
+        self._put(due, self._now_ms())
 
     async def ask(self) -> None:
         """Ask for the turns whose time has come, and begin to send what is this process's.
@@ -98,7 +103,7 @@ class Deliveries:
         Raises:
             StorageError: the store does not answer; all of it is asked again.
         """
-        now_ms = self._clock.now_ms()
+        now_ms = self._now_ms()
         while self._later and self._later[0][0] <= now_ms:
             at_ms, order, due = heapq.heappop(self._later)
             try:
@@ -126,7 +131,7 @@ class Deliveries:
     def _next_turn(self, due: Due) -> None:
         again = msgspec.structs.replace(due, turns=due.turns + 1)
         pause_ms = min(self._patience_ms << min(due.turns, 8), max(self._patience_ms, _LONGEST_TURNS_MS))
-        self._put(again, self._clock.now_ms() + int(pause_ms * (1 + self._spread() / 4)))
+        self._put(again, self._now_ms() + int(pause_ms * (1 + self._spread() / 4)))
 
     def _put(self, due: Due, at_ms: int) -> None:
         self._count(due, 1)
