@@ -78,6 +78,7 @@ __all__ = ["Asking", "Candidate", "Engine", "Hold", "OnDataLoss", "Reserved", "S
 _log = logging.getLogger("asgi_llm_guard")
 
 _NONE: AbstractSet[str] = frozenset()
+_MOST_SEEN: Final = 1_000
 _MOST_UNSETTLED: Final = 10_000
 """How many cancellations are kept while the storage does not answer."""
 _HANDED_OVER: Final = 256
@@ -221,6 +222,8 @@ class Engine:
         """Limits that are higher for a while; `None`: none is."""
         self.stops: Stops | None = None
         """What may call no more; `None`: nothing is stopped."""
+        self.seen: dict[tuple[str, str], Policy] = {}
+        """Policies that were bound, by their kind and name: those of routes and functions among them."""
         self.stopping: list[Callable[[Stops], object]] = []
         """Who ends what is running when something is stopped."""
         self.gate: Callable[[], Awaitable[Refusal | None]] | None = None
@@ -318,13 +321,15 @@ class Engine:
             if not isinstance(policy, Policy):
                 raise ConfigurationError(f"policies: expected policies such as Iterations(25), got {policy!r}")
             known: Policy = policy
-            if (self._agents or self._follower is not None) and isinstance(known, AgentAware):
+            if isinstance(known, AgentAware):
                 known = known.with_agents(self._agents)
             if isinstance(known, SessionAware):
                 known = known.with_sources(self._sources)
             if self._follower is not None:
                 self._follower.bound(known)
             bound.append(known)
+            if len(self.seen) < _MOST_SEEN:  # names may be made up for each job
+                self.seen[type(known).__name__, known.name] = known
         if bound and self._selective is not None:
             self._selective.check(bound)
         elif self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in bound):

@@ -48,8 +48,10 @@ from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.open_admissions import OpenAdmissions
 from asgi_llm_guard.opening import DRAINING, OpenAdmission, OpenAdmissionSync, OpenCall, OpenCallSync, new_call
 from asgi_llm_guard.overlay import Raise
+from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.standing import ResetMeter, Standing, claimed_meters, meters_of, reset_meter, standing_of
 from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import KeepsLedger, Storage
@@ -194,6 +196,7 @@ class Guard:
         """A client hook is installed: every call is seen."""
         self.own_paths: frozenset[str] = frozenset()
         """Paths that `GuardMiddleware` leaves to the application, whatever its routes say: those of `health_app`."""
+        self._routes: dict[str, tuple[Policy, ...]] = {}
         self._names: list[Callable[[str], Sequence[Target]]] = []
         self._draining = False
         registry = AgentRegistry(_agents(agents))
@@ -322,11 +325,7 @@ class Guard:
         Raises:
             ConfigurationError: one of them cannot be: of a bucket, or in a unit that its policy does not count.
         """
-        self._engine.set_raises(raises, self.policies)
-
-    def raised(self, meters: Sequence[Meter]) -> tuple[Meter, ...]:
-        """The meters under the limits that hold now, those of raises."""
-        return self._engine.raised(meters)
+        self._engine.set_raises(raises, self._known_policies())
 
     def set_stops(self, stops: Sequence[Stop]) -> None:
         """From now on these may call no more, each until it ends, and no others; what is running of theirs ends.
@@ -345,6 +344,71 @@ class Guard:
         Nothing is refused afterwards: see `set_stops`.
         """
         return self._open_admissions.stop(Stops((stop,)))
+
+    async def standing(self, context: Context, call: Call | None = None) -> Standing:
+        """How somebody stands: every limit that a request of theirs, and with `call` such a call, would claim on, of the
+        guard and of the route that `context` names. Takes nothing.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        now_ms, engine = self.clock.now_ms(), self._engine
+        policies = (*self.policies, *self._routes.get(context.route or "", ()))
+        meters = claimed_meters(policies, context, call, now_ms)
+        rows = standing_of(meters, await engine.storage.read(meters), engine.raises, now_ms)
+        stop = None if engine.stops is None else engine.stops.find(context, call, now_ms)
+        refusal = ask(policies, context, call, now_ms).refusal if stop is None else stop.refusal
+        return Standing(
+            rows=tuple(rows),
+            now_ms=now_ms,
+            refused_by=None if refusal is None else refusal.policy,
+            message="" if refusal is None else refusal.message,
+        )
+
+    async def meters_of(
+        self, scope: str, subject: str = "", *, caller: str | None = None
+    ) -> list[tuple[Meter, Reading]]:
+        """Every meter of one subject over all policies, those of routes and functions as far as they were met, with
+        its state. `scope`: as policies say `per`, or `deployment`; a session needs its `caller`.
+
+        The name `anonymous` means those who are not verified. Limits are those that hold now, raises included.
+
+        Raises:
+            ConfigurationError: nothing is counted in that scope, or a name is missing.
+            StorageError: the storage does not answer.
+        """
+        meters = meters_of(self._known_policies(), scope, subject, caller)
+        readings = await self._engine.storage.read(meters)
+        return list(zip(self.raised(meters), readings, strict=True))
+
+    async def reset(
+        self, scope: str, subject: str = "", *, caller: str | None = None, policies: Sequence[str] = ()
+    ) -> list[ResetMeter]:
+        """Set what one subject has used to zero; what is held stays held. `policies`: only theirs, by name.
+
+        Gives what was there before. Meters that only watch are set to zero, too.
+
+        Raises:
+            ConfigurationError: as `meters_of`, or no meter of that subject is one of those policies'.
+            StorageError: the storage does not answer.
+        """
+        found = [
+            (meter, reading)
+            for meter, reading in await self.meters_of(scope, subject, caller=caller)
+            if not policies or meter.policy in policies
+        ]
+        if not found and policies:
+            raise ConfigurationError(f"policies: none of {', '.join(policies)} counts per {scope!r}")
+        await self._engine.storage.reset([meter for meter, _ in found])
+        return [reset_meter(meter, reading) for meter, reading in found]
+
+    def _known_policies(self) -> list[Policy]:
+        own = {(type(policy).__name__, policy.name) for policy in self.policies}
+        return [*self.policies, *(policy for kind, policy in self._engine.seen.items() if kind not in own)]
+
+    def know_route(self, template: str, policies: Sequence[Policy]) -> None:
+        """These policies of a route are asked in addition to the guard's."""
+        self._routes[template] = tuple(policies)
 
     @property
     def engine(self) -> Engine:
@@ -524,7 +588,8 @@ class Guard:
                     if any(meter.on_outage == "deny" for meter in meters.values()):
                         raise
                     continue  # what is left is not known; each call is decided on when it is made
-                outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)))
+                limits = dict(zip(meters, self.raised(list(meters.values())), strict=True))
+                outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)), limits)
                 denied = outcome.denied(self.clock.now_ms())
                 if denied is not None:
                     raise LimitExceeded(denied)

@@ -20,7 +20,7 @@ from asgi_llm_guard.claims import Claim, Meter, Unit
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT, from_nano, to_nano
 from asgi_llm_guard.plan import Asked
-from asgi_llm_guard.policies.base import Policy, Sampled
+from asgi_llm_guard.policies.base import Metered, Policy
 from asgi_llm_guard.policies.grammar import whole
 from asgi_llm_guard.policies.subjects import has_parts, sessions_named
 from asgi_llm_guard.windows import Bucket
@@ -31,6 +31,8 @@ RaiseUnit = Literal["usd", "tokens", "calls", "slots"]
 
 _UNITS: Final = {"usd": Unit.NANOUSD, "tokens": Unit.TOKENS, "calls": Unit.CALLS, "slots": Unit.SLOTS}
 _KEPT: Final = 4096
+_SOMEBODY: Final = "a:a"
+"""Whoever it is: also one of two that are counted together."""
 
 
 class Raise(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,10 +108,21 @@ class Raise(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigurationError: they have none in this unit, or only buckets.
         """
-        named = [policy for policy in policies if policy.name == self.policy and isinstance(policy, Sampled)]
-        if not named:
+        named = [policy for policy in policies if policy.name == self.policy and isinstance(policy, Metered)]
+        scopes = tuple(dict.fromkeys([scope for policy in named for scope in policy.scopes()]))
+        if not scopes:
             return
-        meters = [meter for policy in named for meter in policy.samples()]
+        if self.scope is not None and self.scope not in scopes:
+            raise ConfigurationError(
+                f"raise of {self.policy}: it counts per {', '.join(scopes)}, not per {self.scope!r}"
+            )
+        meters = [
+            meter
+            for policy in named
+            for scope in policy.scopes()
+            if self.scope in (None, scope)
+            for meter in policy.meters_of(scope, self.subject or _SOMEBODY, caller=self.caller or _SOMEBODY)
+        ]
         unit = [meter for meter in meters if meter.unit is _UNITS[self.unit]]
         if meters and not unit:
             units = ", ".join(sorted({_SAID[meter.unit] for meter in meters}))

@@ -154,6 +154,15 @@ class DeploymentLimits:
             claims += [_claim(meter, call.cost_nanousd) for meter in meters.money]
         return Verdict(tuple(claims))
 
+    def scopes(self) -> tuple[str, ...]:
+        """Deployments."""
+        return ("deployment",)
+
+    def meters_of(self, scope: str, subject: str, *, caller: str | None = None) -> tuple[Meter, ...]:  # noqa: ARG002 - see Metered
+        """The meters of one deployment."""
+        known = self._meters.get(subject) if scope == "deployment" else None
+        return () if known is None else known.all
+
     def samples(self) -> tuple[Meter, ...]:
         """One meter of each kind; they may be there later, even if no deployment has such a limit yet."""
         return self._build("", DeploymentLimit.of(rpm=1, tpm=1, max_parallel=1, budget="$1/1d")).all

@@ -230,6 +230,7 @@ class GuardMiddleware:
                 streams.watches,
             )
             self._plans[id(route)] = plan
+            self.guard.know_route(route.path, plan.extra)
         return plan
 
     def _dialect(self, route: Route, path: str) -> Dialect | None:

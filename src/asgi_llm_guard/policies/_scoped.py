@@ -15,8 +15,8 @@ from asgi_llm_guard.decision import Code, Refusal
 from asgi_llm_guard.denials import check_status
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Verdict
-from asgi_llm_guard.policies.providers import canonical_provider, provider_of, qualified
-from asgi_llm_guard.policies.subjects import ANONYMOUS, PART_LENGTH, Subject, bounded
+from asgi_llm_guard.policies.providers import canonical_model, canonical_provider, provider_of, qualified
+from asgi_llm_guard.policies.subjects import ANONYMOUS, PART_LENGTH, Subject, bounded, callers_named, sessions_named
 from asgi_llm_guard.windows import Window
 
 __all__ = [
@@ -311,6 +311,19 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
     def _copy(self, **changes: object) -> Self:
         return super()._copy(_memo=Memo(), **changes)
 
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes in which it counts."""
+        return (self.per,)
+
+    def meters_of(self, scope: str, subject: str, *, caller: str | None = None) -> tuple[Meter, ...]:
+        """The meters of one subject; see `Metered`."""
+        if scope not in self.scopes():
+            return ()
+        return tuple(meter for each in subjects_named(scope, subject, caller) for meter in self._meters_of(scope, each))
+
+    def _meters_of(self, scope: str, subject: Subject) -> Iterable[Meter]:  # noqa: ARG002 - for policies that claim
+        return ()
+
     def _subjects(self, context: Context, call: Call | None) -> tuple[Subject, ...]:
         return self._scope.subjects(context, call)
 
@@ -319,6 +332,36 @@ class ScopedPolicy(NamedPolicy, Generic[V]):
         if all(len(part) <= PART_LENGTH for subject in subjects for part in subject.parts):
             self._memo.keep(key, value)
         return value
+
+
+def subjects_named(per: str, name: str, caller: str | None) -> tuple[Subject, ...]:
+    """Those that people mean by a name in a scope; several, where the name is not enough to tell them apart."""
+    first, both, second = per.partition(":")
+    if both:
+        parts = name.split(":")
+        return tuple(
+            Subject(name, (*one.parts, *other.parts))
+            for at in range(1, len(parts))  # names may have colons of their own
+            for one in subjects_named(first, ":".join(parts[:at]), None)
+            for other in subjects_named(second, ":".join(parts[at:]), None)
+        )
+    match per:
+        case "global":
+            return (Subject("", ("global",)),)
+        case "caller":
+            return callers_named(name)
+        case "user":  # who has no user counts as their caller
+            return (Subject(name, ("user", name)), *callers_named(name))
+        case "session":
+            return () if caller is None else sessions_named(caller, name)
+        case "model":
+            model = canonical_model(name)
+            return (Subject(model, ("model", model)),)
+        case "provider":
+            provider = canonical_provider(name) or name
+            return (Subject(provider, ("provider", provider)),)
+        case _:
+            return (Subject(name, (per, name)),)
 
 
 def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:

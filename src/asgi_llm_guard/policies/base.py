@@ -15,11 +15,12 @@ __all__ = [
     "AgentAware",
     "CacheDirective",
     "Candidates",
-    "DepartmentAware",
     "Configured",
+    "DepartmentAware",
     "DeploymentFilter",
     "Eligibility",
     "Leased",
+    "Metered",
     "Policy",
     "Quotas",
     "Sampled",
@@ -129,6 +130,23 @@ class Configured(Protocol):
 
 
 @runtime_checkable
+class Metered(Protocol):
+    """A policy that can tell the meters of one subject without a call of theirs: for operators."""
+
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes in which it counts; none where it never claims."""
+        ...
+
+    def meters_of(self, scope: str, subject: str, *, caller: str | None = None) -> tuple[Meter, ...]:
+        """The meters of `subject`, as people name it; none in scopes in which it does not count.
+
+        Limits that depend on more than the subject (an agent's, a key's own) are those for everybody else.
+        `caller`: whose session it is.
+        """
+        ...
+
+
+@runtime_checkable
 class Leased(Protocol):
     """A policy that may have chunks of its meters leased to workers."""
 
@@ -166,4 +184,8 @@ class DeploymentFilter(Protocol):
         """The meters to read, in one batch."""
         ...
 
-    def eligible(self, deployments: object, readings: Mapping[str, Reading], /) -> Eligibility: ...
+    def eligible(
+        self, deployments: object, readings: Mapping[str, Reading], meters: Mapping[str, Meter] | None = None, /
+    ) -> Eligibility:
+        """`meters`: those that were read, under the limits that hold now; `None`: as `meters` gives them."""
+        ...

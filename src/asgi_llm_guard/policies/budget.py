@@ -184,6 +184,10 @@ class Budget(ScopedPolicy[_Meters]):
             tokens=tuple(meter for meter in meters if meter.unit is Unit.TOKENS),
         )
 
+    def _meters_of(self, scope: str, subject: Subject) -> tuple[Meter, ...]:  # noqa: ARG002 - it counts in one
+        meters = self._build((subject,))
+        return (*meters.money, *meters.tokens)
+
     def _limit_meter(self, subject: Subject, limit: Limit) -> Meter:
         return self._meter(
             self.per,
@@ -343,7 +347,9 @@ class ProviderBudget(Budget):
                 )
         return meters
 
-    def eligible(self, deployments: object, readings: Mapping[str, Reading]) -> Eligibility:
+    def eligible(
+        self, deployments: object, readings: Mapping[str, Reading], meters: Mapping[str, Meter] | None = None
+    ) -> Eligibility:
         """Keep the deployments whose provider is under its budget by these readings.
 
         A provider without a budget stays, and so does a deployment whose provider cannot be told. A
@@ -353,11 +359,12 @@ class ProviderBudget(Budget):
         Args:
             deployments: `Candidates`, or what `resolve` takes.
             readings: for each provider of `meters` the state of its meter; a missing one counts as unused.
+            meters: the meters under other limits than their own: raised ones.
         """
         candidates = deployments if isinstance(deployments, Candidates) else self.resolve(deployments)
         spent = {
             provider: (meter, reading)
-            for provider, meter in self.meters(candidates.providers).items()
+            for provider, meter in (self.meters(candidates.providers) if meters is None else meters).items()
             for reading in (readings.get(provider, _UNUSED),)
             if meter.limit is not None and reading.used + reading.held >= meter.limit
         }

@@ -59,6 +59,9 @@ class Concurrency(ScopedPolicy[Verdict]):
             verdict = self._keep(key, Verdict(claims) if claims else NOTHING, subjects)
         return verdict
 
+    def _meters_of(self, scope: str, subject: Subject) -> tuple[Meter, ...]:  # noqa: ARG002 - it counts in one
+        return (self._slots(subject),)
+
     def _slots(self, subject: Subject) -> Meter:
         return self._meter(
             self.per,

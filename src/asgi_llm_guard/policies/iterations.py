@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Literal, Self, get_args
 
 from asgi_llm_guard.agents import AgentRegistry
-from asgi_llm_guard.claims import Claim, Durable, OnOutage, Rule, Unit
+from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, Counts, ExpiryCharge, Per, ScopedPolicy, Subject, caller_subject
@@ -130,6 +130,15 @@ class Iterations(ScopedPolicy[Verdict]):
             return self._first(key, context, call, own, agents)
         return verdict
 
+    def scopes(self) -> tuple[str, ...]:
+        """Sessions, and the callers of those without one where they count together."""
+        return (self.per, "caller") if self.missing == "principal" else (self.per,)
+
+    def _meters_of(self, scope: str, subject: Subject) -> tuple[Meter, ...]:
+        agent = Context(agent=subject.name) if scope == "agent" else Context()
+        limit = self._resolve(agent, _UNSET, self._agents.snapshot[1])
+        return (self._iterations(scope, subject, limit),)
+
     def _copy(self, **changes: object) -> Self:
         return super()._copy(_session_required=None, **changes)
 
@@ -169,22 +178,17 @@ class Iterations(ScopedPolicy[Verdict]):
     def _verdict(self, scope: str, subjects: tuple[Subject, ...], limit: int) -> Verdict:
         if not subjects:
             return NOTHING
-        return Verdict(
-            tuple(
-                Claim(
-                    self._meter(
-                        scope,
-                        subject,
-                        unit=Unit.CALLS,
-                        rule=Rule.ITERATIONS,
-                        limit=limit,
-                        window=self._window,
-                        expiry_charge=self.expiry_charge,
-                    ),
-                    1,
-                )
-                for subject in subjects
-            )
+        return Verdict(tuple(Claim(self._iterations(scope, subject, limit), 1) for subject in subjects))
+
+    def _iterations(self, scope: str, subject: Subject, limit: int | None) -> Meter:
+        return self._meter(
+            scope,
+            subject,
+            unit=Unit.CALLS,
+            rule=Rule.ITERATIONS,
+            limit=limit,
+            window=self._window,
+            expiry_charge=self.expiry_charge,
         )
 
     def _resolve(self, context: Context, own: int | None, agents: Mapping[str, Mapping[str, object]]) -> int | None:

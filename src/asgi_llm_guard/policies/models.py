@@ -129,6 +129,10 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
                 return self._forbidden(model, subject)
         return NOTHING
 
+    def scopes(self) -> tuple[str, ...]:
+        """None: it never claims."""
+        return ()
+
     def samples(self) -> tuple[Meter, ...]:
         """None: it never claims."""
         return ()

@@ -263,6 +263,10 @@ class Quota(ScopedPolicy[_Departments]):
             tokens=tuple(meter for each in departments for meter in each.tokens),
         )
 
+    def _meters_of(self, scope: str, subject: Subject) -> tuple[Meter, ...]:  # noqa: ARG002 - it counts in one
+        department = self._department(subject, self.book.get(subject.name))
+        return (*department.money, *department.tokens)
+
     def _department(self, subject: Subject, quota: DepartmentQuota | None) -> _Department:
         if quota is None:
             return _Department(subject.name, self.unknown == "allow", None, (), ())

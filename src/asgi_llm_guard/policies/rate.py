@@ -138,6 +138,9 @@ class RateLimit(ScopedPolicy[_Meters]):
         """One meter for each rate."""
         return tuple(self._rate_meter(Subject("", ()), rate) for rate in self._rates)
 
+    def _meters_of(self, scope: str, subject: Subject) -> tuple[Meter, ...]:  # noqa: ARG002 - it counts in one
+        return tuple(self._rate_meter(subject, rate) for rate in self._rates)
+
     def _build(self, subjects: tuple[Subject, ...]) -> _Meters:
         meters = [self._rate_meter(subject, rate) for subject in subjects for rate in self._rates]
         ones = tuple(meter for meter in meters if meter.unit is Unit.CALLS)
