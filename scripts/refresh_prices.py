@@ -27,9 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is run by its path
-
-from scripts.price_diff import compare
+from asgi_llm_guard.pricing.diff import compare
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TARGET: Final = ROOT / "src" / "asgi_llm_guard" / "data" / "prices.json"

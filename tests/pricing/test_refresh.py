@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from scripts.compile_prices import COST_MAP
-from scripts.price_diff import Diff, compare
 from scripts.refresh_prices import main
+
+from asgi_llm_guard.pricing.diff import Diff, compare
 
 
 def snapshot(**models: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from asgi_llm_guard.cli.common import Tool, actor_name
 from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from asgi_llm_guard.control.changes import Actor
+    from asgi_llm_guard.guard import Guard
 
 __all__ = ["Administered", "actor", "administered"]
 
@@ -20,8 +21,24 @@ T = TypeVar("T")
 class Administered:
     """Administration data, opened for one change and closed after it."""
 
-    def __init__(self, guard: Any) -> None:
+    def __init__(self, tool: Tool, guard: Guard) -> None:
+        self._tool = tool
         self._guard = guard
+
+    def knows_policy(self, name: str) -> None:
+        """Check that the settings have a policy of this name.
+
+        Raises:
+            ConfigurationError: they have none; names those that there are.
+        """
+        from asgi_llm_guard.settings import build_middleware_arguments
+
+        routes = build_middleware_arguments(self._tool.settings())["routes"] or ()
+        known = [
+            policy.name for policy in (*self._guard.policies, *(extra for route in routes for extra in route.extra))
+        ]
+        if name not in known:
+            raise ConfigurationError(f"{self._tool.path}: there is no policy {name!r}; known are {', '.join(known)}")
 
     async def do(self, work: Callable[[Any], Awaitable[T]]) -> T:
         """Do something with the `Control`."""
@@ -46,7 +63,7 @@ def administered(tool: Tool, *, needed: bool = True) -> Administered | None:
         Failure: there is none, and it is `needed`.
     """
     if tool.names_control:
-        return Administered(tool.guard())
+        return Administered(tool, tool.guard())
     if needed:
         raise Failure(
             f"{tool.path}: no administration data is configured; set `control` in the settings, or name it with "
@@ -60,4 +77,4 @@ def actor() -> Actor:
     """Whoever runs this command, for the audit."""
     from asgi_llm_guard.control.changes import Actor
 
-    return Actor(name=actor_name(), role="admin", address=socket.gethostname())
+    return Actor(name=actor_name(), role="admin", address="cli")

@@ -42,6 +42,13 @@ class Tool:
         self._urls = {name: url for name, url in urls.items() if url is not None}
 
     @property
+    def in_memory(self) -> bool:
+        """Whether usage is kept in the memory of the service's process, and nowhere else."""
+        if self._urls.get("ledger") or getattr(self.settings(), "ledger", None) is not None:
+            return False
+        return (self.storage or self.settings().storage.get_secret_value()).startswith("memory:")
+
+    @property
     def names_control(self) -> bool:
         """Whether the command line or the settings say where administration data is."""
         return "control" in self._urls or getattr(self.settings(), "control", None) is not None

@@ -24,7 +24,7 @@ _COMMANDS: Final[Listing] = {
     "serve": ("serve:serve", "Run the gateway that the configuration describes."),
     "usage": ("reports:usage", "What was used in a period, by department, user, model, day, …"),
     "top": ("reports:top", "Who has used most."),
-    "sessions": ("reports:sessions", "Sessions of the last hours: calls, cost, and what they have left."),
+    "sessions": ("reports:sessions", "Sessions with calls lately: whose, how many calls, what they cost."),
     "reset": ("changes:reset", "Set what somebody has used back to zero."),
     "raise": ("changes:raise_", "Lift a limit for a while."),
     "kill": ("changes:kill", "Stop a caller, user, session, agent, department, a model, or everything."),

@@ -8,13 +8,15 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
+from asgi_llm_guard.cli.booked import ledger_of
 from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, progress, run
-from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.periods import Period, period_options
 from asgi_llm_guard.cli.tables import Column, count, instant, table, usd
 from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
+    from asgi_llm_guard.ledger import Ledger
     from asgi_llm_guard.simulate import Agreement, Misfit, Simulation
     from asgi_llm_guard.usage import UsageRecord
 
@@ -113,26 +115,22 @@ async def _simulate(
         found=None if refusals is None else lambda misfit: _write(refusals, misfit),
         arguments=arguments,
     )
-    guard: Any = tool.guard(settings)
+    guard = tool.guard(settings)
     try:
-        if getattr(guard, "ledger", None) is None:
-            raise Failure(
-                f"{tool.path}: no ledger is configured, so there are no records to replay; name one with --ledger URL",
-                Exit.CONFIGURATION,
-            )
+        ledger = ledger_of(tool, guard)
         since_ms, until_ms = period
-        records = _records(guard.ledger, since_ms - warm_up_ms, until_ms)
-        total = await _how_many(guard.ledger, since_ms - warm_up_ms, until_ms)
+        records = _records(ledger, since_ms - warm_up_ms, until_ms)
+        total = await _how_many(ledger, since_ms - warm_up_ms, until_ms)
         with progress("replaying", length=total) as bar:
             found = await simulator.run(records, since_ms=since_ms, progress=bar)
         names = [policy.name for policy in (*policies, *(policy for route in routes for policy in route.extra))]
-        agreed = await _compared(guard.ledger, found, period, names) if against else None
+        agreed = await _compared(ledger, found, period, names) if against else None
     finally:
         await guard.aclose()
     return found, agreed
 
 
-async def _records(ledger: Any, since_ms: int, until_ms: int) -> AsyncIterator[Sequence[UsageRecord]]:
+async def _records(ledger: Ledger, since_ms: int, until_ms: int) -> AsyncIterator[Sequence[UsageRecord]]:
     from asgi_llm_guard.ledger.values import RecordQuery
 
     query = RecordQuery(since_ms=max(0, since_ms), until_ms=until_ms, limit=_BATCH)
@@ -140,14 +138,14 @@ async def _records(ledger: Any, since_ms: int, until_ms: int) -> AsyncIterator[S
         yield batch
 
 
-async def _how_many(ledger: Any, since_ms: int, until_ms: int) -> int:
+async def _how_many(ledger: Ledger, since_ms: int, until_ms: int) -> int:
     from asgi_llm_guard.ledger.values import UsageQuery
 
     report = await ledger.usage(UsageQuery(since_ms=max(0, since_ms), until_ms=until_ms))
-    return int(report.total.records)
+    return report.total.records
 
 
-async def _compared(ledger: Any, found: Simulation, period: Period, names: Sequence[str]) -> Agreement:
+async def _compared(ledger: Ledger, found: Simulation, period: Period, names: Sequence[str]) -> Agreement:
     """With the hours that lie in the period as a whole; the others were counted in part."""
     from asgi_llm_guard.ledger.values import RefusalQuery
     from asgi_llm_guard.simulate import agreement_of_counts
@@ -156,7 +154,9 @@ async def _compared(ledger: Any, found: Simulation, period: Period, names: Seque
     last = period[1] - period[1] % _HOUR_MS
     wanted = {name.removesuffix(_SHADOW) for name in names}
     simulated: dict[Hashable, int] = {
-        (row.hour_ms, row.policy): row.calls for row in found.hours if first <= row.hour_ms < last and not row.enforced
+        (row.hour_ms, row.policy): row.misfits
+        for row in found.hours
+        if first <= row.hour_ms < last and not row.enforced
     }
     reported: dict[Hashable, int] = {}
     for row in await ledger.refusals(RefusalQuery(since_ms=first, until_ms=max(first, last), limit=10_000_000)):

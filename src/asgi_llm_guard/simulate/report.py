@@ -90,6 +90,8 @@ class HourRow(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     enforced: bool
     calls: int
+    misfits: int
+    """As shadows report them: a call that fits into none of three windows is three."""
     cost_nanousd: int
 
 
@@ -194,6 +196,7 @@ class Tally:
         self._policies: dict[tuple[str, str, bool], _Sum] = {}
         self._subjects: dict[tuple[str, str, str, bool], _Sum] = {}
         self._hours: dict[tuple[int, str, bool], _Sum] = {}
+        self._misfits: dict[tuple[int, str, bool], int] = {}
         self._last: tuple[str, set[tuple[str, bool]]] = ("", set())
 
     def saw(self, record: UsageRecord, *, first: bool) -> None:
@@ -236,9 +239,11 @@ class Tally:
         if subject not in self._subjects and len(self._subjects) >= MOST_SUBJECTS:
             subject = (misfit.policy, misfit.scope, OTHERS, misfit.enforced)
         _add(self._subjects, subject, misfit)
+        hour = (misfit.at_ms - misfit.at_ms % _HOUR_MS, misfit.policy, misfit.enforced)
+        self._misfits[hour] = self._misfits.get(hour, 0) + 1
         if is_first:
             _add(self._policies, (misfit.policy, misfit.code, misfit.enforced), misfit)
-            _add(self._hours, (misfit.at_ms - misfit.at_ms % _HOUR_MS, misfit.policy, misfit.enforced), misfit)
+            _add(self._hours, hour, misfit)
         return is_first
 
     def result(self) -> Simulation:
@@ -269,7 +274,14 @@ class Tally:
             for (policy, scope, subject, enforced), each in self._subjects.items()
         ]
         hours = [
-            HourRow(hour_ms=hour_ms, policy=policy, enforced=enforced, calls=each.calls, cost_nanousd=each.cost_nanousd)
+            HourRow(
+                hour_ms=hour_ms,
+                policy=policy,
+                enforced=enforced,
+                calls=each.calls,
+                misfits=self._misfits[hour_ms, policy, enforced],
+                cost_nanousd=each.cost_nanousd,
+            )
             for (hour_ms, policy, enforced), each in sorted(self._hours.items())
         ]
         return Simulation(

@@ -1,12 +1,13 @@
-"""What changed between two price snapshots, for people to read."""
+"""What changed between two price snapshots: for people to read, and as overrides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final
 
-__all__ = ["Diff", "compare"]
+__all__ = ["Diff", "compare", "overrides"]
 
 Json = Mapping[str, Any]
 
@@ -18,6 +19,29 @@ PER_TOKEN: Final = 10**6
 """Rates are shown in $ for a million tokens (characters, milliseconds): a pico-USD each is $ 10^-6 for a million."""
 EACH: Final = {"per_call": 10**12, "per_image": 10**12, "per_web_search": 10**12, "per_search_unit": 10**12}
 """And these in $ for one."""
+
+
+_TOKENS: Final = (
+    "input",
+    "output",
+    "cache_read",
+    "cache_write",
+    "cache_write_1h",
+    "audio_input",
+    "audio_output",
+    "audio_cache_read",
+    "image_input",
+    "image_output",
+    "image_cache_read",
+    "reasoning",
+)
+_WRITTEN: Final[Mapping[str, tuple[str, Decimal]]] = {
+    **{name: (name, Decimal(PER_TOKEN)) for name in _TOKENS},
+    **{name: (name, Decimal(each)) for name, each in EACH.items()},
+    "per_audio_ms": ("per_audio_minute", Decimal(10**12) / 60_000),
+    "per_character": ("per_million_characters", Decimal(10**6)),
+}
+"""How overrides call a rate, and how many pico-USD are one of theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +88,26 @@ def compare(old: Json, new: Json) -> Diff:
         changed=tuple(changed),
         suspicious=tuple(suspicious),
     )
+
+
+def overrides(old: Json, new: Json) -> tuple[str, tuple[str, ...]]:
+    """What is new or different in the snapshot `new`, as a TOML file of overrides over `old`; and the models of which
+    some of it cannot be written so: rates of long contexts, of dates and of service tiers."""
+    before = dict(_models(old))
+    tables: list[str] = []
+    left_out: list[str] = []
+    for name, entry in sorted(_models(new)):
+        was, now = dict(_figures(before.get(name, {}))), dict(_figures(entry))
+        differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key) and key not in UNPRICED}
+        if differing - _WRITTEN.keys():
+            left_out.append(name)
+        if differing & _WRITTEN.keys():
+            lines = [f'["{name}"]']
+            for key, (written, unit) in _WRITTEN.items():
+                if isinstance(rate := now.get(key), int):
+                    lines.append(f"{written} = {(Decimal(rate) / unit).normalize():f}")
+            tables.append("\n".join(lines))
+    return "".join(f"{table}\n\n" for table in tables), tuple(left_out)
 
 
 def _models(snapshot: Json) -> Iterator[tuple[str, Json]]:
