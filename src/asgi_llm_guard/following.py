@@ -1,7 +1,7 @@
 """How a process follows the administration data, and puts them in force.
 
-Rule 1: two places are asked each second: the database, and the document that is published to the storage which the
-processes share anyway. The higher version counts. A change is in force everywhere after the next turn, also in processes
+Rule 1: two places are asked, at least each second: the database, and the document that is published to the storage which the
+processes share anyway. The higher version counts. A change is in force everywhere within two seconds, also in processes
 that do not reach the database.
 
 Rule 2: whoever sees a version in the database that is not published yet publishes it: the process that wrote it may be gone.
@@ -41,7 +41,9 @@ _log = logging.getLogger("asgi_llm_guard")
 
 CHORE: Final = "control"
 """The name of the chore that follows."""
-EVERY_S: Final = 1.0
+EVERY_S: Final = 0.75
+"""A change is in force within two seconds also where it takes two turns: of a process that reaches the database and
+publishes it, and of one that does not. Turns are up to a tenth longer."""
 DOCUMENT: Final = "control"
 """The name that a state is published under."""
 
@@ -49,7 +51,7 @@ _LOAD_S: Final = 2.0
 """How long the first request waits for the first state."""
 _PAUSE_S: Final = 0.25
 """After a first load that failed, requests do not wait for another one for so long."""
-_REPUBLISH_S: Final = 30.0
+_REPUBLISH_MS: Final = 30_000
 """A storage that was flushed has the document again after so long."""
 
 Following = Literal["loading", "ok", "stale", "refused"]
@@ -96,7 +98,7 @@ class Follower:
         self.since_ms = engine.clock.now_ms()
         """When `following` changed last."""
         self.why = ""
-        """What is wrong, in a sentence; no ids in it."""
+        """What is wrong, in a sentence for operators; empty: nothing is."""
         self.applied_ms: int | None = None
         """When what is in force came into force in this process."""
         self._engine = engine
@@ -105,7 +107,7 @@ class Follower:
         self._prices_change_ms: int | None = None
         self._books: weakref.WeakSet[Quotas] = weakref.WeakSet()
         self._departments: Mapping[str, Mapping[str, object]] = {}
-        self._published = (0, 0.0)
+        self._published = (0, 0)
         """Which version is known to be published, and when that is looked at again."""
         self._revoke: set[str] = set()
         """Knowledge bases whose kept answers are still to be revoked."""
@@ -233,8 +235,9 @@ class Follower:
             return None  # this one keeps nothing beside counters: the database alone is followed
 
     async def _publish(self, shared: Shared, state: ControlState) -> None:
-        version, again_s = self._published
-        if version == state.version and time.monotonic() < again_s:
+        version, again_ms = self._published
+        now_ms = self._engine.clock.now_ms()
+        if version == state.version and now_ms < again_ms:
             return
         try:
             await shared.publish(DOCUMENT, state.version, encode(state))
@@ -244,7 +247,7 @@ class Follower:
             _log.error(
                 "control: the data cannot be published, so only processes that reach the database follow: %s", error
             )
-        self._published = (state.version, time.monotonic() + _REPUBLISH_S)
+        self._published = (state.version, now_ms + _REPUBLISH_MS)
 
     def _tell(self, wrong: str, *, answered: bool) -> None:
         if self.state is None:
@@ -322,7 +325,7 @@ _AWAY: Final = "away: "
 
 def _sentence(error: Exception) -> str:
     """What goes wrong, for the log and for operators. Where it is the place that is away, it begins with `_AWAY`."""
-    return f"{_AWAY if isinstance(error, StorageError) else ''}{error}"
+    return f"{_AWAY if isinstance(error, StorageError) else ''}{str(error).removeprefix('control: ')}"
 
 
 def _laid_over(prices: PriceBook, state: ControlState, now_ms: int) -> PriceBook:
