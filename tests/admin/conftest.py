@@ -11,5 +11,6 @@ from tests.admin.kit import Desk, desk
 async def page(tmp_path: Path) -> AsyncIterator[Desk]:
     """A service with its administration page, and administration data."""
     made = desk(tmp_path)
+    await made.guard.chores.run("control")
     yield made
     await made.aclose()

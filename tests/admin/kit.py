@@ -55,10 +55,10 @@ class Desk:
     guarded: GuardMiddleware
     clients: list[httpx2.AsyncClient] = field(default_factory=list)
 
-    def client(self, role: Role | None = None, **headers: str) -> httpx2.AsyncClient:
+    def client(self, role: Role | None = None, *, headers: Mapping[str, str] = {}) -> httpx2.AsyncClient:
         """A client of the page; with a role it sends that one's token."""
         client = asgi_client(self.guarded)
-        client.headers.update(headers)
+        client.headers.update(dict(headers))
         if role is not None:
             client.headers["authorization"] = f"Bearer {TOKENS[role]}"
         self.clients.append(client)
@@ -66,7 +66,7 @@ class Desk:
 
     async def browser(self, role: Role) -> httpx2.AsyncClient:
         """A client that has logged in by the form."""
-        client = self.client(origin="http://testserver")
+        client = self.client(headers={"origin": "http://testserver"})
         page = await client.get("/admin/login")
         answer = await client.post(
             "/admin/login", data={"login_token": hidden(page.text, "login_token"), "next": "/", "token": TOKENS[role]}
@@ -173,9 +173,7 @@ def desk(folder: Path, *, control: bool = True, middleware: Mapping[str, Any] | 
 def _key(key: str) -> Any:
     from asgi_llm_guard.identity.keys import ApiKey
 
-    return ApiKey(
-        id="k1", digest=ApiKeys.hash(key, SECRET), caller="service-a", user="mia", departments=("research",)
-    )
+    return ApiKey(id="k1", digest=ApiKeys.hash(key, SECRET), caller="service-a", user="mia", departments=("research",))
 
 
 def person(name: str, role: str = "admin") -> Actor:

@@ -82,7 +82,7 @@ class AdminApp:
             verb, asked.params = found
             await gate.admit(verb, asked)
             await self._read(verb, asked)
-            response = await verb.run(asked)
+            response: Response = await verb.run(asked)
             if session is not None and verb.path != "/logout":
                 value = self.desk.sessions.renewed(session, self.desk.now_ms)
                 if value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
+from urllib.parse import unquote
 
 from starlette.responses import RedirectResponse, Response
 
@@ -42,6 +43,8 @@ Handler = Callable[[Asked], Awaitable[Response]]
 
 _INSIDE: Final = re.compile(r"/[A-Za-z0-9._~/-]*(\?[^\s\\]*)?", re.ASCII)
 _LOGIN_MS: Final = 3_600_000
+_IDS: Final = frozenset({"scope", "subject", "caller"})
+"""Fields that are percent-encoded where the form says `quoted`: a field of a form keeps no line breaks as they are."""
 
 
 # --------------------------------------------------------------------------------------- login
@@ -247,10 +250,11 @@ async def reset(asked: Asked) -> Response:
 def _told(asked: Asked, kind: type[Any]) -> Any:
     """What a form says, without the fields that were left empty."""
     told: dict[str, object] = {}
+    quoted = bool(asked.form.get("quoted"))
     for name in kind.__struct_fields__:
         text = asked.form.get(name, "").strip()
         if text:
-            told[name] = text
+            told[name] = unquote(text) if quoted and name in _IDS else text
     for name in ("departments", "tags", "policies"):
         if isinstance(lines := told.get(name), str):
             told[name] = [line.strip() for line in re.split(r"[\n,]", lines) if line.strip()]

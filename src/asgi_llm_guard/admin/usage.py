@@ -20,12 +20,13 @@ from starlette.responses import Response
 from asgi_llm_guard.admin.app import HEADERS, end_socket, follow_lifespan
 from asgi_llm_guard.admin.asked import ProblemError, json_answer
 from asgi_llm_guard.admin.pages import STATIC, write
-from asgi_llm_guard.context import Context
+from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import mark_own
 from asgi_llm_guard.money import from_nano
 from asgi_llm_guard.routes import route_path
+from asgi_llm_guard.standing import known_scopes, standing_of
 from asgi_llm_guard.windows import Calendar
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ __all__ = ["Limit", "Limits", "UsageApp"]
 _log = logging.getLogger("asgi_llm_guard")
 
 _READS: Final = frozenset({"GET", "HEAD"})
+_ANY_CALL: Final = Call(model="any", cost_nanousd=0)
+"""Of no model in particular, and for nothing: it meets every limit that calls meet."""
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,17 +141,33 @@ class UsageApp:
             params=identity.params,
         )
         try:
-            standing = await guard.standing(context)
+            rows = await _rows(guard, context)
         except StorageError as error:
             _log.warning("usage: %s", error)
             raise ProblemError(
                 503, "The store does not answer. Try again in a moment.", headers={"Retry-After": "5"}
             ) from None
         everything = guard.engine.disclose == "all"
-        rows = [
-            _limit(row, shown=row.owned or everything) for row in standing.rows if row.enforce and row.limit is not None
-        ]
-        return Limits(caller=identity.caller, user=identity.user, departments=identity.departments, limits=tuple(rows))
+        limits = [_limit(row, shown=row.owned or everything) for row in rows if row.enforce and row.limit is not None]
+        return Limits(
+            caller=identity.caller, user=identity.user, departments=identity.departments, limits=tuple(limits)
+        )
+
+
+async def _rows(guard: Guard, context: Context) -> list[StandingRow]:
+    """Every limit that a call of theirs would meet, whichever the model: one that may not be called hides no quota."""
+    found = {_key(row): row for row in (await guard.standing(context, _ANY_CALL)).rows}
+    if "department" in known_scopes(guard.policies):
+        for name in context.departments:
+            pairs = await guard.meters_of("department", name)
+            meters, readings = [meter for meter, _ in pairs], [reading for _, reading in pairs]
+            for row in standing_of(meters, readings, None, guard.clock.now_ms()):
+                found.setdefault(_key(row), row)
+    return list(found.values())
+
+
+def _key(row: StandingRow) -> tuple[object, ...]:
+    return row.policy, row.scope, row.subject, row.unit, row.window
 
 
 def _limit(row: StandingRow, *, shown: bool) -> Limit:
