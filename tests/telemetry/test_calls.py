@@ -146,6 +146,8 @@ async def test_every_way_in(
     assert [point.value for point in metrics["llm_guard.calls"]] == [1]
     assert sum(point.value for point in metrics["llm_guard.cost"]) == found["llm_guard.cost"]
     used = {"input": record.usage.input_tokens, "output": record.usage.output_tokens}
+    assert {point.attributes["gen_ai.token.type"]: point.value for point in metrics["llm_guard.tokens"]} == used
+    assert {point.attributes["llm_guard.provider"] for point in metrics["llm_guard.tokens"]} == {"openai"}
     if latest:
         assert "gen_ai.client.token.usage" not in metrics
         assert "gen_ai.client.operation.duration" not in metrics

@@ -86,13 +86,11 @@ class RemainingBudgets:
         self._latest: Latest[tuple[_Read, ...]] = Latest(self._ask, clock)
         self._first = True
         if any(_counts(meter, Unit.NANOUSD) for policy in self._providers for meter in _of(policy)):
-            self._gauge(
-                instruments,
-                names.REMAINING,
-                "{USD}",
-                "What is left of a provider's budget in its current window.",
-                self._of_providers,
-            )
+            for name, kind, said in (
+                (names.REMAINING, "remaining", "What is left of a provider's budget in its current window."),
+                (names.PROVIDER_LIMIT, "limit", "A provider's budget."),
+            ):
+                self._gauge(instruments, name, "{USD}", said, self._of_providers(kind))
         if self._configured:  # what they limit may change while the service runs
             for unit, (name, suffix, scale) in _UNITS.items():
                 for kind, said in _SAID.items():
@@ -137,16 +135,19 @@ class RemainingBudgets:
         self._begin(asked).add_done_callback(done)
         return told
 
-    def _of_providers(self, read: Sequence[_Read]) -> list[Observation]:
+    def _of_providers(self, kind: str) -> Callable[[Sequence[_Read]], list[Observation]]:
         policies = {policy.name for policy in self._providers}
-        return [
-            Observation(
-                each.value("remaining") / _NANO,
-                {names.PROVIDER: each.meter.subject, names.POLICY: each.meter.policy},
-            )
-            for each in read
-            if each.meter.policy in policies and each.meter.unit is Unit.NANOUSD
-        ]
+
+        def points(read: Sequence[_Read]) -> list[Observation]:
+            return [
+                Observation(
+                    each.value(kind) / _NANO, {names.PROVIDER: each.meter.subject, names.POLICY: each.meter.policy}
+                )
+                for each in read
+                if each.meter.policy in policies and each.meter.unit is Unit.NANOUSD
+            ]
+
+        return points
 
     def _of_others(self, unit: Unit, kind: str, scale: int) -> Callable[[Sequence[_Read]], list[Observation]]:
         policies = {policy.name for policy in self._configured}

@@ -15,6 +15,8 @@ from asgi_llm_guard.telemetry import names
 from asgi_llm_guard.telemetry.genai import GenAiMetrics
 from asgi_llm_guard.telemetry.ids import IdHash
 from asgi_llm_guard.telemetry.labels import Labels
+from asgi_llm_guard.telemetry.points import billed
+from asgi_llm_guard.usage import Usage
 
 __all__ = ["CallObserver", "OpenCalls"]
 
@@ -22,6 +24,8 @@ _MOST_OPEN: Final = 10_000
 _NS: Final = 1_000_000
 _NANO: Final = 1_000_000_000
 _NO_ERROR: Final = frozenset({"measured", "cached", "unmetered", "unseen"})
+
+_UNKNOWN: Final = Usage()
 
 _Attributes = dict[str, str | int | float | bool]
 
@@ -86,6 +90,9 @@ class CallObserver:
         self._calls = meter.create_counter(
             "llm_guard.calls", unit="{call}", description="Calls that have ended, by what they are charged as."
         )
+        self._tokens = meter.create_counter(
+            "llm_guard.tokens", unit="{token}", description="Tokens that calls were billed for, as far as they are known."
+        )
         self._cost = meter.create_counter(
             "llm_guard.cost", unit="{USD}", description="What calls were charged with; of those whose cost is known."
         )
@@ -105,12 +112,16 @@ class CallObserver:
         if failure is not None:
             common[names.ERROR_TYPE] = self._labels.name("error", failure)
         span = self._span(event, parent, common)
-        labels = {**common, names.REQUEST_MODEL: model}
         context = trace.set_span_in_context(span)
-        self._calls.add(1, {**labels, names.OUTCOME: event.outcome}, context)
+        # Ours are the same whichever conventions were chosen, so that what is drawn of them goes on.
+        ours: _Attributes = {names.PROVIDER: provider, names.REQUEST_MODEL: model}
+        self._calls.add(1, {**ours, names.OUTCOME: event.outcome}, context)
         if event.cost_nanousd:
-            self._cost.add(event.cost_nanousd / _NANO, labels, context)
+            self._cost.add(event.cost_nanousd / _NANO, ours, context)
         if event.outcome != "cached":  # nobody was asked: it took no time, and no tokens
+            labels = {**common, names.REQUEST_MODEL: model}
+            for kind, tokens in billed(event.usage or _UNKNOWN):
+                self._tokens.add(tokens, {**ours, names.TOKEN_TYPE: kind}, context)
             first_s = None if event.first_ms is None else max(0, event.first_ms - event.began_ms) / 1000
             seconds = max(0, event.ended_ms - event.began_ms) / 1000
             self._metrics.record(labels, event.usage, seconds, first_s, context)

@@ -61,6 +61,9 @@ class DecisionObserver:
             )
         }  # fmt: skip
 
+        for counter in self._counted.values():
+            counter.add(0)  # so that its first point is a change, which is what people want to hear of
+
     def __call__(self, event: events.Event, /) -> None:
         """Count an event."""
         match event:

@@ -37,6 +37,7 @@ __all__ = [
     "OUTPUT_TOKENS",
     "POLICY",
     "PROVIDER",
+    "PROVIDER_LIMIT",
     "REMAINING",
     "REQUEST_MODEL",
     "RESPONSE_MODEL",
@@ -75,6 +76,7 @@ DEPLOYMENT: Final = "llm_guard.deployment"
 OUTCOME: Final = "llm_guard.outcome"
 POLICY: Final = "llm_guard.policy"
 PROVIDER: Final = "llm_guard.provider"
+PROVIDER_LIMIT: Final = "llm_guard.provider_budget.limit"
 REMAINING: Final = "llm_guard.provider_budget.remaining"
 CALL: Final = "llm_guard.call"
 CODE: Final = "llm_guard.code"

@@ -67,8 +67,8 @@ class GuardState:
         for key, name, unit, what in _OF_HEALTH:
             self._gauge(name, unit, what, self._number(key))
         self._gauge("llm_guard.requests.open", "{request}", "Open requests and jobs of this process.", _open)
-        self._gauge("llm_guard.storage.available", "1", "Whether the storage decides: 1, or 0.", _available)
-        self._gauge("llm_guard.ready", "1", "Whether this process takes new calls and can decide: 1, or 0.", _ready)
+        self._gauge("llm_guard.storage.available", "", "Whether the storage decides: 1, or 0.", _available)
+        self._gauge("llm_guard.ready", "", "Whether this process takes new calls and can decide: 1, or 0.", _ready)
         self._gauge(
             "llm_guard.storage.clock_skew", "s", "How far the storage's clock is ahead of this process's.", _skew
         )
@@ -77,7 +77,7 @@ class GuardState:
             "llm_guard.control.version", "{version}", "The version of the administration data in force.", _version
         )
         self._gauge(
-            "llm_guard.control.following", "1", "Whether administration data can be followed: 1, or 0.", _following
+            "llm_guard.control.following", "", "Whether administration data can be followed: 1, or 0.", _following
         )
         self._gauge("llm_guard.holds.open", "{hold}", "Open holds of all processes.", self._open_holds)
 
