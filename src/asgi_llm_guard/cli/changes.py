@@ -55,7 +55,7 @@ def reset(
 
     Windows begin anew. What open calls hold stays held. With administration data the reset is audited.
 
-    Exit codes: 0 set back; 1 nothing is counted for them; 4 the storage is away.
+    Exit codes: 0 set back; 1 nothing was used; 4 the storage is away.
     """
     if (scope == "global") != (not subject):
         raise click.UsageError("expected no SUBJECT with global, and the name of one with any other SCOPE")
@@ -84,11 +84,11 @@ async def _reset(
             for meter, reading in await guard.meters_of(scope, subject, caller=caller)
             if not policies or meter.policy in policies
         ]
-        shown = [_shown(meter, reading) for meter, reading in found]
-        if dry_run or not found:
+        shown = [_shown(meter, reading) for meter, reading in found if reading.used or reading.held]
+        if dry_run or not shown:
             return shown
         who = f"{scope} {subject}".strip()
-        confirm(f"Set {len(found)} counters of {who} back to zero?", yes=yes)
+        confirm(f"Set {len(shown)} counters of {who} back to zero?", yes=yes)
         await guard.reset(scope, subject, caller=caller, policies=policies)
         await _note(guard, "reset", f"{scope}:{subject}", reason, shown)
         return shown
@@ -116,7 +116,7 @@ def _shown(meter: Meter, reading: Reading) -> dict[str, Any]:
 
 def _meters(rows: Sequence[dict[str, Any]], *, dry_run: bool) -> str:
     if not rows:
-        return "No policy counts anything for them."
+        return "Nothing is used of their limits."
     columns = [
         Column("POLICY"),
         Column("SCOPE"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, run
+from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, missing_file, run
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.tables import Column, safe, table, terminal_width
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
@@ -76,7 +76,7 @@ async def _examine(
         more, paths = examine_application(application)
         findings += more
         guards = _guards_of(application)
-    missing = settings is not None and _missing_file(_storage_of(tool, settings))
+    missing = settings is not None and missing_file(tool.storage_url(settings)) is not None
     if settings is not None and not guards:
         own = _own_guard(tool, settings, apart=offline or missing)
         guards = [own]
@@ -87,7 +87,7 @@ async def _examine(
                 guard,
                 extra=extra,
                 workers=workers,
-                storage=_kind_of(guard) if settings is None else _storage_of(tool, settings).partition(":")[0],
+                storage=_kind_of(guard) if settings is None else tool.storage_url(settings).partition(":")[0],
                 routes_listed=settings is not None and settings.routes is not None,
                 unlisted="pass" if settings is None else settings.unlisted,
                 unpriced=_unpriced(settings),
@@ -114,9 +114,9 @@ def _own_guard(tool: Tool, settings: GuardSettings, *, apart: bool) -> Guard:
     """The guard of the settings; `apart`: in memory, so that no file is made and nobody is asked."""
     if not apart:
         return tool.guard(settings)
-    if not _storage_of(tool, settings).startswith("limits+"):  # those take only some policies
+    if not tool.storage_url(settings).startswith("limits+"):  # those take only some policies
         tool = Tool(str(tool.path), as_json=tool.as_json, storage="memory://")
-    return tool.guard(settings)
+    return tool.guard(settings, new=True)
 
 
 async def _ask_store(guard: Guard) -> list[Finding]:
@@ -158,19 +158,10 @@ async def _ask_ledger(guard: Guard) -> list[Finding]:
 # ---------------------------------------------------------------------------- what the settings say
 
 
-def _storage_of(tool: Tool, settings: GuardSettings) -> str:
-    return tool.storage or settings.storage.get_secret_value()
-
-
-def _missing_file(url: str) -> bool:
-    """Whether it is a SQLite file that is not there: opening it would make it."""
-    return url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///").partition("?")[0]).exists()
-
-
 def _not_there(tool: Tool, settings: GuardSettings | None) -> Finding:
     from asgi_llm_guard.doctor import Finding
 
-    url = "" if settings is None else _storage_of(tool, settings)
+    url = "" if settings is None else tool.storage_url(settings)
     return Finding(
         severity="note",
         code="no_file_yet",

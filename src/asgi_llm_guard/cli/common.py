@@ -7,7 +7,7 @@ import functools
 import getpass
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from asgi_llm_guard.guard import Guard
     from asgi_llm_guard.settings import GuardSettings
 
-__all__ = ["CONFIG_VARIABLE", "Tool", "actor_name", "command_options", "confirm", "progress", "reason_option", "run"]
+__all__ = [
+    "CONFIG_VARIABLE",
+    "Tool",
+    "actor_name",
+    "command_options",
+    "confirm",
+    "missing_file",
+    "progress",
+    "reason_option",
+    "run",
+]
 
 CONFIG_VARIABLE: Final = "LLM_GUARD_CONFIG"
 _DEFAULT: Final = "guard.toml"
@@ -46,7 +56,7 @@ class Tool:
         """Whether usage is kept in the memory of the service's process, and nowhere else."""
         if self._urls.get("ledger") or getattr(self.settings(), "ledger", None) is not None:
             return False
-        return (self.storage or self.settings().storage.get_secret_value()).startswith("memory:")
+        return self.storage_url(self.settings()).startswith("memory:")
 
     @property
     def names_control(self) -> bool:
@@ -67,15 +77,28 @@ class Tool:
 
         return load_settings(self.path)
 
-    def guard(self, settings: GuardSettings | None = None, **others: Any) -> Guard:
-        """The guard that the settings describe, with the URLs of the command line and `others` in place of theirs."""
+    def storage_url(self, settings: GuardSettings) -> str:
+        """Where the counters are: never to be shown, because it may hold a password."""
+        return self.storage or settings.storage.get_secret_value()
+
+    def guard(self, settings: GuardSettings | None = None, *, new: bool = False) -> Guard:
+        """The guard that the settings describe, with the URLs of the command line in place of theirs.
+
+        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is.
+
+        Raises:
+            ConfigurationError: something in the settings is wrong, or the file is not there.
+        """
         from asgi_llm_guard.guard import Guard
         from asgi_llm_guard.settings import build_guard_arguments
 
-        arguments = build_guard_arguments(settings or self.settings()) | self._urls | others
-        if self.storage is not None:
-            arguments["storage"] = self.storage
-        return Guard(**arguments)
+        settings = settings or self.settings()
+        url = self.storage_url(settings)
+        if not new and (missing := missing_file(url)) is not None:
+            raise ConfigurationError(
+                f"{self.path}: storage: there is no file {missing} yet (from {Path.cwd()}); the service makes it"
+            )
+        return Guard(**build_guard_arguments(settings) | {"storage": url} | self._urls)
 
     def show(self, document: object, text: Callable[[], str]) -> None:
         """Print the document for programs, or the text for people."""
@@ -85,6 +108,14 @@ class Tool:
             click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
         else:
             click.echo(text())
+
+
+def missing_file(url: str) -> Path | None:
+    """The file of a SQLite URL, if it is not there: opening it would make it."""
+    if not url.startswith("sqlite:///") or url == "sqlite://:memory:":
+        return None
+    file = Path(url.removeprefix("sqlite:///").partition("?")[0])
+    return None if file.exists() else file
 
 
 def command_options(function: Function) -> Function:
@@ -183,8 +214,3 @@ def progress(label: str, *, length: int | None = None) -> Iterator[Callable[[int
         return
     with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
         yield lambda number: bar.update(number - bar.pos)
-
-
-def merged(*documents: Mapping[str, Any]) -> dict[str, Any]:
-    """Several documents as one."""
-    return {name: value for document in documents for name, value in document.items()}

@@ -95,7 +95,7 @@ def application() -> Served:
 
     tool = Tool(os.environ[CONFIG_VARIABLE], as_json=False)
     settings = tool.settings()
-    guard = tool.guard(settings)
+    guard = tool.guard(settings, new=True)
     gateway = Gateway(guard, **build_gateway_arguments(settings))
     if not len(gateway):
         raise ConfigurationError(f"{tool.path}: gateway.deployments: none of them can be used; the log says why")

@@ -124,6 +124,8 @@ async def _simulate(
         with progress("replaying", length=total) as bar:
             found = await simulator.run(records, since_ms=since_ms, progress=bar)
         names = [policy.name for policy in (*policies, *(policy for route in routes for policy in route.extra))]
+        if against and guard.books is not None:
+            await guard.books.catch_up()  # what shadows have said lately
         agreed = await _compared(ledger, found, period, names) if against else None
     finally:
         await guard.aclose()
@@ -191,7 +193,14 @@ def _text(found: Simulation, agreed: Agreement | None, top: int) -> str:
         )
         if number
     ]
-    parts.append(click.style(would, bold=True) + (f": {', '.join(notes)}" if notes else ""))
+    watched = [row for row in found.policies if not row.enforced]
+    if found.refused or not watched:
+        parts.append(click.style(would, bold=True) + (f": {', '.join(notes)}" if notes else ""))
+    if watched:
+        misfits = (
+            f"{count(sum(row.calls for row in watched))} times a policy that was asked by itself would have refused"
+        )
+        parts.append(click.style(misfits, bold=True))
     if found.policies:
         columns = [
             Column("POLICY"),
