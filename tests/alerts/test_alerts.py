@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import pytest
 from tests.alerts.kit import PRICES, SECRET, Receiver, alerts_in, hook, receiving, spend
-from tests.storage.values import DOLLAR, HOUR_MS, START
+from tests.storage.values import DOLLAR, HOUR_MS, START, START_MS
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
 from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold
 from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE
-from asgi_llm_guard.claims import Meter
+from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
 from asgi_llm_guard.events import Admission, Alert, Event
 from asgi_llm_guard.policies.base import Policy
@@ -278,6 +278,33 @@ async def test_no_burning_over_idle_hours() -> None:
         assert await one.told() == []
 
 
+async def test_two_burn_rates() -> None:
+    """S15: a short window does not see what was spent before it, though a longer one does."""
+    rules = (BurnRate(window="1h", times=3), BurnRate(window="12h", times=1.5))
+    async with Watched(*rules, policies=(Budget("$240/daily"),)) as watched:
+        told = []
+        for _ in range(11 * 12):
+            await spend(watched.guard, 1.5)
+            for _ in range(5):
+                watched.clock.advance(ms=60_000)
+                told += await watched.told()
+        assert [(alert.threshold, alert.window_ms) for alert in told] == [(1.5, 12 * HOUR_MS)]
+
+
+async def test_what_is_remembered_of_a_burn_rate() -> None:
+    """However often a counter is looked at, and however long, what is remembered of it is about a sample for each step."""
+    async with Watched(BurnRate(window="1h", times=3), policies=(Budget("$240/yearly"),)) as watched:
+        await spend(watched.guard, 0.001)
+        assert await watched.told() == []
+        watch, (meter,) = watched.alerts._watch, _meters(watched)
+        for n in range(3 * 3600):
+            watched.clock.advance(ms=1000)
+            reading = Reading(1_000_000 + n, 0, START_MS + 300 * 24 * HOUR_MS)
+            assert watch.look([meter], [reading], watched.clock.now_ms()) == []
+        (entry,) = watch._entries.values()
+        assert 60 <= len(entry.samples) <= 62
+
+
 # ------------------------------------------------------------------------- delivery, outages
 
 
@@ -320,6 +347,22 @@ async def test_a_process_that_dies_before_it_has_sent(receiver: Receiver, tmp_pa
         await other.told()
         assert len(receiver.got) == 1
     await dead.guard.aclose()
+
+
+async def test_what_another_process_has_sent(receiver: Receiver) -> None:
+    """S3: who knows of an alert that somebody else had the turn for, asks again, and does not send what was sent."""
+    clock = FrozenClock(START)
+    storage = MemoryStorage(clock=clock, lapse_ms=86_400_000)
+    one, other = (Watched(Threshold(at=(50,)), storage=storage, clock=clock, receivers=(receiver,)) for _ in range(2))
+    async with one, other:
+        await spend(one.guard, 6)
+        assert await one.percents() == [50]
+        await spend(other.guard, 0.1)
+        assert await other.percents() == []
+        for _ in range(3):
+            clock.advance(ms=HOUR_MS)
+            assert await other.percents() + await one.percents() == []
+        assert len(receiver.got) == 1
 
 
 async def test_a_receiver_that_hangs_holds_up_nobody(receiver: Receiver) -> None:

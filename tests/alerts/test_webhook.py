@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import ssl
 from pathlib import Path
@@ -46,6 +47,8 @@ async def test_the_body_and_its_signature() -> None:
     }
     assert (got.headers["x-guard-id"], got.headers["x-guard-timestamp"]) == ("a1", "1800000000")
     assert got.headers["content-type"] == "application/json"
+    signed = hmac.new(SECRET.encode(), b"1800000000." + got.body, "sha256").hexdigest()
+    assert got.headers["x-guard-signature"] == f"v1={signed}"
     verify(got.body, got.headers, [SECRET], now_s=1_800_000_299)
     for body, now_s, secret in (
         (got.body + b" ", 1_800_000_000, SECRET),

@@ -290,14 +290,15 @@ class Watch:
     def _burns(self, entry: _Entry, grown: int, reading: Reading, instance: str, now_ms: int) -> list[Crossing]:
         entry.spent += grown
         entry.sampled_ms = now_ms
-        entry.samples.append((now_ms, entry.spent))
-        longest_ms = max(rule.window_ms for rule in entry.burns)
-        while entry.samples[0][0] < now_ms - longest_ms or entry.samples[0][0] > now_ms:
-            entry.samples.popleft()
+        samples, longest_ms = entry.samples, max(rule.window_ms for rule in entry.burns)
+        if not samples or not 0 <= now_ms - samples[-1][0] < entry.step_ms:
+            samples.append((now_ms, entry.spent))
+        while samples[0][0] < now_ms - longest_ms or samples[0][0] > now_ms:
+            samples.popleft()
         found = []
         for rule in entry.burns:
             # From the first sample inside the window: what this process did not see may have been before it.
-            spent = entry.spent - next(then for at_ms, then in entry.samples if at_ms >= now_ms - rule.window_ms)
+            spent = entry.spent - next(then for at_ms, then in samples if at_ms >= now_ms - rule.window_ms)
             crossing = Crossing(
                 meter=entry.meter, rule=rule, at=rule.times, reading=reading, instance=instance,
                 until_ms=now_ms + rule.window_ms, spent=spent,
