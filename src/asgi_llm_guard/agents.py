@@ -20,10 +20,11 @@ class _Snapshot(NamedTuple):
 class AgentRegistry(Mapping[str, Mapping[str, object]]):
     """Limits by agent. What is laid over it wins, agent by agent. From any thread; entries were checked before."""
 
-    __slots__ = ("_base", "_lock", "_snapshot")
+    __slots__ = ("_base", "_lock", "_over", "_snapshot")
 
     def __init__(self, agents: Limits | None = None) -> None:
         self._base = dict(agents or {})
+        self._over: Limits = {}
         self._lock = threading.Lock()
         self._snapshot = _Snapshot(1, MappingProxyType(self._base))
 
@@ -34,10 +35,20 @@ class AgentRegistry(Mapping[str, Mapping[str, object]]):
 
     def lay_over(self, agents: Limits) -> None:
         """Have these win over the registry's own from now on, in place of those that did before."""
-        limits: dict[str, Any] = {**self._base, **agents}
         with self._lock:
-            if limits != self._snapshot.limits:
-                self._snapshot = _Snapshot(self._snapshot.version + 1, MappingProxyType(limits))
+            self._over = dict(agents)
+            self._change()
+
+    def replace(self, agents: Limits) -> None:
+        """Have these be the registry's own from now on; what is laid over them stays."""
+        with self._lock:
+            self._base = dict(agents)
+            self._change()
+
+    def _change(self) -> None:
+        limits: dict[str, Any] = {**self._base, **self._over}
+        if limits != self._snapshot.limits:
+            self._snapshot = _Snapshot(self._snapshot.version + 1, MappingProxyType(limits))
 
     def __getitem__(self, agent: str) -> Mapping[str, object]:
         return self._snapshot.limits[agent]

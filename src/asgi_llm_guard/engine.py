@@ -337,6 +337,16 @@ class Engine:
             self.measure(self._around)
         return tuple(bound)
 
+    def bind_later(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+        """As `bind`, while calls are admitted.
+
+        Raises:
+            ConfigurationError: as `bind`; or they are the first that lease, which cannot begin with calls that are open.
+        """
+        if self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in policies):
+            raise ConfigurationError("lease: no policy had any when the service was started; start it again")
+        return self.bind(policies)
+
     # ------------------------------------------------------------------------------ reserve
 
     async def reserve(

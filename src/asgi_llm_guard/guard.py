@@ -26,6 +26,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
+import msgspec
+
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, current_scope
 from asgi_llm_guard.agents import AgentRegistry
@@ -33,6 +35,7 @@ from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync,
 from asgi_llm_guard.chores import Chores
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
+from asgi_llm_guard.configuration import UNSET, Configuration, Unset, check_routes
 from asgi_llm_guard.context import Call, Context, Target
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
@@ -49,8 +52,9 @@ from asgi_llm_guard.open_admissions import OpenAdmissions
 from asgi_llm_guard.opening import DRAINING, OpenAdmission, OpenAdmissionSync, OpenCall, OpenCallSync, new_call
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.plan import ask
-from asgi_llm_guard.policies.base import DeploymentFilter, Policy
+from asgi_llm_guard.policies.base import AgentAware, DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.routes import Route
 from asgi_llm_guard.standing import ResetMeter, Standing, claimed_meters, meters_of, reset_meter, standing_of
 from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
@@ -162,10 +166,7 @@ class Guard:
         cache: Cache | None = None,
         max_body_bytes: int = 8 * 1024 * 1024,
     ) -> None:
-        if identity is not None and not callable(identity):
-            raise ConfigurationError(
-                f"identity: expected a resolver such as ApiKeys(...) or ScopeUser(), got {identity!r}"
-            )
+        _resolver(identity)
         _extractor("session", session)
         _one_of("disclose", disclose, "owned", "all")
         _one_of("session_overflow", session_overflow, "deny", "share")
@@ -182,15 +183,10 @@ class Guard:
             _whole("assumed_output_tokens", assumed_output_tokens)
         if max_overage is not None:
             _whole("max_overage", max_overage)
-        if streams is not None and not isinstance(streams, StreamRules):
-            raise ConfigurationError(f"streams: expected StreamRules such as StreamRules(cut=True), got {streams!r}")
-        self.streams = streams or StreamRules()
+        _stream_rules(streams)
         if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
             raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
         self.clock = clock or SystemClock()
-        self.identity = identity
-        self.session = session
-        self.session_declared = session is not DEFAULT_SESSION
         self.max_body_bytes = max_body_bytes
         self.hooked = False
         """A client hook is installed: every call is seen."""
@@ -236,7 +232,11 @@ class Guard:
         """Administration data; `None`: there are none."""
         self.follower = None if self.control is None else Follower(self.control, self._engine, registry)
         """Follows them, and puts them in force; `None`: there are none."""
-        self.policies = self._engine.bind(policies)
+        self._agents = registry
+        self.configuration = Configuration(
+            self._engine.bind(policies), identity, session, session is not DEFAULT_SESSION, streams or StreamRules()
+        )
+        """What requests, jobs and calls that begin now go by."""
         self._open_admissions = OpenAdmissions(self._engine)
         self._engine.stopping.append(self._open_admissions.stop)
         self._owns_ledger = ledger is None or isinstance(ledger, str)
@@ -280,6 +280,35 @@ class Guard:
             self._books = attach(self, ledger, storage)
 
     @property
+    def policies(self) -> tuple[Policy, ...]:
+        """What is asked, in this order."""
+        return self.configuration.policies
+
+    @policies.setter
+    def policies(self, policies: Sequence[Policy]) -> None:
+        self.configuration = msgspec.structs.replace(self.configuration, policies=tuple(policies))
+
+    @property
+    def identity(self) -> Resolver | None:
+        """Who says who asks."""
+        return self.configuration.identity
+
+    @property
+    def session(self) -> Extractor:
+        """Where the session id is read from."""
+        return self.configuration.session
+
+    @property
+    def session_declared(self) -> bool:
+        """Whether somebody has said where."""
+        return self.configuration.session_declared
+
+    @property
+    def streams(self) -> StreamRules:
+        """What holds for streamed answers."""
+        return self.configuration.streams
+
+    @property
     def storage(self) -> Storage:
         """Where the counters live."""
         return self._engine.storage
@@ -318,6 +347,79 @@ class Guard:
     def chores(self) -> Chores:
         """What is done from time to time beside the calls."""
         return self._engine.chores
+
+    def set_agents(self, agents: Mapping[str, Mapping[str, object]]) -> None:
+        """From the next call on, these are the agents that code or a file says; what is administered stays laid over them.
+
+        Raises:
+            ConfigurationError: an entry is malformed; nothing was changed.
+        """
+        agents = _agents(agents)
+        for policy in self._known_policies():
+            if isinstance(policy, AgentAware):
+                policy.with_agents(agents)  # for what it has to say against them
+        self._agents.replace(agents)
+
+    def replace(
+        self,
+        *,
+        policies: Sequence[Policy] | None = None,
+        identity: Resolver | Unset | None = UNSET,
+        session: Extractor | None = None,
+        streams: StreamRules | None = None,
+        routes: Sequence[Route] | None = None,
+        agents: Mapping[str, Mapping[str, object]] | None = None,
+        prices: PriceBook | None = None,
+        statuses: Mapping[str, int] | None = None,
+        **fixed: object,
+    ) -> None:
+        """Go by another configuration, from any thread. What is `None`, or not given, stays.
+
+        Policies, identity, session, streams and routes change in one step: a request or job that begins sees all of the
+        new ones or all of the old ones, and goes on under those to its end. Agents, prices and statuses are looked up
+        whenever they are needed, and hold from the next call on. Counters are kept: a policy of the same name and window
+        counts on. `routes` take the place of those of every `GuardMiddleware` of this guard.
+
+        Raises:
+            ConfigurationError: something is wrong, or cannot change while the service runs (the storage, for example);
+                nothing was changed.
+        """
+        if fixed:
+            raise ConfigurationError(
+                f"replace: {', '.join(sorted(fixed))} cannot change while the service runs; start it again"
+            )
+        if not isinstance(identity, Unset):
+            _resolver(identity)
+        if session is not None:
+            _extractor("session", session)
+        _stream_rules(streams)
+        checked = None if statuses is None else check_statuses(statuses)
+        check_routes(routes)
+        if prices is not None and not isinstance(prices, PriceBook):
+            raise ConfigurationError(f"replace: prices must be a PriceBook, got {prices!r}")
+        engine, now = self._engine, self.configuration
+        bound = now.policies if policies is None else engine.bind_later(policies)
+        for route in routes or ():
+            engine.bind_later(route.extra)
+        if agents is not None:
+            agents = _agents(agents)
+            for policy in bound:
+                if isinstance(policy, AgentAware):
+                    policy.with_agents(agents)
+        self.configuration = Configuration(
+            bound,
+            now.identity if isinstance(identity, Unset) else identity,
+            session or now.session,
+            now.session_declared if session is None else session is not DEFAULT_SESSION,
+            streams or now.streams,
+            now.routes if routes is None else tuple(routes),
+        )
+        if agents is not None:
+            self._agents.replace(agents)
+        if prices is not None:
+            self.prices = prices
+        if checked is not None:
+            engine.statuses = checked
 
     def set_raises(self, raises: Sequence[Raise]) -> None:
         """From now on these limits are higher, each until it ends, and no others (`docs/operations.md`).
@@ -522,12 +624,22 @@ class Guard:
             raise ConfigurationError(f"guard.call: {', '.join(sorted(arguments))} given without a model")
         return self._engine.describer.describe(arguments.pop("model"), **arguments)
 
-    def new_admission(self, context: Context, *, extra: Sequence[Policy] = (), opaque: bool | None = None) -> Admission:
+    def new_admission(
+        self,
+        context: Context,
+        *,
+        extra: Sequence[Policy] = (),
+        opaque: bool | None = None,
+        policies: tuple[Policy, ...] | None = None,
+    ) -> Admission:
         """An admission that has claimed nothing yet. `extra` must be bound (see `bind`).
 
-        `opaque`: calls may be made in it that nobody sees; `None`: unless a client hook is installed.
+        `opaque`: calls may be made in it that nobody sees; `None`: unless a client hook is installed. `policies`: those of
+        the configuration under which it has begun; `None`: of now.
         """
-        policies = (*self.policies, *extra) if extra else self.policies
+        policies = self.policies if policies is None else policies
+        if extra:
+            policies = (*policies, *extra)
         return Admission(self._engine, context, policies, opaque=not self.hooked if opaque is None else opaque)
 
     # -------------------------------------------------------------------------------- hooks
@@ -779,6 +891,16 @@ def _local_storage(clock: Clock) -> Callable[[], Storage]:
 def _one_of(name: str, value: object, *allowed: str) -> None:
     if value not in allowed:
         raise ConfigurationError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _resolver(identity: object) -> None:
+    if identity is not None and not callable(identity):
+        raise ConfigurationError(f"identity: expected a resolver such as ApiKeys(...) or ScopeUser(), got {identity!r}")
+
+
+def _stream_rules(streams: object) -> None:
+    if streams is not None and not isinstance(streams, StreamRules):
+        raise ConfigurationError(f"streams: expected StreamRules such as StreamRules(cut=True), got {streams!r}")
 
 
 def _extractor(name: str, value: object) -> None:

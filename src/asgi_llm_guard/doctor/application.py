@@ -117,7 +117,7 @@ def _layers(app: object) -> tuple[list[_Layer], object]:
 
 def _made(app: object) -> _Layer:
     if isinstance(app, GuardMiddleware):
-        return _Layer(type(app), app.guard, app._table, type(app).__name__)  # noqa: SLF001 - ours; nobody else asks
+        return _Layer(type(app), app.guard, app.serving.table, type(app).__name__)
     return _Layer(type(app), None, None, type(app).__name__)
 
 

@@ -30,7 +30,7 @@ from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.gateway.errors import GatewayError, UnknownModel
 from asgi_llm_guard.gateway.faults import Fault, MethodNotAllowed, NoSuchPath, Unexpected, rendered
 from asgi_llm_guard.gateway.listing import anthropic_list, anthropic_model, openai_list, openai_model
-from asgi_llm_guard.identity.base import IdentityError
+from asgi_llm_guard.identity.base import IdentityError, Resolver
 from asgi_llm_guard.middleware import GuardMiddleware
 from asgi_llm_guard.middleware.answers import ASGIApp, Receive, Scope, Send, request_id, unidentified
 from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft
@@ -219,14 +219,18 @@ class _Admitting(GuardMiddleware):
         super().__init__(app, gateway.guard, routes=routes)
         self._gateway = gateway
 
-    def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
+    follows_routes = False
+
+    def context(
+        self, scope: Scope, view: BodyView | None, session: Any, route: Route | None, resolver: Resolver | None
+    ) -> Context:
         """As any. The name of a model is looked at once it is known who asks.
 
         Raises:
             BodyError: 404: nobody serves the model.
             IdentityError: see `GuardMiddleware.context`.
         """
-        context = super().context(scope, view, session, route)
+        context = super().context(scope, view, session, route, resolver)
         name = None if view is None else view.get("model")
         if isinstance(name, str) and len(self._gateway) and not self.guard.known_models(name):
             raise BodyError(

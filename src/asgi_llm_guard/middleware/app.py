@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.configuration import Configuration, check_routes
 from asgi_llm_guard.context import Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard import DRAINING, Guard
-from asgi_llm_guard.idempotency import ttl_ms
-from asgi_llm_guard.identity.base import IdentityError
+from asgi_llm_guard.identity.base import IdentityError, Resolver
 from asgi_llm_guard.marks import is_own, own_mounts, unwrapped
 from asgi_llm_guard.middleware.answers import (
     ASGIApp,
@@ -43,8 +43,8 @@ from asgi_llm_guard.middleware.request import (
     finished,
     is_opaque,
 )
-from asgi_llm_guard.replays import Replays
-from asgi_llm_guard.routes import Route, RouteTable, normalise, route_path
+from asgi_llm_guard.middleware.serving import Serving
+from asgi_llm_guard.routes import Route, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named
 from asgi_llm_guard.wire.base import Dialect
 from asgi_llm_guard.wire.fields import rate_limit_headers
@@ -92,26 +92,38 @@ class GuardMiddleware:
             raise ConfigurationError(f"GuardMiddleware: guard must be a Guard, got {guard!r}")
         self.app = app
         self.guard = guard
-        self._table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
-        self.replays: Replays | None = None
-        if any(route.idempotency for route in self._table.routes or ()):
-            self.replays = Replays(guard.engine.storage, guard.engine.new_id)
+        self._routes = routes
+        self._exempt = exempt
+        self._unlisted: Literal["deny", "pass"] = unlisted
+        self._serving = self._serve_by(guard.configuration)
         self.sends_fields = rate_limit_headers
-        self._plans: dict[int, Plan] = {}
         self._dialects: dict[str, Dialect | None] = {}
         self._checked = False
         self._own_mounts: tuple[str, ...] = ()
         # Around a FastAPI(root_path=...), which strips it from the paths that it routes, wherever it got them.
         self._root_path = str(getattr(app, "root_path", None) or "")
-        for route in self._table.routes or ():
-            self._plan(route)
-            if route.dialect not in {None, "auto"}:
-                dialect_named(str(route.dialect))
-            elif (route.clamp or route.inject_usage) and dialect_for(normalise(route.path)) is None:
-                raise ConfigurationError(
-                    f"Route {route.path}: clamp and inject_usage change the body, and no dialect is known by this path; "
-                    "name it: dialect='openai'"
-                )
+        check_routes(routes)
+
+    follows_routes = True
+    """Whether `Guard.replace` gives it other routes."""
+
+    @property
+    def serving(self) -> Serving:
+        """What requests that begin now are served by."""
+        serving, configuration = self._serving, self.guard.configuration
+        if serving.configuration is not configuration:
+            serving = self._serving = self._serve_by(configuration)
+        return serving
+
+    def _serve_by(self, configuration: Configuration) -> Serving:
+        own = configuration.routes is None or not self.follows_routes
+        return Serving(
+            self.guard,
+            configuration,
+            self._routes if own else configuration.routes,
+            exempt=self._exempt,
+            unlisted=self._unlisted,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -133,14 +145,15 @@ class GuardMiddleware:
         if path in self.guard.own_paths or (self._own_mounts and self._is_own(scope, path)):
             await self.app(scope, receive, send)
             return
-        found = self._table.find(path, scope["method"])
+        serving = self.serving
+        found = serving.table.find(path, scope["method"])
         if found == "deny":
             await refuse(self._not_listed(scope), scope, send, dialect=None, fields=())
             return
         if found == "pass":
             await self._unguarded(scope, receive, send)
             return
-        plan = self._plan(found)
+        plan = serving.plan(found)
         dialect = self._dialect(found, path)
         exchange = GuardedRequest(self, scope, receive, send, plan, dialect)
         try:
@@ -181,19 +194,20 @@ class GuardMiddleware:
 
     def _unclaimed(self, scope: Scope) -> Admission:
         try:
-            context = self.context(scope, None, self.guard.session, None)
+            context = self.context(scope, None, self.guard.session, None, self.guard.identity)
         except IdentityError:
             context = Context()
         return self.guard.new_admission(context)
 
-    def context(self, scope: Scope, view: BodyView | None, session: Any, route: Route | None) -> Context:
+    def context(
+        self, scope: Scope, view: BodyView | None, session: Any, route: Route | None, resolver: Resolver | None
+    ) -> Context:
         """Who asks.
 
         Raises:
             IdentityError: an id is malformed, or was sent twice.
         """
-        guard = self.guard
-        identity = guard.identity(scope) if guard.identity is not None else None
+        identity = None if resolver is None else resolver(scope)
         session_id = session.extract(scope["headers"], view)
         template = route.path if route is not None else None
         named = request_id(scope)
@@ -216,22 +230,6 @@ class GuardMiddleware:
         if not self.sends_fields:
             return []
         return rate_limit_headers(denied.receipts, denied.now_ms, disclose=self.guard.engine.disclose)
-
-    def _plan(self, route: Route) -> Plan:
-        plan = self._plans.get(id(route))  # the table keeps every route alive
-        if plan is None:
-            streams = route.streams or self.guard.streams
-            plan = Plan(
-                route,
-                self.guard.engine.bind(route.extra),
-                route.session is not None or self.guard.session_declared,
-                ttl_ms(route.idempotency, name=f"Route {route.path}"),
-                streams,
-                streams.watches,
-            )
-            self._plans[id(route)] = plan
-            self.guard.know_route(route.path, plan.extra)
-        return plan
 
     def _dialect(self, route: Route, path: str) -> Dialect | None:
         if route.dialect is None:
@@ -258,14 +256,14 @@ class GuardMiddleware:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._checked:
             self._check_late(scope)
-        found = self._table.find(route_path(scope, self._root_path), None)
+        found = self.serving.table.find(route_path(scope, self._root_path), None)
         if found == "deny":
             await refuse_websocket(self._not_listed(scope), scope, receive, send, fields=())
             return
         if found == "pass":
             await self._serve_websocket(scope, receive, send, self._unclaimed(scope))
             return
-        denied, admission = await self._admit_websocket(scope, self._plan(found))
+        denied, admission = await self._admit_websocket(scope, self.serving.plan(found))
         if denied is not None:
             await refuse_websocket(denied, scope, receive, send, fields=self.fields(denied))
             return
@@ -321,11 +319,14 @@ class GuardMiddleware:
         if guard.engine.gate is not None and (denied := await self._closed(route)) is not None:
             return denied, guard.new_admission(Context(route=route.path))
         try:
-            context = self.context(scope, None, route.session or guard.session, route)
+            configuration = plan.configuration
+            context = self.context(scope, None, route.session or configuration.session, route, configuration.identity)
         except IdentityError as error:
             nobody = guard.new_admission(Context(route=route.path))
             return guard.engine.refused(Context(route=route.path), None, unidentified(error)), nobody
-        admission = guard.new_admission(context, extra=plan.extra, opaque=is_opaque(guard, route))
+        admission = guard.new_admission(
+            context, extra=plan.extra, opaque=is_opaque(guard, route), policies=plan.configuration.policies
+        )
         if guard.draining:
             return guard.engine.refused(context, None, DRAINING), admission
         return await admission.open(None), admission
@@ -368,7 +369,7 @@ class GuardMiddleware:
 
     def _is_own(self, scope: Scope, path: str) -> bool:
         """Whether the request is for the guard's own pages: they are neither counted nor refused."""
-        return any([path.startswith(mount) for mount in self._own_mounts]) and is_own(self.app, scope)
+        return any(path.startswith(mount) for mount in self._own_mounts) and is_own(self.app, scope)
 
     def _check_late(self, scope: Scope) -> None:
         # No lifespan event reached us (a mounted application): too late to refuse the start, so say it.

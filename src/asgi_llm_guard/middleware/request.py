@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import LimitExceeded
@@ -30,7 +31,7 @@ from asgi_llm_guard.middleware.answers import (
 from asgi_llm_guard.middleware.ending import Ending
 from asgi_llm_guard.middleware.relay import CutOff, Relay, is_cut_off, say_last
 from asgi_llm_guard.policies.base import Policy
-from asgi_llm_guard.replays import Lead
+from asgi_llm_guard.replays import Lead, Replays
 from asgi_llm_guard.routes import Route
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
@@ -68,6 +69,9 @@ class Plan(msgspec.Struct, frozen=True):
     streams: StreamRules
     watches: bool
     """`StreamRules.watches`, looked up for every request."""
+    configuration: Configuration
+    replays: Replays | None
+    """Where answers are kept for their idempotency keys; `None`: no route keeps any."""
 
 
 class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
@@ -157,13 +161,14 @@ class GuardedRequest:
             ClientLeft: before its body was complete.
         """
         guard, route, dialect = self.guard, self.plan.route, self.dialect
-        session = route.session or guard.session
+        configuration = self.plan.configuration
+        session = route.session or configuration.session
         try:
             if dialect is not None or (self.plan.session_declared and session.needs_body):
                 check_encoding(self.scope["headers"])
                 self.body = await self._read_body()
                 self.view = read_any(self.body, self.scope["headers"])
-            context = self.middleware.context(self.scope, self.view, session, route)
+            context = self.middleware.context(self.scope, self.view, session, route, configuration.identity)
             ask = None
             if dialect is not None and self.view is not None:
                 ask = dialect.read_request(self.view, self.scope["path"])
@@ -190,7 +195,9 @@ class GuardedRequest:
         if repeated is not None:
             self.lead = repeated
             self.send = repeated.watching(self.send)
-        admission = guard.new_admission(context, extra=self.plan.extra, opaque=is_opaque(guard, route))
+        admission = guard.new_admission(
+            context, extra=self.plan.extra, opaque=is_opaque(guard, route), policies=configuration.policies
+        )
         admission.release_on_4xx = route.release_on_4xx
         if guard.cache is not None:
             admission.cache_control = cache_control(self.scope)
@@ -203,7 +210,7 @@ class GuardedRequest:
 
     async def _repeated(self, context: Context) -> Lead | KeptResponse | Refusal | None:
         """What an `Idempotency-Key` makes of the request."""
-        replays, replay_ms = self.middleware.replays, self.plan.replay_ms
+        replays, replay_ms = self.plan.replays, self.plan.replay_ms
         if replays is None or replay_ms is None:
             return None
         try:
