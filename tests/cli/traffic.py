@@ -47,7 +47,7 @@ class Timeline:
         self._running = len(work)
         tasks = [asyncio.ensure_future(counted(coroutine)) for coroutine in work]
         while True:
-            while self._running:
+            while self._running:  # noqa: ASYNC110 - they run in this loop, and each turn lets them
                 await asyncio.sleep(0)
             if not self._waiting:
                 break

@@ -63,7 +63,7 @@ def administered(tool: Tool, *, needed: bool = True) -> Administered | None:
         Failure: there is none, and it is `needed`.
     """
     if tool.names_control:
-        return Administered(tool, tool.guard())
+        return Administered(tool, tool.guard(apart=True))
     if needed:
         raise Failure(
             f"{tool.path}: no administration data is configured; set `control` in the settings, or name it with "

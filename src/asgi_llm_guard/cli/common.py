@@ -81,10 +81,11 @@ class Tool:
         """Where the counters are: never to be shown, because it may hold a password."""
         return self.storage or settings.storage.get_secret_value()
 
-    def guard(self, settings: GuardSettings | None = None, *, new: bool = False) -> Guard:
+    def guard(self, settings: GuardSettings | None = None, *, new: bool = False, apart: bool = False) -> Guard:
         """The guard that the settings describe, with the URLs of the command line in place of theirs.
 
-        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is.
+        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is. `apart`: its storage
+        is not needed, and not asked.
 
         Raises:
             ConfigurationError: something in the settings is wrong, or the file is not there.
@@ -93,7 +94,7 @@ class Tool:
         from asgi_llm_guard.settings import build_guard_arguments
 
         settings = settings or self.settings()
-        url = self.storage_url(settings)
+        url = "memory://" if apart else self.storage_url(settings)
         if not new and (missing := missing_file(url)) is not None:
             raise ConfigurationError(
                 f"{self.path}: storage: there is no file {missing} yet (from {Path.cwd()}); the service makes it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -80,6 +81,8 @@ def program() -> None:
     Every command reads the settings file that the service reads: --config, else $LLM_GUARD_CONFIG, else guard.toml.
     With --json it prints one JSON document for programs.
     """
+    # What goes wrong is said once, by the command; `serve` has handlers of its own.
+    logging.getLogger("asgi_llm_guard").addHandler(logging.NullHandler())
 
 
 program.listing = _COMMANDS

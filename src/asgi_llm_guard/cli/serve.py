@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import MutableMapping
@@ -52,6 +53,7 @@ def serve(tool: Tool, host: str, port: int, workers: int, grace: int, log_level:
         import uvicorn
     except ImportError:
         raise Failure("serve needs uvicorn: pip install uvicorn", Exit.CONFIGURATION) from None
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s: %(name)s: %(message)s")
     settings = tool.settings()
     if settings.gateway is None:
         raise ConfigurationError(f"{tool.path}: gateway: is missing; serve runs a gateway, see docs/gateway.md")

@@ -70,6 +70,8 @@ def usd(nanousd: int | None) -> str:
     sign, amount = ("-", -nanousd) if nanousd < 0 else ("", nanousd)
     if amount >= 10_000_000 or not amount:
         return f"{sign}${amount / 1e9:,.2f}"
+    if amount < 1_000:
+        return f"{sign}<$0.000001"
     return f"{sign}${amount / 1e9:.6f}".rstrip("0")
 
 

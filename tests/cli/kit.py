@@ -1,0 +1,99 @@
+"""The program as it is run: in this process for most, as a process of its own where that matters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from asgi_llm_guard import Context, Guard, Usage
+from asgi_llm_guard.cli.root import program
+from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.storage.sqlite import SqliteStorage
+from asgi_llm_guard.testing import FrozenClock
+
+MODELS = ("openai/gpt-4o-mini", "openai/gpt-4o", "anthropic/claude-haiku-4-5")
+
+
+def call(*arguments: str | Path, stdin: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+    """Run a command in this process."""
+    runner = CliRunner(env={"LLM_GUARD_CONFIG": None, "WEB_CONCURRENCY": None, "COLUMNS": None} | dict(env or {}))
+    return runner.invoke(program, [*map(str, arguments)], input=stdin, prog_name="asgi-llm-guard")
+
+
+def document(*arguments: str | Path, code: int = 0, **options: Any) -> Any:
+    """What a command prints with --json."""
+    ran = call(*arguments, "--json", **options)
+    assert ran.exit_code == code, ran.output
+    return json.loads(ran.stdout)
+
+
+def process(
+    *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed program as a process of its own, in `cwd`."""
+    return subprocess.run(
+        [sys.executable, "-c", "from asgi_llm_guard.cli import main; main()", *map(str, arguments)],
+        cwd=cwd,
+        env=clean_environment() | dict(env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("LLM_GUARD_") and name not in {"COLUMNS", "WEB_CONCURRENCY"}
+    }
+
+
+def settings(folder: Path, text: str, *, storage: str | None = None) -> Path:
+    """A settings file over a SQLite file in `folder`, unless it says otherwise."""
+    file = folder / "guard.toml"
+    url = storage or f"sqlite:///{folder / 'guard.db'}"
+    file.write_text(f'storage = "{url}"\n{text}', "utf-8")
+    return file
+
+
+def fill(folder: Path, policies: Sequence[Policy] = (), *, calls: int = 60, unpriced: int = 0) -> int:
+    """Calls of the last hours in `guard.db`; gives what they have cost, in nano-USD."""
+
+    async def work() -> int:
+        now_ms = time.time_ns() // 1_000_000
+        clock = FrozenClock(now_ms - calls * 60_000)
+        guard = Guard(policies, storage=SqliteStorage(str(folder / "guard.db"), clock=clock), clock=clock)
+        for number in range(calls):
+            context = Context(
+                caller="team",
+                user=f"user-{number % 4}",
+                departments=("research",) if number % 3 else ("sales", "support"),
+                agent="researcher",
+                session=f"session-{number % 5}",
+                request_id=f"request-{number}",
+            )
+            async with guard.open(context):
+                model = "acme/unknown" if number < unpriced else MODELS[number % 3]
+                async with guard.call(model=model, input_tokens=1_000, max_output_tokens=500) as made:
+                    clock.advance(seconds=2)
+                    made.record(Usage(input_tokens=800, output_tokens=10 * (number % 50)))
+            clock.advance(seconds=50)
+        records = await guard.storage.records()
+        assert guard.books is not None
+        await guard.books.flush()
+        await guard.aclose()
+        return sum(record.cost_nanousd or 0 for record in records)
+
+    return asyncio.run(work())
