@@ -153,13 +153,18 @@ class Hook:
         self.clamp = options.get("clamp", False)
         self.include_usage = options.get("include_usage", True)
         self.assumed_output_tokens = options.get("assumed_output_tokens")
-        self.streams = options.get("streams") or guard.streams
+        self._streams = options.get("streams")
         self._prompt_cache = (field, secret)
         self._unmeterable = unmeterable
         self._unknown = unknown
         self._context = context
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         guard.hooked = True
+
+    @property
+    def streams(self) -> StreamRules:
+        """What holds for streamed answers."""
+        return self._streams or self.guard.streams
 
     def begin(self, outgoing: Outgoing) -> Exchange | Denied | None:
         """What becomes of a request: `None`, it is not billed and passes; a refusal; or an exchange to be driven."""

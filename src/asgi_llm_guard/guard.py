@@ -55,6 +55,7 @@ from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import AgentAware, DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.routes import Route
+from asgi_llm_guard.signals import Signals
 from asgi_llm_guard.standing import ResetMeter, Standing, claimed_meters, meters_of, reset_meter, standing_of
 from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
@@ -80,6 +81,7 @@ __all__ = ["DRAINING", "Guard", "OpenCall", "new_call"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
 _DRAIN_S: Final = 5.0
+_LONGEST_DRAIN_S: Final = 86_400
 _LAST_EVENTS_S: Final = 2.0
 """How long what was ended is given to say so."""
 _NEVER_MS: Final = 100 * 366 * 86_400_000
@@ -195,6 +197,7 @@ class Guard:
         self._routes: dict[str, tuple[Policy, ...]] = {}
         self._names: list[Callable[[str], Sequence[Target]]] = []
         self._draining = False
+        self._signals: Signals | None = None
         registry = AgentRegistry(_agents(agents))
         self._stored = open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage
         self._engine = Engine(
@@ -844,6 +847,36 @@ class Guard:
     def resume(self) -> None:
         """Take new requests after a `drain`: the application starts again, as it does with every test client."""
         self._draining = False
+
+    def started(self) -> None:
+        """The application is served now: chores begin, and signals are handled if they are to be."""
+        self._engine.chores.begin()
+        if self._signals is not None:
+            self._signals.install()
+
+    def install_signal_handlers(self, timeout_s: float = _DRAIN_S) -> None:
+        """Drain at SIGTERM and SIGINT, together with whatever the server does then (`docs/operations.md`).
+
+        Servers wait for streams before they tell an application that it shuts down, or tell it nothing (mounted
+        applications, `lifespan="off"`). With this, what is new is refused from the signal on, streams have `timeout_s`
+        seconds, and the rest is ended and settled. Where nobody else handles the signal, the process ends by it then.
+        Servers that put in their own handlers later are followed by `GuardMiddleware`, when it is served.
+
+        Raises:
+            ConfigurationError: not on the main thread, or the time is no number of seconds from 0.
+        """
+        if (
+            isinstance(timeout_s, bool)
+            or not isinstance(timeout_s, (int, float))
+            or not 0 <= timeout_s <= _LONGEST_DRAIN_S
+        ):
+            raise ConfigurationError(
+                f"install_signal_handlers: expected seconds from 0 to {_LONGEST_DRAIN_S}, got {timeout_s!r}"
+            )
+        signals = Signals(lambda: self.drain(timeout_s))
+        if not signals.install():
+            raise ConfigurationError("install_signal_handlers: signals can be handled from the main thread only")
+        self._signals = signals
 
     async def aclose(self) -> None:
         """Drain without waiting, settle what the storage did not take before, and let go of the storage."""

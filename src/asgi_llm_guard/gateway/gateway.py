@@ -248,7 +248,7 @@ class Gateway:
             fallbacks=fallbacks if fallbacks is None or isinstance(fallbacks, Fallbacks) else Fallbacks(fallbacks),
             retry=retry,
             tier_down=tier_down,
-            streams=streams or guard.streams,
+            streams=lambda: streams or guard.streams,
             random=random,
             sleep=sleep,
             time=time,

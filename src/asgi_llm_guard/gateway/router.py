@@ -158,7 +158,7 @@ class Router:
         fallbacks: Fallbacks | None = None,
         retry: RetryRules | None = None,
         tier_down: TierDown | None = None,
-        streams: StreamRules | None = None,
+        streams: Callable[[], StreamRules] = StreamRules,
         random: randomness.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         time: Callable[[], float] = clock.perf_counter,
@@ -173,7 +173,7 @@ class Router:
         self.fallbacks = fallbacks or Fallbacks()
         self.retry = retry or RetryRules()
         self.tier_down = tier_down
-        self.streams = streams or StreamRules()
+        self.streams = streams
         self._window_of = window_of
         self._strategy = strategy
         self._strategies: dict[str, Strategy] = {}
@@ -269,7 +269,7 @@ class Router:
             place, call, run, was_lowered = granted
             attempt = Attempt(
                 *(question, place, call, run),
-                health=self.cooldowns, alone=alone, rules=self.streams, time=self._time,
+                health=self.cooldowns, alone=alone, rules=self.streams(), time=self._time,
             )  # fmt: skip
             try:
                 answer = await attempt.make()

@@ -385,6 +385,7 @@ class GuardMiddleware:
             ConfigurationError: an endpoint was marked by `@guarded` and registered without it.
         """
         self._checked = True
+        self.guard.started()
         self._own_mounts = own_mounts(self.app)
         if self.guard.identity is None:
             _log.warning(

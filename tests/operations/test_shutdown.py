@@ -1,0 +1,147 @@
+"""SIGTERM with the guard's own handlers: what is new is refused, streams get their time and an end, nothing stays held."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.exits.kit import BILL, CONTEXT, Stage
+from tests.exits.test_shutdown import Service, left_behind, sums
+from tests.operations.kit import CHAT, reading, served
+
+from asgi_llm_guard import Guard, LimitExceeded
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.testing import Behaviour, FakeProvider
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def service(path: Path, base_url: str, *options: str) -> AsyncIterator[Service]:
+    """As that of `tests.exits`, with handlers of the guard's own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.set_inheritable(listener.fileno(), True)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.operations.service"),
+            *(f"--fd={listener.fileno()}", f"--path={path}", f"--base-url={base_url}"),
+            *options,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=(listener.fileno(),),
+        )
+        port: int = listener.getsockname()[1]
+    try:
+        yield Service(process, port)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+@pytest.mark.parametrize("lifespan", ["on", "off"])
+async def test_sigterm_ends_streams_that_do_not_end(tmp_path: Path, lifespan: str) -> None:
+    """S10: a server that waits for its streams for ever ends in good order all the same, with a lifespan and without:
+    they end after their time, are charged for what was seen, and nothing stays held."""
+    provider = FakeProvider(prices=BILL, default=Behaviour.slow())
+    path = tmp_path / "guard.db"
+    async with provider.serve() as base_url, service(path, base_url, f"--lifespan={lifespan}") as running:
+        answers = [asyncio.create_task(running.server.request("/stream", timeout=30)) for _ in range(3)]
+        await provider.until(lambda: provider.open == 3, timeout_s=30)
+        provider.release(6)
+        assert await running.end(signal.SIGTERM) == 0
+        await asyncio.gather(*answers, return_exceptions=True)
+        await provider.idle()
+    holds, records = await left_behind(path)
+    assert (holds, len(records)) == (0, 3)
+    charged, held = sums(records)
+    assert 0 < provider.total_nanousd <= charged <= held
+
+
+async def test_sigterm_lets_streams_end_in_their_time(tmp_path: Path) -> None:
+    """S10: streams that end within their time are charged exactly, and nobody is cut."""
+    provider = FakeProvider(prices=BILL, default=Behaviour.slow())
+    path = tmp_path / "guard.db"
+    async with provider.serve() as base_url, service(path, base_url, "--lifespan=off", "--timeout=20") as running:
+        answers = [asyncio.create_task(running.server.request("/stream", timeout=30)) for _ in range(3)]
+        await provider.until(lambda: provider.open == 3, timeout_s=30)
+        running.process.send_signal(signal.SIGTERM)
+        await running.says(b"draining")
+        provider.release()
+        assert {answer.text for answer in await asyncio.gather(*answers)} == {"Echo: one two three"}
+        assert await running.ended() == 0
+    holds, records = await left_behind(path)
+    assert (holds, len(records)) == (0, 3)
+    assert sums(records)[0] == provider.total_nanousd
+
+
+async def test_sigterm_without_a_server(tmp_path: Path) -> None:
+    """S10: a job in a process where nobody handles signals is ended, settled, and the process ends by the signal."""
+    provider = FakeProvider(prices=BILL, default=Behaviour.slow())
+    path = tmp_path / "guard.db"
+    async with provider.serve() as base_url, service(path, base_url, "--job", "--timeout=0.2") as running:
+        provider.release(3)
+        await running.says(b"word")
+        assert await running.end(signal.SIGTERM) == -signal.SIGTERM
+        await provider.idle()
+    holds, records = await left_behind(path)
+    assert (holds, len(records)) == (0, 1)
+    charged, held = sums(records)
+    assert 0 < provider.total_nanousd <= charged <= held
+
+
+@pytest.mark.parametrize("path", ["/own", "/hook" + CHAT, "/opaque" + CHAT, "/llm" + CHAT])
+async def test_a_drain_says_so_in_the_stream(stage: Stage, path: str) -> None:
+    """S10: a stream that is still running when its time is over ends with an event that says why, and is charged for
+    what was seen."""
+    stage.provider.script(Behaviour.slow())
+    stage.provider.release(3)
+    async with served(stage) as server, reading(server, path) as answer:
+        await answer.until(b"two")
+        drained = await stage.guard.drain(0.05)
+        await answer.rest()
+        assert drained == 1
+        assert "shutting down" in str(answer.events[-1])
+        await stage.provider.until(lambda: stage.provider.open == 0)
+        await stage.settled(calls=1, exact=False)
+        stage.guard.resume()
+
+
+async def test_a_drain_does_what_is_to_be_done_last(stage: Stage) -> None:
+    """Chores that are to be done last are done once by a drain, and all chores begin again when the guard resumes."""
+    done: list[str] = []
+
+    async def last() -> None:
+        done.append("last")
+
+    async def other() -> None:
+        done.append("other")
+
+    stage.guard.chores.add("last", 3600, last, last=True)
+    stage.guard.chores.add("other", 3600, other)
+    async with stage.guard.open(CONTEXT):
+        pass
+    await stage.guard.drain(0)
+    assert done == ["last"]
+    with pytest.raises(LimitExceeded, match="shutting down"):
+        async with stage.guard.open(CONTEXT):
+            pass
+    stage.guard.resume()
+    async with stage.guard.open(CONTEXT):
+        assert stage.guard.chores.begun
+
+
+@pytest.mark.parametrize("timeout_s", [-1, True, "5", 1e9])
+def test_malformed_times(timeout_s: object) -> None:
+    """The time of a drain is checked when handlers are installed, and then none are."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(ConfigurationError, match="install_signal_handlers"):
+        Guard(storage=MemoryStorage()).install_signal_handlers(timeout_s)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGTERM) is before
