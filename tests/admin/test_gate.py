@@ -59,8 +59,8 @@ async def test_callers_credentials_open_nothing_and_leave_a_trace(verb: Verb, pa
         assert CALLER_KEY not in answer.text
 
     rows = await page.audit()
-    assert [(row.actor, row.role, row.verb, bool(row.refused)) for row in rows] == [
-        ("service-a", "caller", f"{verb.method} {_path(verb)}", True)
+    assert [(row.actor, row.role, row.verb, row.target, bool(row.refused)) for row in rows] == [
+        ("service-a", "caller", verb.method, _path(verb), True)
     ] * 2
     assert await _version(page) == version
     assert CALLER_KEY not in repr(rows)

@@ -31,13 +31,13 @@ from asgi_llm_guard.admin.bodies import (
 )
 from asgi_llm_guard.admin.budgets import Budget, budget_of
 from asgi_llm_guard.admin.kinds import EditedKind
+from asgi_llm_guard.admin.shown import dollars
 from asgi_llm_guard.control import AuditQuery
 from asgi_llm_guard.control.data import shown as shown_value
 from asgi_llm_guard.control.state import Entry
 from asgi_llm_guard.control.values import Kind
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger import Amounts, Dimension, NotKeptError, RefusalQuery, UsageQuery, UsageRow
-from asgi_llm_guard.money import from_nano
 
 __all__ = [
     "audit",
@@ -142,7 +142,7 @@ async def calls(asked: Asked) -> Response:
                 agent=None if draft is None else draft.agent,
                 departments=[] if draft is None else list(draft.departments),
                 model=None if draft is None else draft.model,
-                held_usd=str(from_nano(max(money))) if money else None,
+                held_usd=dollars(max(money)) if money else None,
             )
         )
     return json_answer(rows)
@@ -160,7 +160,7 @@ async def sessions(asked: Asked) -> Response:
                 first_ms=each.first_ms,
                 last_ms=each.last_ms,
                 calls=each.calls,
-                cost_usd=str(from_nano(each.cost_nanousd)),
+                cost_usd=dollars(each.cost_nanousd),
                 open=each.open,
             )
             for each in live
@@ -369,7 +369,7 @@ def _group(row: UsageRow) -> UsageGroup:
         key=list(row.key),
         records=sums.records,
         calls=sums.calls,
-        cost_usd=str(from_nano(sums.cost_nanousd)),
+        cost_usd=dollars(sums.cost_nanousd),
         unpriced=sums.unpriced,
         tokens=sums.tokens,
         input_tokens=sums.input_tokens,
@@ -382,7 +382,7 @@ def _group(row: UsageRow) -> UsageGroup:
 
 def _budget(budget: Budget) -> BudgetRow:
     def told(amount: int) -> str:
-        return f"{from_nano(amount):f}" if budget.unit == "nanousd" else str(amount)
+        return dollars(amount) if budget.unit == "nanousd" else str(amount)
 
     return BudgetRow(
         policy=budget.policy,

@@ -56,10 +56,15 @@ def budget_of(meter: Meter, reading: Reading, now_ms: int) -> Budget | None:
         used=reading.used,
         held=reading.held,
         remaining=max(0, limit - reading.used - reading.held),
-        resets_at_ms=reading.resets_at_ms,
+        resets_at_ms=_resets(meter.window, reading, now_ms),
         forecast=forecast(meter.window, reading, now_ms),
         enforce=meter.enforce,
     )
+
+
+def _resets(window: Window, reading: Reading, now_ms: int) -> int | None:
+    """A day ends whether something was used of it or not."""
+    return window.bounds(now_ms)[1] if isinstance(window, Calendar) else reading.resets_at_ms
 
 
 def forecast(window: Window, reading: Reading, now_ms: int) -> int | None:

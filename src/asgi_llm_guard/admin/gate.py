@@ -73,7 +73,7 @@ async def admit(verb: Verb, asked: Asked) -> None:
         )
     if ROLES[credential.role] < ROLES[verb.role]:
         await desk.note_refused(
-            verb=f"{request.method} {verb.path}",
+            verb=request.method,
             target=_target(request),
             name=credential.name,
             role=credential.role,
@@ -150,7 +150,7 @@ async def _refused_caller(desk: Desk, request: Request, caller: str) -> ProblemE
 
 async def _note(desk: Desk, request: Request, caller: str | None) -> None:
     await desk.note_refused(
-        verb=f"{request.method} {_target(request)}",
+        verb=request.method,
         target=_target(request),
         name=caller or "nobody",
         role="none" if caller is None else "caller",

@@ -10,7 +10,9 @@ import msgspec
 
 from asgi_llm_guard.admin.asked import ProblemError
 from asgi_llm_guard.admin.bodies import AgentFields, DepartmentFields, KnowledgeBaseFields, PriceFields
+from asgi_llm_guard.admin.shown import dollars
 from asgi_llm_guard.control.values import UNLIMITED, Kind
+from asgi_llm_guard.money import to_nano
 
 __all__ = ["KINDS", "EditedKind", "Field"]
 
@@ -80,6 +82,10 @@ class EditedKind(msgspec.Struct, frozen=True, kw_only=True):
                 fields[field.name] = json.dumps(told, indent=2, ensure_ascii=False, default=str)
             elif field.show == "flag":
                 fields[field.name] = "1" if told else ""
+            elif field.show == "money":
+                fields[field.name] = dollars(to_nano(told))
+            elif field.show == "number" and not field.name.endswith("_ms"):
+                fields[field.name] = f"{told:,}"
             else:
                 fields[field.name] = str(told)
         return fields
@@ -124,8 +130,8 @@ KINDS: Final = (
                 help="US dollars.",
                 example="1000",
             ),
-            Field(name="daily_tokens", label="Tokens a day", show="number", unlimited=True, example="2000000"),
-            Field(name="monthly_tokens", label="Tokens a month", show="number", unlimited=True, example="40000000"),
+            Field(name="daily_tokens", label="Tokens a day", show="number", unlimited=True, example="2,000,000"),
+            Field(name="monthly_tokens", label="Tokens a month", show="number", unlimited=True, example="40,000,000"),
             Field(
                 name="models",
                 label="Models",

@@ -61,6 +61,7 @@ def _environment() -> Environment:
         "count": shown.count,
         "compact": shown.compact,
         "quantity": _quantity,
+        "short": _short,
         "id": _id,
         "lasting": shown.length,
         "cut": shown.cut,
@@ -132,6 +133,14 @@ def _money(nanousd: int | None) -> Markup:
 
 def _quantity(amount: int | None, unit: str) -> Markup:
     return _money(amount) if unit == "nanousd" else escape(shown.quantity(amount, unit))
+
+
+def _short(amount: int, unit: str) -> Markup:
+    """As `_quantity`, and large numbers shortened, with the exact one beside it."""
+    if unit == "nanousd" or abs(amount) < 10_000:
+        return _quantity(amount, unit)
+    exact, text = shown.quantity(amount, unit), f"{shown.compact(amount)} {unit}"
+    return Markup('<span title="{}">{}</span>').format(exact, text)
 
 
 def _id(text: str | None, most: int = 40) -> Markup:

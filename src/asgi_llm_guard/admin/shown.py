@@ -19,6 +19,7 @@ __all__ = [
     "compact",
     "count",
     "cut",
+    "dollars",
     "exact_usd",
     "instant",
     "length",
@@ -48,6 +49,11 @@ def money(nanousd: int | None) -> str:
 def exact_usd(nanousd: int | None) -> str:
     """To the nano-dollar."""
     return UNKNOWN if nanousd is None else format_usd(nanousd)
+
+
+def dollars(nanousd: int) -> str:
+    """`10.8885`: exact, for programs and fields of forms."""
+    return format_usd(nanousd).replace("$", "")
 
 
 def count(number: int | None) -> str:

@@ -20,11 +20,11 @@ from starlette.responses import Response
 from asgi_llm_guard.admin.app import HEADERS, end_socket, follow_lifespan
 from asgi_llm_guard.admin.asked import ProblemError, json_answer
 from asgi_llm_guard.admin.pages import STATIC, write
+from asgi_llm_guard.admin.shown import dollars
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.identity.base import IdentityError
 from asgi_llm_guard.marks import mark_own
-from asgi_llm_guard.money import from_nano
 from asgi_llm_guard.routes import route_path
 from asgi_llm_guard.standing import known_scopes, standing_of
 from asgi_llm_guard.windows import Calendar
@@ -174,7 +174,7 @@ def _limit(row: StandingRow, *, shown: bool) -> Limit:
     def told(amount: int | None) -> str | None:
         if amount is None or not shown:
             return None
-        return f"{from_nano(amount):f}" if row.unit == "nanousd" else str(amount)
+        return dollars(amount) if row.unit == "nanousd" else str(amount)
 
     return Limit(
         policy=row.policy,
