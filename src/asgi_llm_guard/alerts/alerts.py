@@ -16,7 +16,7 @@ from asgi_llm_guard.alerts.watch import Crossing, Watch
 from asgi_llm_guard.alerts.webhook import Webhook
 from asgi_llm_guard.claims import Meter
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.events import Alert, emit
+from asgi_llm_guard.events import Alert, Event, emit
 from asgi_llm_guard.storage.shared import KeepsShared, Shared
 from asgi_llm_guard.windows import duration_ms
 
@@ -92,10 +92,18 @@ class Alerts:
         self._generations: dict[str, tuple[int, str]] = {}
         self._turn: asyncio.Lock = asyncio.Lock()
 
-    def _see(self, event: object, /) -> None:
-        if self._pid != os.getpid() and self._guard is not None:  # a forked child: what was seen is its parent's
-            self._begin_anew(self._guard)
-        self._watch(event)  # type: ignore[arg-type]  # observers are told events
+    def _see(self, event: Event, /) -> None:
+        self._here()
+        self._watch(event)
+
+    def _here(self) -> Guard:
+        """The guard; in a forked child, with nothing of what its parent has seen."""
+        guard = self._guard
+        if guard is None:
+            raise ConfigurationError("Alerts: give them to a guard first: Guard(alerts=…)")
+        if self._pid != os.getpid():
+            self._begin_anew(guard)
+        return guard
 
     # ------------------------------------------------------------------- on the background loop
 
@@ -105,8 +113,7 @@ class Alerts:
         Raises:
             StorageError: the store does not answer; all of it is looked at again.
         """
-        guard = self._guard
-        assert guard is not None, "bound before it is a chore"  # noqa: S101
+        guard = self._here()
         async with self._turn:
             now_ms = _now_ms(guard)
             due = self._watch.due(now_ms)
