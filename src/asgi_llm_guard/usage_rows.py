@@ -63,11 +63,14 @@ def row_of_record(record: UsageRecord) -> tuple[object, ...]:
     departments, tags = record.departments, record.tags
     values[_DEPARTMENTS_AT] = msgspec.json.encode(departments).decode() if departments else "[]"
     values[_TAGS_AT] = msgspec.json.encode(tags).decode() if tags else "[]"
+    values[_LATE_AT] = int(record.late)  # a column of numbers, on every database
     if usage is None:
         return (*values, *_NO_USAGE)
     more = None
     if _more_values(usage) != _NO_MORE:
-        more = msgspec.json.encode({name: value for name in _MORE if (value := getattr(usage, name))}).decode()
+        more = msgspec.json.encode(
+            {name: value for name in _MORE if (value := getattr(usage, name)) not in (None, ())}
+        ).decode()
     return (*values, 1, *_usage_values(usage), more)
 
 
