@@ -9,6 +9,7 @@ import pytest
 from tests.control.kit import ANNA, BEN, CLOCK_MS, SECRET, run_sql
 
 from asgi_llm_guard.control import Actor, AuditEntry, AuditQuery, Control
+from asgi_llm_guard.control.audit import Seals
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.testing import FrozenClock
 
@@ -162,6 +163,19 @@ async def test_what_was_done_to_the_rows_shows(
     assert not broken.sound
     assert broken.broken_at == broken_at
     assert why in broken.why
+
+
+async def test_a_forged_row_breaks_the_chain(control: Control, database_url: str) -> None:
+    """S6: a row that somebody without the secret has put in the place of another does not go with the row after it."""
+    await some_changes(control)
+    columns = "seq, at_ms, version, actor, role, address, verb, target, old, new, reason, refused, digest"
+    first, second = run_sql(database_url, f"SELECT {columns} FROM control_audit WHERE seq < 3 ORDER BY seq")
+    forged = (*second[:3], "nobody", *second[4:-1])
+    disarm(database_url)
+    digest = Seals([]).seal(first[-1], forged)
+    run_sql(database_url, "UPDATE control_audit SET actor = 'nobody', digest = ? WHERE seq = 2", (digest,))
+    broken = await control.verify_audit()
+    assert (broken.broken_at, broken.unsealed) == (3, 1)
 
 
 async def test_a_shortened_audit_shows_by_what_was_kept_elsewhere(control: Control, database_url: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections import ChainMap
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,19 @@ async def test_a_knowledge_base_that_was_changed_finds_nothing(control: Away, ma
     assert await states() == ["hit", "hit"], "nothing else revokes answers"
 
 
+async def test_what_was_changed_while_nobody_followed_finds_nothing(control: Away, make: Callable[..., Guard]) -> None:
+    """C16, T6: nor is it found by a process that begins after a knowledge base was changed and changed back."""
+    scope = CacheScope(knowledge_base=lambda context: "wiki", settings=control.knowledge_bases)
+    await control.put("knowledge_base", "wiki", {"cache": True, "acl": "d1"}, actor=ANNA)
+    before = Client(make(scope, cache=Cache()))
+    assert [(await before.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+    await before.guard.aclose()
+    await control.put("knowledge_base", "wiki", {"acl": "d2"}, actor=ANNA)
+    await control.put("knowledge_base", "wiki", {"acl": "d1"}, actor=ANNA)
+    after = Client(make(scope, cache=Cache()))
+    assert [(await after.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+
+
 async def test_a_raise_counts_until_it_ends(control: Away, make: Callable[..., Guard], clock: FrozenClock) -> None:
     """Conformance 64, S12: a limit that is raised for a while admits more before the raise ends, and not after."""
     guard = make(Quota(QuotaBook({"research": {"daily_tokens": 2_000}})))
@@ -431,6 +446,7 @@ async def test_who_never_had_a_state_is_closed(control: Away, make: Callable[...
     control.away = False
     await turn(guard)
     assert guard.ready
+    assert guard.engine.gate is None, "nothing asks any more"
     assert await code(guard) is None
     assert await code(make(Iterations(50), control=None)) is None
 
@@ -479,10 +495,34 @@ async def test_all_of_a_state_or_nothing(control: Away, make: Callable[..., Guar
     assert "output missing" in guard.follower.why
 
 
-async def test_a_restored_database_is_ahead_with_its_next_change(
+async def test_a_database_from_a_backup_is_ahead_with_its_next_change(
     control: Away, make: Callable[..., Guard], clock: FrozenClock, tmp_path: Path
 ) -> None:
-    """A database that is replaced by another is behind what was published only until its first change."""
+    """A database that was restored from a backup is behind what was published, which stays in force, until its first
+    change."""
+    guard = make(Iterations(50))
+    await control.put("agent", "writer", {"max_iterations": 7}, actor=ANNA)
+    with closing(sqlite3.connect(tmp_path / "control.db")) as database:
+        database.execute("VACUUM INTO ?", (str(tmp_path / "backup.db"),))
+    for limit in range(5):
+        await control.put("agent", "writer", {"max_iterations": limit}, actor=ANNA)
+    await turn(guard)
+    clock.advance(seconds=60)
+    restored = Control(f"sqlite:///{tmp_path}/backup.db", secret=SECRET, clock=clock)
+    other = make(Iterations(50), control=restored)
+    await turn(other)
+    assert other.control_version == guard.control_version
+    await restored.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    await turn(other)
+    assert other.control_version == clock.now_ms()
+    assert await code(other) == BLOCKED
+    await restored.aclose()
+
+
+async def test_a_new_database_is_ahead(
+    control: Away, make: Callable[..., Guard], clock: FrozenClock, tmp_path: Path
+) -> None:
+    """A new database in place of another is in force, though less was changed in it."""
     guard = make(Iterations(50))
     for limit in range(5):
         await control.put("agent", "writer", {"max_iterations": limit}, actor=ANNA)
@@ -490,6 +530,8 @@ async def test_a_restored_database_is_ahead_with_its_next_change(
     clock.advance(seconds=60)
     replaced = Control(f"sqlite:///{tmp_path}/new.db", secret=SECRET, clock=clock)
     other = make(Iterations(50), control=replaced)
+    await turn(other)
+    assert await code(other) is None
     await replaced.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
     await turn(other)
     assert await code(other) == BLOCKED
