@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from asgi_llm_guard.alerts import Alerts
     from asgi_llm_guard.control.store import Control
     from asgi_llm_guard.health import HealthApp
-    from asgi_llm_guard.ledger import Ledger
+    from asgi_llm_guard.ledger import Ledger, Retention
     from asgi_llm_guard.ledger.attach import Bookkeeping
 
 __all__ = ["DRAINING", "Guard", "OpenCall", "new_call"]
@@ -100,7 +100,8 @@ class Guard:
         control: administration data that are followed while the guard runs (`docs/administration.md`): a `Control`, or
             the URL of its database. They win over `agents`, `prices` and quota books by name. `None`: there are none.
         ledger: where usage records are summed up for reports (`docs/ledger.md`): a `Ledger`, or the URL of its database.
-            `None`: in the file of a SQLite storage, in memory beside one in memory; nowhere, with Redis.
+            `None`: in the file of a SQLite storage, in memory beside one in memory; nowhere, with Redis. A `Retention`:
+            there, for so long. It is closed with the guard, as the storage and the administration data are.
         prices: what a call costs; the shipped snapshot by default, unknown models refused where a
             money policy applies.
         clock: the time; for tests.
@@ -117,6 +118,8 @@ class Guard:
         on_data_loss: what to do when the storage was flushed or rolled back (`docs/outages.md`): `deny` every
             call until `accept_data_loss`, `accept` and begin at zero, or `rebuild` from what this process knows.
         statuses: HTTP statuses by code (`budget_exhausted`) or rule (`budget`), in place of the table.
+        approval_url: where more may be asked for, as refusals of what can be granted tell it: a URL that may have
+            `{policy}`, `{code}`, `{scope}` and `{subject}` in it. The subject is empty where the caller may not know it.
         session_limit, anonymous_session_limit: live session ids for each caller, and for all
             anonymous ones together.
         session_overflow: what happens to new ids beyond that: `deny` (429), or `share` one counter.
@@ -144,7 +147,7 @@ class Guard:
         identity: Resolver | None = None,
         agents: Mapping[str, Mapping[str, object]] | None = None,
         control: Control | str | None = None,
-        ledger: Ledger | str | None = None,
+        ledger: Ledger | Retention | str | None = None,
         session: Extractor = DEFAULT_SESSION,
         prices: PriceBook | None = None,
         clock: Clock | None = None,
@@ -157,6 +160,7 @@ class Guard:
         disclose: Literal["owned", "all"] = "owned",
         on_data_loss: OnDataLoss = "deny",
         statuses: Mapping[str, int] | None = None,
+        approval_url: str | None = None,
         session_limit: int = 10_000,
         anonymous_session_limit: int = 100_000,
         session_overflow: Literal["deny", "share"] = "deny",
@@ -218,6 +222,7 @@ class Guard:
             local_storage=_local_storage(self.clock),
             with_leases=partial(with_leases, clock=self.clock),
             on_data_loss=on_data_loss,
+            approval_url=approval_url,
             describer=Describer(
                 prices=prices or PriceBook.snapshot(),
                 clock=self.clock,
@@ -230,7 +235,6 @@ class Guard:
         # Before policies are bound: what they may lease is no matter of the cache's.
         self.cache = self._engine.cache = None if cache is None else ResponseCache(cache, self._engine.storage)
         """Answers that are kept; `None`: none are."""
-        self._owns_control = isinstance(control, str)
         self.control = _control(control, self.clock)
         """Administration data; `None`: there are none."""
         self.follower = None if self.control is None else Follower(self.control, self._engine, registry)
@@ -242,7 +246,6 @@ class Guard:
         """What requests, jobs and calls that begin now go by."""
         self._open_admissions = OpenAdmissions(self._engine)
         self._engine.stopping.append(self._open_admissions.stop)
-        self._owns_ledger = ledger is None or isinstance(ledger, str)
         self._books: Bookkeeping | None = None
         self._attach(ledger, lazily=True)
         if alerts is not None:
@@ -272,7 +275,7 @@ class Guard:
             self._attach(None, lazily=False)
         return self._books
 
-    def _attach(self, given: Ledger | str | None, *, lazily: bool) -> None:
+    def _attach(self, given: Ledger | Retention | str | None, *, lazily: bool) -> None:
         storage = self._stored
         if given is None and (not isinstance(storage, KeepsLedger) or (lazily and isinstance(storage, KeepsStreams))):
             return  # there is none; or one in memory, that nobody may ever ask for
@@ -882,9 +885,9 @@ class Guard:
         """Drain without waiting, settle what the storage did not take before, and let go of the storage."""
         await self.drain(0)
         await self._engine.close()
-        if self._books is not None and self._owns_ledger:
+        if self._books is not None:
             await self._books.ledger.aclose()
-        if self.control is not None and self._owns_control:
+        if self.control is not None:
             await self.control.aclose()
 
     async def __aenter__(self) -> Self:

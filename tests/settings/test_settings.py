@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -63,8 +64,10 @@ def example() -> tuple[str, str]:
     return guard, keys
 
 
-def test_example(tmp_path: Path) -> None:
+def test_example(tmp_path: Path, environ: pytest.MonkeyPatch) -> None:
     """The complete file on the page loads, and says what the code would."""
+    environ.chdir(tmp_path)
+    environ.setenv("GUARD_WEBHOOK_SECRET", SECRET)
     guard, keys = example()
     (tmp_path / "keys.toml").write_text(keys.replace('secret_file = "keys.secret"', ""))
     (tmp_path / "secrets").mkdir()
@@ -117,8 +120,10 @@ def test_example_shows_every_key() -> None:
     assert missing == []
 
 
-def test_example_builds_a_guard(tmp_path: Path) -> None:
+def test_example_builds_a_guard(tmp_path: Path, environ: pytest.MonkeyPatch) -> None:
     """What the page's file says is accepted by the guard and the middleware."""
+    environ.chdir(tmp_path)
+    environ.setenv("GUARD_WEBHOOK_SECRET", SECRET)
     guard, keys = example()
     (tmp_path / "keys.toml").write_text(keys)
     (tmp_path / "keys.secret").write_text(SECRET)
@@ -130,6 +135,7 @@ def test_example_builds_a_guard(tmp_path: Path) -> None:
     built = Guard(**build_guard_arguments(settings))
     GuardMiddleware(app, guard=built, **build_middleware_arguments(settings))
     assert len(built.policies) >= len(settings.policies)
+    asyncio.run(built.aclose())
 
 
 def test_empty_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from asgi_llm_guard.events import Observer
 from asgi_llm_guard.ledger.book import Ledger
 from asgi_llm_guard.ledger.drain import Drain
 from asgi_llm_guard.ledger.refusals import RefusalDrain, RefusalTally
+from asgi_llm_guard.ledger.values import Retention
 from asgi_llm_guard.storage.base import KeepsLedger, Storage
 from asgi_llm_guard.storage.shared import KeepsShared, Shared
 from asgi_llm_guard.storage.streams import KeepsStreams
@@ -110,15 +111,16 @@ class Bookkeeping:
         return await self._shared.mark(f"ledger {what}", until_ms=until_ms)
 
 
-def open_ledger(given: Ledger | str | None, storage: Storage, *, clock: Clock) -> Ledger | None:
+def open_ledger(given: Ledger | Retention | str | None, storage: Storage, *, clock: Clock) -> Ledger | None:
     """The ledger of a guard with this storage; `None`: it was told of none, and the storage has none of its own.
+    A `Retention` is that of the storage's own.
 
     Raises:
         ConfigurationError: it is neither a ledger nor the URL of one, or another one than the storage's own.
     """
     own = storage.ledger_url if isinstance(storage, KeepsLedger) else None
-    if given is None:
-        return None if own is None else Ledger.open(own, clock=clock)
+    if given is None or isinstance(given, Retention):
+        return None if own is None else Ledger.open(own, clock=clock, retention=given)
     if not isinstance(given, Ledger | str):
         raise ConfigurationError(f"ledger: expected a URL such as 'postgresql://…' or a Ledger, got {given!r}")
     ledger = Ledger.open(given, clock=clock) if isinstance(given, str) else given

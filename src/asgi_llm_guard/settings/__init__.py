@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from asgi_llm_guard.settings.load import (
     GuardSettings,
+    build_admin_options,
     build_gateway_arguments,
     build_guard_arguments,
     build_middleware_arguments,
@@ -21,6 +22,7 @@ __all__ = [
     "ENV_PREFIX",
     "GuardSettings",
     "RouteSettings",
+    "build_admin_options",
     "build_gateway_arguments",
     "build_guard_arguments",
     "build_middleware_arguments",

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel, Field, SecretStr, model_validator
 
+from asgi_llm_guard.control.store import Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity import ApiKeys, JwtIdentity, PeerAddress, Resolver, ScopeUser, TrustedHeaders
 from asgi_llm_guard.settings.parts import Number, Table
@@ -27,7 +28,7 @@ class ApiKeysSettings(Table):
     headers: list[str] | None = None
     unknown: Literal["refuse", "anonymous"] | None = None
 
-    def build(self, directory: Path) -> Resolver:
+    def build(self, directory: Path, control: Control | None) -> Resolver:  # noqa: ARG002 - one signature for all kinds
         """The resolver, with the keys file read."""
         secret = None if self.secret is None else self.secret.get_secret_value()
         return ApiKeys.from_file(directory / self.file, secret=secret, **given(self, "file", "secret"))
@@ -60,7 +61,7 @@ class JwtSettings(Table):
             raise ValueError("expected either key or key_file")
         return self
 
-    def build(self, directory: Path) -> Resolver:
+    def build(self, directory: Path, control: Control | None) -> Resolver:  # noqa: ARG002 - one signature for all kinds
         """The resolver, with the key file read."""
         text = self.key.get_secret_value() if self.key is not None else read_key(directory, self.key_file)
         others = given(self, "key", "key_file")
@@ -79,7 +80,7 @@ class ScopeUserSettings(Table):
     agent: str | None = None
     tags: str | None = None
 
-    def build(self, directory: Path) -> Resolver:  # noqa: ARG002 - one signature for all kinds
+    def build(self, directory: Path, control: Control | None) -> Resolver:  # noqa: ARG002 - one signature for all kinds
         """The resolver."""
         return ScopeUser(**{option: _attribute(name) for option, name in given(self).items()})
 
@@ -99,10 +100,10 @@ class TrustedHeadersSettings(Table):
 
     @model_validator(mode="after")
     def _check(self) -> TrustedHeadersSettings:
-        self.build(Path())
+        self.build(Path(), None)
         return self
 
-    def build(self, directory: Path) -> Resolver:  # noqa: ARG002 - one signature for all kinds
+    def build(self, directory: Path, control: Control | None) -> Resolver:  # noqa: ARG002 - one signature for all kinds
         """The resolver."""
         return TrustedHeaders(**given(self))
 
@@ -116,21 +117,52 @@ class PeerAddressSettings(Table):
 
     @model_validator(mode="after")
     def _check(self) -> PeerAddressSettings:
-        self.build(Path())
+        self.build(Path(), None)
         return self
 
-    def build(self, directory: Path) -> Resolver:  # noqa: ARG002 - one signature for all kinds
+    def build(self, directory: Path, control: Control | None) -> Resolver:  # noqa: ARG002 - one signature for all kinds
         """The resolver."""
         return PeerAddress(**given(self))
 
 
-IdentitySettings = ApiKeysSettings | JwtSettings | ScopeUserSettings | TrustedHeadersSettings | PeerAddressSettings
+class ControlKeysSettings(Table):
+    """`[identity]` with `kind = "control"`: the keys of `[control]`, which are made and revoked while the service runs."""
+
+    kind: Literal["control"]
+    file: Path | None = None
+    """A keys file that is asked, too, relative to the settings file."""
+    secret: SecretStr | None = None
+    """The secret of that file's digests; unless it is set, the file names a `secret_file`."""
+    headers: list[str] | None = None
+    unknown: Literal["refuse", "anonymous"] | None = None
+
+    def build(self, directory: Path, control: Control | None) -> Resolver:
+        """The resolver, with the keys file read."""
+        if control is None:
+            raise ConfigurationError("there is no [control] whose keys it could know")
+        options = given(self, "file", "secret")
+        then = None
+        if self.file is not None:
+            secret = None if self.secret is None else self.secret.get_secret_value()
+            then = ApiKeys.from_file(directory / self.file, secret=secret, **options)
+        return control.keys(then=then, **options)
+
+
+IdentitySettings = (
+    ControlKeysSettings
+    | ApiKeysSettings
+    | JwtSettings
+    | ScopeUserSettings
+    | TrustedHeadersSettings
+    | PeerAddressSettings
+)
 IDENTITIES: Final[Mapping[str, type[BaseModel]]] = {
     "api_keys": ApiKeysSettings,
     "jwt": JwtSettings,
     "scope_user": ScopeUserSettings,
     "trusted_headers": TrustedHeadersSettings,
     "peer_address": PeerAddressSettings,
+    "control": ControlKeysSettings,
 }
 
 

@@ -18,11 +18,14 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from asgi_llm_guard.admin.options import AdminOptions
+from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.keys import read_toml
 from asgi_llm_guard.policies import QuotaBook
 from asgi_llm_guard.routes import RouteTable
 from asgi_llm_guard.settings.identity import IdentitySettings
+from asgi_llm_guard.settings.operations import AdminSettings, AlertSettings, ControlSettings, LedgerSettings
 from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, extractor_of, problem
 from asgi_llm_guard.settings.policies import DepartmentSettings, PolicySettings, RouteSettings, StreamSettings
 from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, problem_of
@@ -30,6 +33,7 @@ from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
 __all__ = [
     "GuardSettings",
+    "build_admin_options",
     "build_gateway_arguments",
     "build_guard_arguments",
     "build_middleware_arguments",
@@ -64,6 +68,10 @@ class GuardSettings(BaseSettings):
     prices: PriceSettings | None = None
     streams: StreamSettings | None = None
     cache: CacheSettings | None = None
+    ledger: LedgerSettings | None = None
+    control: ControlSettings | None = None
+    alerts: AlertSettings | None = None
+    admin: AdminSettings | None = None
     gateway: dict[str, Any] | None = Field(default=None, repr=False)
     """Deployments and how they are chosen; see `build_gateway_arguments`. Shown nowhere, because it may hold keys."""
     routes: list[RouteSettings] | None = None
@@ -186,9 +194,19 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
         "storage": settings.storage.get_secret_value(),
         "agents": settings.agents,
     }
+    control = None
+    if settings.control is not None:
+        with named(settings, "control"):
+            control = arguments["control"] = settings.control.build(SystemClock())
     if settings.identity is not None:
         with named(settings, "identity"):
-            arguments["identity"] = settings.identity.build(settings.directory)
+            arguments["identity"] = settings.identity.build(settings.directory, control)
+    if settings.ledger is not None:
+        with named(settings, "ledger"):
+            arguments["ledger"] = settings.ledger.build(SystemClock())
+    if settings.alerts is not None:
+        with named(settings, "alerts"):
+            arguments["alerts"] = settings.alerts.build(settings.directory)
     if settings.session is not None:
         arguments["session"] = extractor_of(settings.session)
     if settings.streams is not None:
@@ -232,6 +250,18 @@ def build_middleware_arguments(settings: GuardSettings) -> dict[str, Any]:
         "unlisted": settings.unlisted,
         "rate_limit_headers": settings.rate_limit_headers,
     }
+
+
+def build_admin_options(settings: GuardSettings) -> AdminOptions:
+    """The options of `Guard.admin_app`.
+
+    Raises:
+        ConfigurationError: there is no `[admin]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.admin is None:
+        raise ConfigurationError(f"{settings.origin}: admin: is missing")
+    with named(settings, "admin"):
+        return settings.admin.build()
 
 
 def build_gateway_arguments(settings: GuardSettings) -> dict[str, Any]:

@@ -22,10 +22,9 @@ ENV_PREFIX: Final = "LLM_GUARD_"
 NESTED: Final = "__"
 
 # The command line's own, and what a cluster sets for a service that happens to be called llm-guard.
-_FOREIGN_VARIABLE: Final = re.compile(
-    r"CONFIG|SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII
-)
+_FOREIGN_VARIABLE: Final = re.compile(r"CONFIG|SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII)
 _SHOWN: Final = 80
+_SECRETS: Final = frozenset({"secret", "old_secret", "key", "storage", "url", "digest"})
 _NAMED: Final = re.compile(r"(?:[\w-]+\.)*(\w+): ")
 
 
@@ -98,8 +97,8 @@ def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseM
 
 
 def _seen(loc: Sequence[str | int], value: object) -> str:
-    if loc[-1:] in (["secret"], ["key"], ["storage"]):
-        return ""  # secrets
+    if loc and loc[-1] in _SECRETS:
+        return ""
     if isinstance(value, (dict, list)):
         return ", got a table" if isinstance(value, dict) else ", got a list"
     text = repr(value)
