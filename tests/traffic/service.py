@@ -115,6 +115,18 @@ class Service:
             self.provider.late.release(late)
         await asyncio.gather(*tasks)
         await self.provider.idle()
+        await self._over(late=late > 0)
+
+    async def _over(self, *, late: bool) -> None:
+        """Wait until everything is settled. Settlements are not waited for by responses, and streams whose clients left
+        are read to their end by nobody's request; a clock that moves meanwhile would make them late."""
+        async with asyncio.timeout(30):
+            while await self.guard.storage.open_holds() or (late and await self._expired()):
+                await asyncio.sleep(0.002)
+
+    async def _expired(self) -> bool:
+        lately_ms = self.clock.now_ms() - 2_000 * _LATE_S
+        return any(record.outcome == "expired" for record in await self.guard.storage.records(since_ms=lately_ms))
 
     async def _until_waiting(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Until each of them waits for the provider, or was refused."""
