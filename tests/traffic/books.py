@@ -11,7 +11,7 @@ from typing import Final
 from tests.traffic.day import BEGINS, LASTS_S
 from tests.traffic.service import ZONE, Service
 
-from asgi_llm_guard.ledger import Ledger, RecordQuery, RefusalQuery, UsageQuery
+from asgi_llm_guard.ledger import Dimension, Ledger, RecordQuery, RefusalQuery, UsageQuery
 from asgi_llm_guard.ledger.export import export
 from asgi_llm_guard.money import from_nano
 
@@ -50,7 +50,8 @@ async def compare(service: Service, ledger: Ledger) -> None:
     # What its sums say.
     whole = await ledger.reconcile(SINCE_MS, UNTIL_MS)
     assert whole.equal, whole
-    for by, expected in (("user", by_user), ("department", by_department)):
+    compared: list[tuple[Dimension, Counter[str | None]]] = [("user", by_user), ("department", by_department)]
+    for by, expected in compared:
         report = await ledger.usage(UsageQuery(since_ms=SINCE_MS, until_ms=UNTIL_MS, by=(by,)))
         assert {row.key[0]: row.amounts.cost_nanousd for row in report.rows} == dict(expected)
         assert report.total.cost_nanousd == billed_nanousd
