@@ -15,17 +15,17 @@ TESTS = Path(__file__).parent
 ROWS = {
     "A": {1, 2, 3, 4, 5, 6, 7, 8, 9},
     "B": {1, 2, 3, 4, 5, 6, 7, 8, 9},
-    "C": {1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15},
+    "C": {1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16},
     "D": {1, 2, 3, 4, 5, 6, 7, 8, 9},
-    "T": {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17, 18, 19, 20, 21, 23, 24},
+    "S": {4, 6, 8, 12},
+    "T": {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 17, 18, 19, 20, 21, 23, 24, 25},
     "Conformance ": {
         *range(1, 20),
         *range(21, 37),
         *range(38, 46),
         *(47, 48),
         *range(50, 60),
-        *(60, 61, 62, 63, 65, 66, 67),
-        *(68, 69, 70, 71, 72, 74),
+        *range(60, 75),
         *range(75, 83),
     },
 }
@@ -33,14 +33,12 @@ ROWS = {
 
 LATER = {
     37: "there is no scope above the department",
-    64: "no limit can be raised for a while",
-    73: "there is no job that resets budgets",
 }
 """Numbers that nothing can be shown for, and why."""
 
 VOID = {20, 46, 49}
 
-_ROW = re.compile(r"\b([ABCDT])(\d+)\b")
+_ROW = re.compile(r"\b([ABCDST])(\d+)\b")
 _CONFORMANCE = re.compile(r"\b[Cc]onformance (\d+(?:(?:, | and |, and |-)\d+)*)")
 
 

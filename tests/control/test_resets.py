@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.control.kit import ANNA, SECRET
@@ -50,7 +51,7 @@ async def guard(request: pytest.FixtureRequest, clock: FrozenClock, tmp_path: Pa
 
 
 async def code(guard: Guard, context: Context) -> str | None:
-    described = {"model": "openai/gpt-4o", "input_tokens": 1_000, "max_output_tokens": 1_000}
+    described: dict[str, Any] = {"model": "openai/gpt-4o", "input_tokens": 1_000, "max_output_tokens": 1_000}
     try:
         async with guard.open(context), guard.call(**described) as call:
             call.record(Usage(input_tokens=1_000, output_tokens=1_000))
@@ -112,7 +113,7 @@ async def test_nothing_to_reset_is_nothing(guard: Guard) -> None:
 
 async def test_what_is_held_stays_held(guard: Guard) -> None:
     """Conformance 73: a call that is running while its department is reset is charged when it ends."""
-    described = {"model": "openai/gpt-4o", "input_tokens": 1_000, "max_output_tokens": 1_000}
+    described: dict[str, Any] = {"model": "openai/gpt-4o", "input_tokens": 1_000, "max_output_tokens": 1_000}
     async with guard.open(RESEARCH), guard.call(**described) as call:
         done = await guard.reset("department", "research")
         assert {each.held > 0 for each in done} == {True}
