@@ -66,11 +66,13 @@ async def test_several_drains_at_once_count_nothing_twice(make_redis: MakeRedis,
             done += await drain.step()
         return done
 
-    _, *taken = await asyncio.gather(keep_writing(), *map(keep_draining, drains))
-    last = await drains[0].run()
+    writing = asyncio.ensure_future(keep_writing())
+    taken = await asyncio.gather(*map(keep_draining, drains))
+    await writing
+    taken.append(await drains[0].run())
 
-    assert sum(one.records for one in (*taken, last)) == 600
-    assert sum(one.replaced for one in (*taken, last)) == 0
+    assert sum(one.records for one in taken) == 600
+    assert sum(one.replaced for one in taken) == 0
     assert await kept(make_ledger()) == costs(range(600))
 
 

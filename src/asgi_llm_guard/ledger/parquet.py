@@ -25,7 +25,7 @@ _TYPES: Final[dict[Kind, Any]] = {
     "money": pa.decimal128(20, 9),
     "texts": pa.list_(pa.string()),
 }
-_GROUP: Final = 20_000
+_GROUP: Final = 10_000
 """Rows in a group: what is in memory at a time."""
 
 
