@@ -22,6 +22,9 @@ __all__ = ["Source", "sources", "usage"]
 _FEW: Final = 3
 """Above so many single hours or days, one statement asks for all of them."""
 
+_SEEKS: Final = 50_000
+"""Up to so many rows are looked up one by one; for more, all of the period are read."""
+
 Group = tuple[int, tuple[Any, ...]]
 """A segment's number and the values of the columns."""
 
@@ -89,7 +92,7 @@ def _chosen(connection: Connection, parts: Sequence[Segment], among: Iterable[So
     missing: dict[str, int] = {}
     for source in among:
         spans = list(cut(parts, days=source.days, hours=source.hours))
-        lost = {
+        lost: dict[str, int] = {
             kind: kept[kind] for span in spans if span.since_ms < kept[kind := span.grain.kept if span.grain else "raw"]
         }
         if not lost:
@@ -119,23 +122,29 @@ def _read(
             by_grain[span.grain].append(span)
     lists = _Lists(connection, columns)
     for grain, some in by_grain.items():
-        single = {
-            span.since_ms: span.segment
-            for span in some
-            if span.sign > 0 and span.until_ms - span.since_ms == grain.step_ms
-        }
-        if len(single) > _FEW:
-            period = min(single), max(single) + grain.step_ms
-            for at_ms, values, row in _from_sums(connection, grain, *period, columns, query.where, each=True):
-                if at_ms in single:
-                    yield (single[at_ms], lists.named(values)), 1, row
-        else:
+        single = {span.since_ms: span for span in some if span.sign > 0 and _steps(span, grain) == 1}
+        first, last = min(single, default=0), max(single, default=0) + grain.step_ms
+        if len(single) <= _FEW or len(single) * grain.step_ms * 2 < last - first:
             single.clear()
-        for span in some:
-            if span.since_ms in single and span.sign > 0 and span.until_ms - span.since_ms == grain.step_ms:
+        else:
+            for at_ms, values, row in _from_sums(connection, grain, first, last, columns, query.where, each=True):
+                if at_ms in single:
+                    yield (single[at_ms].segment, lists.named(values)), 1, row
+        # What one local day takes from its neighbour, the neighbour gives: the same rows, read once.
+        period, rows = (0, 0), list[tuple[tuple[Any, ...], Sequence[int]]]()
+        for span in sorted(some, key=lambda span: span.since_ms):
+            if single.get(span.since_ms) is span:
                 continue
-            for _, values, row in _from_sums(connection, grain, span.since_ms, span.until_ms, columns, query.where):
-                yield (span.segment, lists.named(values)), span.sign, row
+            if period != (span.since_ms, span.until_ms):
+                period = span.since_ms, span.until_ms
+                found = _from_sums(connection, grain, *period, columns, query.where)
+                rows = [(lists.named(values), row) for _, values, row in found]
+            for values, row in rows:
+                yield (span.segment, values), span.sign, row
+
+
+def _steps(span: Span, grain: Grain) -> int:
+    return (span.until_ms - span.since_ms) // grain.step_ms
 
 
 def _from_records(
@@ -165,23 +174,53 @@ def _from_sums(
     each: bool = False,
 ) -> Iterator[tuple[int, tuple[Any, ...], Sequence[int]]]:
     """Rows of rolled-up amounts by columns; `each`: and by hour or day, which comes first."""
-    conditions, parameters = series_conditions(where)
-    names = [quoted(name) for name in columns]
-    time = ["at_ms"] if each else []
-    inner = [*(f"a.{name}" for name in time), *(f"s.{name}" for name in names)]
-    outer = [*time, *names]
-    # CROSS JOIN: for each series its rows, which lie together; so SQLite need not sort what it sums up.
-    parts = (
-        f"SELECT {', '.join([*inner, SUMS])} FROM ledger_series s CROSS JOIN {grain.table} a"  # noqa: S608
-        f" WHERE s.grain = ? AND a.series = s.id AND a.at_ms >= ? AND a.at_ms < ?{conditions}"
-        f" GROUP BY s.id{', a.at_ms' if each else ''}"
-    )
-    group = f" GROUP BY {', '.join(outer)}" if outer else ""
+    names = [f"s.{quoted(name)}" for name in columns]
+    group = [*(["a.at_ms"] if each else []), *names]
+    grouped = f" GROUP BY {', '.join(group)}" if group else ""
+    statement, parameters = _statement(connection, grain, since_ms, until_ms, names, where, each=each)
     for row in connection.iterate(
-        f"SELECT {', '.join([*outer, SUMS])} FROM ({parts}) a{group}",  # noqa: S608 - our names
-        (grain.number, since_ms, until_ms, *parameters),
+        f"SELECT {', '.join([*group, SUMS])} FROM {statement}{grouped}",  # noqa: S608 - our names
+        parameters,
     ):
-        yield row[0] if each else 0, row[len(time) : len(outer)], row[len(outer) :]
+        yield row[0] if each else 0, row[len(group) - len(names) : len(group)], row[len(group) :]
+
+
+def _statement(
+    connection: Connection,
+    grain: Grain,
+    since_ms: int,
+    until_ms: int,
+    names: Sequence[str],
+    where: Mapping[str, str | None],
+    *,
+    each: bool,
+) -> tuple[str, Sequence[object]]:
+    """What to sum up: rolled-up rows `a` with their series `s`. CROSS JOIN keeps SQLite to this order."""
+    conditions, parameters = series_conditions(where)
+    series = f"FROM ledger_series s WHERE s.grain = ?{conditions}"
+    of_series: tuple[object, ...] = (grain.number, *parameters)
+    period = since_ms, until_ms
+    if where:
+        (count,) = connection.execute(f"SELECT count(*) {series}", of_series)[0]
+        if count * ((until_ms - since_ms) // grain.step_ms) <= _SEEKS:
+            return (
+                "(WITH RECURSIVE steps (at_ms) AS (SELECT CAST(? AS BIGINT) UNION ALL"  # noqa: S608 - our names
+                f" SELECT at_ms + {grain.step_ms} FROM steps WHERE at_ms + {grain.step_ms} < ?)"
+                f" SELECT at_ms FROM steps) t CROSS JOIN (SELECT s.* {series}) s CROSS JOIN {grain.table} a"
+                " WHERE a.at_ms = t.at_ms AND a.series = s.id"
+            ), (*period, *of_series)
+    rows = f"{grain.table} a WHERE a.at_ms >= ? AND a.at_ms < ?"
+    values: tuple[object, ...] = period
+    if where:
+        rows += f" AND a.series IN (SELECT s.id {series})"
+        values = (*period, *of_series)
+    if not names:
+        return rows, values
+    if each:
+        return f"(SELECT a.* FROM {rows}) a CROSS JOIN ledger_series s WHERE s.id = a.series", values  # noqa: S608
+    # First by number, which is less to sort by.
+    by_series = f"(SELECT a.series, {SUMS} FROM {rows} GROUP BY a.series) a"  # noqa: S608 - our names
+    return f"{by_series} CROSS JOIN ledger_series s WHERE s.id = a.series", values
 
 
 class _Lists:
