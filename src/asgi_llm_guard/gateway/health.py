@@ -117,7 +117,8 @@ class Cooldown(msgspec.Struct, frozen=True, kw_only=True):
     """The class of what it failed with."""
     status: int | None = None
     message: str = ""
-    """The beginning of what the provider said, without what looks like a key."""
+    """The beginning of what the provider said, without what looks like a key. Only where it was said: it may repeat
+    what was asked, which is not to be in a storage. Empty: another instance has told of it."""
 
     def left_s(self, now_ms: int) -> float:
         """For so many seconds more; 0 once it is over."""
@@ -130,7 +131,6 @@ class _Shared(msgspec.Struct, forbid_unknown_fields=False):
     for_ms: int
     error: str
     status: int | None = None
-    message: str = ""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -307,7 +307,7 @@ class Cooldowns:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
         until_ms = self._clock.now_ms() + shared.for_ms - kept.age_ms
-        return Cooldown(until_ms=until_ms, error=shared.error, status=shared.status, message=shared.message)
+        return Cooldown(until_ms=until_ms, error=shared.error, status=shared.status)
 
     async def _told(self, telling: Awaitable[T]) -> T | None:
         """What the store answers; `None`: it does not, which is logged once."""
@@ -336,7 +336,7 @@ class Cooldowns:
             found = await entries.begin(name, token, claim_ms=_CLAIM_MS, fresh=True)
         if not isinstance(found, Leading):
             return  # somebody else is telling of it: what is longer is told at the next look
-        value = _Shared(for_ms=left_ms, error=cooldown.error, status=cooldown.status, message=cooldown.message)
+        value = _Shared(for_ms=left_ms, error=cooldown.error, status=cooldown.status)
         await entries.store(name, token, _encode(value), ttl_ms=left_ms)
 
 
@@ -351,6 +351,6 @@ def cooldown_entries(storage: object) -> Entries | None:
 
 
 def masked(message: str) -> str:
-    """The first 50 characters of an error, without what looks like a key: it is stored, and shown to operators."""
+    """The first 50 characters of an error, without what looks like a key: it is kept in memory, and shown to operators."""
     text = _SECRET.sub("***", " ".join(message[:_LOOKED_AT].split()))
     return text if len(text) <= _SHOWN and len(message) <= _LOOKED_AT else f"{text[:_SHOWN]}***"
