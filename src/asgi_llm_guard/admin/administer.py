@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _WORD: Final = re.compile(r"[a-z][a-z_0-9]*")
+_NAMED: Final = re.compile(r"([a-z][a-z_0-9]*):")
 _FIELDS: Final = frozenset(
     [
         "models",
@@ -138,9 +139,13 @@ async def raise_limit(asked: Asked, wanted: NewRaise) -> str:
     }
     value |= {field: told for field in ("scope", "subject", "caller") if (told := getattr(wanted, field))}
     try:
-        Raise(**value).check(asked.desk.guard.policies)
+        wished = Raise(**value)
     except ConfigurationError as error:
         raise _malformed(error, value) from None
+    try:
+        wished.check(asked.desk.guard.policies)
+    except ConfigurationError as error:
+        raise ProblemError(422, str(error), field="unit") from None
     await put(asked, "raise", name, value, reason=wanted.reason, expected=0)
     return name
 
@@ -202,12 +207,12 @@ async def revoke(asked: Asked, name: str, *, reason: str) -> None:
 
 
 def field_in(message: str, known: Mapping[str, Any]) -> str:
-    """The field that a message is about: the first one named in it, of those that were sent before any other."""
-    words: list[str] = _WORD.findall(re.sub(r"'[^']*'", "", message))
-    for word in words:
-        if word in known:
-            return word
-    return next((word for word in words if word in _FIELDS), "body")
+    """The field that a message is about: one that it names before a colon, else one that was sent and that it names."""
+    text = re.sub(r"'[^']*'", "", message)
+    for word in _NAMED.findall(text):
+        if word in known or word in _FIELDS:
+            return str(word)
+    return next((word for word in _WORD.findall(text) if word in known), "body")
 
 
 def _malformed(error: ConfigurationError, value: Mapping[str, Any]) -> ProblemError:
