@@ -15,6 +15,7 @@ from tests.cli.traffic import Traffic
 
 from asgi_llm_guard import Budget, Concurrency, Iterations, ModelAllow, RateLimit, Route, Usage
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.policies._scoped import NamedPolicy
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.simulate import Agreement, Misfit, Simulation, Simulator, agreement, agreement_of_counts
 from asgi_llm_guard.simulate.report import MOST_SUBJECTS, Tally
@@ -23,7 +24,7 @@ from asgi_llm_guard.usage import UsageRecord
 T0 = 1_795_269_600_000  # 2026-11-21 14:00 UTC
 DOLLAR = 10**9
 
-CANDIDATES: list[Policy] = [
+CANDIDATES: list[NamedPolicy] = [
     Iterations(4),
     Budget(["$0.05/hourly", "$0.50/daily"], per="user", name="user_budget"),
     Budget("$0.20/10m", per="department", name="department_budget"),
@@ -67,7 +68,7 @@ def replay(
 
 def compared(requests: int, *, span_s: int, seed: int = 7) -> tuple[Agreement, Traffic, Simulation]:
     """Traffic through a guard with shadows, replayed, and compared: calls by id, requests by theirs."""
-    traffic = Traffic([policy.shadow() for policy in CANDIDATES], requests=requests, span_s=span_s, seed=seed)  # type: ignore[attr-defined]
+    traffic = Traffic([policy.shadow() for policy in CANDIDATES], requests=requests, span_s=span_s, seed=seed)
     records = asyncio.run(traffic.run())
     request_of = {each.call_id: each.request_id or "" for each in records}
     by_request = {policy.name for policy in CANDIDATES if policy.counts == "requests"}
@@ -109,7 +110,7 @@ def test_simulation_agrees_with_shadows_at_length(seed: int) -> None:
 
 def test_program_agrees_with_what_shadows_reported(tmp_path: Path) -> None:
     """W1: `simulate --against shadow` compares with the counts that a running guard has kept, from one settings file."""
-    policies = [Budget("$0.01/hourly", per="user", name="budget"), Iterations(8)]
+    policies: list[NamedPolicy] = [Budget("$0.01/hourly", per="user", name="budget"), Iterations(8)]
     fill(tmp_path, [policy.shadow() for policy in policies], calls=200)
     budget = '[[policies]]\nkind = "budget"\nlimits = ["$0.01/hourly"]\nper = "user"\nname = "budget"\n'
     file = settings(tmp_path, f'{budget}[[policies]]\nkind = "iterations"\nlimit = 8\n')
@@ -222,7 +223,7 @@ def test_an_id_that_is_used_for_ever_is_no_request() -> None:
 def test_policies_apart_take_nothing_from_each_other() -> None:
     """M14: asked apart, a policy that would refuse does not keep the others from counting; in force it does."""
     records = [record(number, 10 * number) for number in range(4)]
-    policies = [ModelAllow(["anthropic/*"]), Budget("$2/daily", per="user", name="budget")]
+    policies: list[Policy] = [ModelAllow(["anthropic/*"]), Budget("$2/daily", per="user", name="budget")]
     apart, _ = replay(policies, records, apart=True)
     assert {row.policy: row.calls for row in apart.policies} == {"models": 4, "budget": 3}
     assert apart.refused == 0

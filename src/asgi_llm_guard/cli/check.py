@@ -136,8 +136,8 @@ async def _ask_store(guard: Guard) -> list[Finding]:
 async def _ask_ledger(guard: Guard) -> list[Finding]:
     from asgi_llm_guard.doctor import examine_records, examine_store
 
-    ledger: Any = getattr(guard, "ledger", None)
-    if ledger is None:
+    ledger = guard.ledger
+    if ledger is None or _kind_of(guard) == "memory":
         return []
     from asgi_llm_guard.ledger.values import UsageQuery
 
@@ -150,8 +150,9 @@ async def _ask_ledger(guard: Guard) -> list[Finding]:
     seen = []
     for row in report.rows:
         provider, model = row.key
-        if row.amounts.unpriced and model is not None:
-            seen.append((f"{provider}/{model}" if provider else model, row.amounts.unpriced))
+        if model is not None:
+            name = f"{provider}/{model}" if provider else model
+            seen.append((name, row.amounts.calls, row.amounts.unpriced))
     return examine_records(guard.prices, seen)
 
 

@@ -12,7 +12,6 @@ from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.identity.scope_user import ScopeUser
 from asgi_llm_guard.marks import unwrapped
 from asgi_llm_guard.middleware import GuardMiddleware
-from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.routes import RouteTable
 
 __all__ = ["GuardedPath", "examine_application", "guards_of"]
@@ -216,12 +215,11 @@ def _path(path: str, route: object, around: Sequence[_Layer]) -> GuardedPath:
         assert layer.guard is not None  # noqa: S101 - as above
         for method in methods or (None,):
             found = layer.table.find(path, method)
-            if found in {"pass", "deny"}:
+            if isinstance(found, str):
                 states.append("refused" if found == "deny" else "passes")
                 continue
             states.append("guarded")
-            extra: Sequence[Policy] = getattr(found, "extra", ())
-            policies += [policy.name for policy in (*layer.guard.policies, *extra)]
+            policies += [policy.name for policy in (*layer.guard.policies, *found.extra)]
     state = next((each for each in ("refused", "guarded") if each in states), "passes" if guards else "unguarded")
     return GuardedPath(path=path, methods=methods, state=state, policies=tuple(dict.fromkeys(policies)))
 

@@ -194,18 +194,21 @@ def examine_prices(prices: PriceBook, named: Iterable[Pricing]) -> list[Finding]
     return findings
 
 
-def examine_records(prices: PriceBook, models: Iterable[tuple[str, int]]) -> list[Finding]:
-    """Models that were called and not priced: `provider/model` and how many calls."""
+def examine_records(prices: PriceBook, models: Iterable[tuple[str, int, int]]) -> list[Finding]:
+    """Models that were called and have no price: `provider/model`, how many calls, and how many of unknown cost.
+
+    By today's prices: what was charged nothing, because no price was known and none was needed, is found too.
+    """
     findings = []
-    for name, calls in models:
+    for name, calls, unpriced in models:
         provider, model = provider_of(name)
         if prices.resolve(provider, model) is None:
-            findings.append(_unpriced(name, f"in use: {calls:,} calls without a price", "error"))
-        else:
+            findings.append(_unpriced(name, f"in use: {calls:,} calls in 30 days", "error"))
+        elif unpriced:
             findings.append(
                 _note(
                     "was_unpriced",
-                    f"{name}: {calls:,} calls were made without a price; there is one now",
+                    f"{name}: {unpriced:,} calls were made without a price; there is one now",
                     "`asgi-llm-guard ledger reprice` charges a period anew, beside what was charged",
                 )
             )
