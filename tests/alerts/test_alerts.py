@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from tests.storage.values import DOLLAR, HOUR_MS, START, START_MS
 from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
 from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold
 from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE
+from asgi_llm_guard.alerts.deliveries import MOST
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
 from asgi_llm_guard.events import Admission, Alert, Event
@@ -39,11 +41,14 @@ class Watched:
         storage: Storage | None = None,
         clock: FrozenClock | None = None,
         receivers: tuple[Receiver, ...] = (),
+        patience: str = "2m",
         **options: Any,
     ) -> None:
         self.clock = clock or FrozenClock(START)
         self.seen: list[Event] = []
-        self.alerts = Alerts(rules or (Threshold(),), webhooks=[hook(receiver, **options) for receiver in receivers])
+        self.alerts = Alerts(
+            rules or (Threshold(),), webhooks=[hook(receiver, **options) for receiver in receivers], patience=patience
+        )
         self.guard = Guard(
             policies,
             storage=storage or MemoryStorage(clock=self.clock, lapse_ms=400 * 86_400_000),
@@ -365,6 +370,97 @@ async def test_what_another_process_has_sent(receiver: Receiver) -> None:
         assert len(receiver.got) == 1
 
 
+async def test_a_receiver_that_is_away_for_long(receiver: Receiver) -> None:
+    """S3: a receiver that does not answer for hours gets each alert when it is back, under the same id, and what is
+    about a window that is over no more."""
+    clock = FrozenClock(START)
+    away = Receiver()
+    away.port = receiver.port
+    async with Watched(
+        Threshold(at=(50, 80)), clock=clock, receivers=(away,), patience="10s", first_retry_s=20
+    ) as watched:
+        receiver.answers = [503]
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+        assert len(receiver.got) == 1
+        for _ in range(4):
+            receiver.answers = [503]
+            clock.advance(ms=HOUR_MS)
+            await watched.told()
+        failed = len(receiver.got)
+        assert failed >= 3
+        receiver.answers = []
+        clock.advance(ms=HOUR_MS)
+        await watched.told()
+        assert len(receiver.got) == failed + 1
+        assert len({got.headers["x-guard-id"] for got in receiver.got}) == 1
+        receiver.answers = [503]
+        await spend(watched.guard, 2.5)
+        assert await watched.percents() == [80]
+        clock.advance(ms=48 * HOUR_MS)
+        await watched.told()
+        assert len(receiver.got) == failed + 2
+
+
+async def test_a_backlog_of_alerts_waits(receiver: Receiver) -> None:
+    """S3: with no room left for a webhook nothing is told yet, and nothing lost: it is told when there is."""
+    async with Watched(Threshold(at=(50,)), receivers=(receiver,)) as watched:
+        await watched.guard.chores.run(CHORE)
+        waiting = watched.alerts._deliveries._waiting
+        waiting[watched.alerts.webhooks[0].id] = MOST
+        await spend(watched.guard, 6)
+        assert await watched.percents() == []
+        waiting.clear()
+        assert await watched.percents() == [50]
+        assert len(receiver.got) == 1
+        assert sum(waiting.values()) == 0
+
+
+async def test_episodes_over_processes(receiver: Receiver, tmp_path: Path) -> None:
+    """S3: what has no instances is told once by two processes, too, under one id, and again in its next length."""
+    clock, path = FrozenClock(START), tmp_path / "guard.db"
+    one, other = (
+        Watched(
+            Threshold(policy="rates", at=(50,)),
+            policies=(RateLimit("4/hour", name="rates"),),
+            storage=SqliteStorage(path, clock=clock, lapse_ms=86_400_000),
+            clock=clock,
+            receivers=(receiver,),
+        )
+        for _ in range(2)
+    )
+    async with one, other:
+        for n in range(1, 3):
+            for watched in (one, other, one, other):
+                async with watched.guard.open(Context(caller="ann")):
+                    pass
+            assert len(await one.told() + await other.told()) == 1
+            assert await one.told() + await other.told() == []
+            assert len(receiver.got) == n
+            clock.advance(ms=3 * HOUR_MS)
+        name = next(iter(await _documents(path)))
+        store = one.guard.storage
+        assert isinstance(store, SqliteStorage)
+        assert name.startswith("alert:")
+        await store.shared().mark(
+            name, until_ms=clock.now_ms() + 3 * HOUR_MS
+        )  # by another one that has not said when, yet
+        for _ in range(4):
+            async with one.guard.open(Context(caller="ann")):
+                pass
+        assert await one.told() == []
+        clock.advance(ms=2 * HOUR_MS)
+        async with one.guard.open(Context(caller="ann")):
+            pass
+        assert await one.told() == []
+    assert len({got.headers["x-guard-id"] for got in receiver.got}) == 2
+
+
+async def _documents(path: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [name for (name,) in connection.execute("SELECT name FROM shared_documents1")]
+
+
 async def test_a_receiver_that_hangs_holds_up_nobody(receiver: Receiver) -> None:
     """S3: a receiver that does not answer holds up neither calls, nor other webhooks, nor the end beyond its bound; what
     was not sent is left to others."""
@@ -382,6 +478,8 @@ async def test_a_receiver_that_hangs_holds_up_nobody(receiver: Receiver) -> None
         begun_s = loop.time()
         await spend(watched.guard, 1)
         assert loop.time() - begun_s < 1
+        await watched.guard.chores.run(LAST_CHORE)
+        assert watched.alerts._deliveries._waiting[hook(hanging).id] == 1  # tried again, if this process goes on
     assert loop.time() - begun_s < 6
     assert len(receiver.got) == 1
     (alert,) = alerts_in(watched.seen)

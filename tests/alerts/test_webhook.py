@@ -150,6 +150,25 @@ async def test_what_is_not_taken_is_told(answer: bytes | int | None, said: str) 
     assert "canary" not in str(caught.value)
 
 
+async def test_a_resolver_that_fails_in_its_own_way() -> None:
+    """Whatever a resolver raises is a failed attempt, without a word of what it said."""
+
+    async def resolve(_host: str, _port: int) -> list[str]:
+        raise LookupError("canary")
+
+    webhook = Webhook("https://hooks.example.com/", secret=Secret(SECRET), resolve=resolve)
+    with pytest.raises(DeliveryError, match="LookupError") as caught:
+        await webhook.send(ALERT)
+    assert "canary" not in str(caught.value)
+
+
+async def test_a_name_that_is_not_known() -> None:
+    """A name that the system's resolver does not know is a failed attempt."""
+    webhook = Webhook("https://hooks.invalid/", secret=Secret(SECRET), timeout_s=5)
+    with pytest.raises(DeliveryError, match=r"webhook hooks\.invalid"):
+        await webhook.send(ALERT)
+
+
 async def test_an_answer_without_end_is_left() -> None:
     """An answer of any length, or none at all, takes no memory and no longer than the timeout."""
     endless = b"HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n" + bytes(200_000)

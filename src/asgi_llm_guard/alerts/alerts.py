@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ CHORE: Final = "alerts"
 LAST_CHORE: Final = "alerts at the end"
 
 _EVERY_S: Final = 1.0
-_LAST_EVERY_S: Final = 3600.0
+_LAST_EVERY_S: Final = 30 * 86_400.0  # but for the end, there is nothing to wait for
 _LAST_S: Final = 4.0
 _BATCH: Final = 500
 
@@ -129,10 +130,9 @@ class Alerts:
     async def flush(self) -> None:
         """Tell what is left, and wait up to 4 seconds for what is being sent."""
         try:
-            async with asyncio.timeout(_LAST_S / 2):
-                await self.turn()
-        except TimeoutError:
-            pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_S / 2):
+                    await self.turn()
         finally:
             await self._deliveries.flush(_LAST_S / 2)
 

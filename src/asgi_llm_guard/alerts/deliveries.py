@@ -84,11 +84,6 @@ class Deliveries:
         self._tasks: dict[asyncio.Task[None], Due] = {}
         self._gates: dict[str, asyncio.Semaphore] = {}
 
-    @property
-    def open(self) -> int:
-        """How many alerts are being sent by this process."""
-        return len(self._tasks)
-
     def has_room(self, webhooks: Sequence[Webhook]) -> bool:
         """Whether one more alert can wait for each of them."""
         return all(self._waiting.get(webhook.id, 0) < MOST for webhook in webhooks)
@@ -107,7 +102,7 @@ class Deliveries:
         while self._later and self._later[0][0] <= now_ms:
             at_ms, order, due = heapq.heappop(self._later)
             try:
-                mine = now_ms < due.until_ms and await self._take(due, now_ms)
+                mine = await self._take(due, now_ms)
             except BaseException:
                 heapq.heappush(self._later, (at_ms, order, due))
                 raise
@@ -119,11 +114,12 @@ class Deliveries:
     async def _take(self, due: Due, now_ms: int) -> bool:
         """Whether it is this process's to send."""
         shared, over_ms = self._shared(), now_ms + self._patience_ms
-        if not await shared.mark(due.turn, until_ms=over_ms):
+        is_over = now_ms >= due.until_ms
+        if not is_over and not await shared.mark(due.turn, until_ms=over_ms):
             self._count(due, -1)
             self._next_turn(due)  # unless it was sent by then
             return False
-        if not await shared.mark(due.sent, until_ms=over_ms):
+        if is_over or not await shared.mark(due.sent, until_ms=over_ms):
             self._count(due, -1)
             return False
         return True
@@ -163,6 +159,7 @@ class Deliveries:
                         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except asyncio.CancelledError:
             await self._give_up(due)
+            self._next_turn(due)
             raise
         finally:
             self._count(due, -1)

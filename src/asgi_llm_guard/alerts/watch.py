@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -35,6 +35,9 @@ _SAMPLES: Final = 60
 """A burn rate's window is looked at in so many steps."""
 _GRACE_MS: Final = 600_000
 """Clocks differ: what was told of a window is known for longer than that."""
+
+
+Rule = TypeVar("Rule", Threshold, BurnRate)
 
 
 class Crossing(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +68,10 @@ class _Entry:
 
     __slots__ = ("burns", "instance", "last", "meter", "sampled_ms", "samples", "spent", "thresholds", "told")
 
-    def __init__(self, meter: Meter, rules: Sequence[AlertRule]) -> None:
+    def __init__(self, meter: Meter, thresholds: Sequence[Threshold], burns: Sequence[BurnRate]) -> None:
         self.meter = meter
-        self.thresholds = [rule for rule in rules if isinstance(rule, Threshold)]
-        self.burns = [rule for rule in rules if isinstance(rule, BurnRate)]
+        self.thresholds = thresholds
+        self.burns = burns
         self.instance: str | None = None
         """Of the last reading; `None`: there was none."""
         self.last = 0
@@ -110,14 +113,23 @@ class Watch:
     were reset. Whoever takes them out says so to the other processes.
     """
 
-    def __init__(self, rules: Sequence[AlertRule], *, most_events: int = MOST_EVENTS) -> None:
+    def __init__(
+        self,
+        rules: Sequence[AlertRule],
+        *,
+        most_events: int = MOST_EVENTS,
+        most_meters: int = MOST_METERS,
+        most_calls: int = MOST_CALLS,
+    ) -> None:
         self._rules = tuple(rules)
         self._most_events = most_events
+        self._most_meters = most_meters
+        self._most_calls = most_calls
         self._events: deque[Admission | SettledCall] = deque()
         self._crowded: dict[str, Meter] = {}
         self._crowding = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._calls: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._calls: OrderedDict[str, tuple[Meter, ...]] = OrderedDict()
         self._watched: set[str] = set()
         self._sampling: set[str] = set()
         self._all = False
@@ -142,13 +154,12 @@ class Watch:
             return
         for receipt in event.granted.receipts:
             meter, level = receipt.claim.meter, receipt.used + receipt.held + receipt.claim.amount
-            for rule in self._rules:
-                if rule.matches(meter) and (
-                    isinstance(rule, BurnRate) or crossed(level, rule.lowest, meter.limit or 0)
-                ):
-                    with self._crowding:
-                        self._crowded[meter.key] = meter
-                    break
+            if any(
+                rule.matches(meter) and (isinstance(rule, BurnRate) or crossed(level, rule.lowest, meter.limit or 0))
+                for rule in self._rules
+            ):
+                with self._crowding:
+                    self._crowded[meter.key] = meter
 
     # --------------------------------------------------------------------------- off the hot path
 
@@ -156,10 +167,6 @@ class Watch:
     def waiting(self) -> int:
         """How many events are in the queue."""
         return len(self._events)
-
-    def look_again(self) -> None:
-        """Have everything that is known read next."""
-        self._all = True
 
     def due(self, now_ms: int) -> list[Meter]:
         """Take the queue, and give the meters that are to be read."""
@@ -172,79 +179,90 @@ class Watch:
         with self._crowding:
             crowded, self._crowded = self._crowded, {}
         for meter in crowded.values():
-            entry = self._entry(meter)
-            if entry is not None:
-                self._watched.add(meter.key)
+            self._entry(meter)
+            self._watched.add(meter.key)
         keys = set(self._watched)
-        for key in tuple(self._sampling):
-            entry = self._entries.get(key)
-            if entry is None:
-                self._sampling.discard(key)
-            elif now_ms >= entry.sampled_ms + entry.step_ms or now_ms < entry.sampled_ms:
+        for key in self._sampling:
+            entry = self._entries[key]
+            if now_ms >= entry.sampled_ms + entry.step_ms or now_ms < entry.sampled_ms:
                 keys.add(key)
         if self._all:
             self._all = False
             keys.update(self._entries)
-        return [self._entries[key].meter for key in sorted(keys) if key in self._entries]
+        return [self._entries[key].meter for key in sorted(keys)]
 
     def _admitted(self, event: Admission, now_ms: int) -> None:
-        keys = []
+        meters = []
         for receipt in event.granted.receipts:
-            entry = self._entry(receipt.claim.meter)
-            if entry is None or not receipt.taken:
-                continue
-            keys.append(receipt.claim.meter.key)
-            self._took(entry, receipt, now_ms)
-        if event.call_id is not None and keys:
-            self._calls[event.call_id] = tuple(keys)
-            if len(self._calls) > MOST_CALLS:
+            meter = receipt.claim.meter
+            if receipt.taken and any(rule.matches(meter) for rule in self._rules):
+                meters.append(meter)
+                self._took(meter, receipt, now_ms)
+        if event.call_id is not None and meters:
+            self._calls[event.call_id] = tuple(meters)
+            if len(self._calls) > self._most_calls:
                 self._calls.popitem(last=False)
 
-    def _took(self, entry: _Entry, receipt: Receipt, now_ms: int) -> None:
-        key = entry.meter.key
-        if entry.burns:
-            self._sampling.add(key)
-        if entry.may_cross(receipt.used, receipt.held + receipt.claim.amount, now_ms) or entry.was_lowered(
-            receipt.used, now_ms
-        ):
-            self._watched.add(key)
-
-    def _settled(self, event: SettledCall) -> None:
-        keys = self._calls.pop(event.settled.call_id, None)
-        over = any(event.settled.overages)
-        if keys is None:
-            self._all = self._all or over
-            return
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None and entry.burns:
-                self._sampling.add(key)
-            if over:
-                self._watched.add(key)
-
-    def _entry(self, meter: Meter) -> _Entry | None:
-        """What is known of a meter; `None`: no rule is about it."""
+    def _took(self, meter: Meter, receipt: Receipt, now_ms: int) -> None:
+        used, held = receipt.used, receipt.held + receipt.claim.amount
         entry = self._entries.get(meter.key)
         if entry is None:
-            rules = [rule for rule in self._rules if rule.matches(meter)]
-            if not rules:
-                return None
-            entry = self._entries[meter.key] = _Entry(meter, rules)
-            if len(self._entries) > MOST_METERS:
-                old, _ = self._entries.popitem(last=False)
-                self._watched.discard(old)
+            # Most counters are far from their thresholds: nothing is kept of them.
+            lowest = min((rule.lowest for rule in self._matching(meter, Threshold)), default=None)
+            if (lowest is None or not crossed(used + held, lowest, meter.limit or 0)) and not self._matching(
+                meter, BurnRate
+            ):
+                return
+        entry = self._entry(meter)
+        if entry.burns:
+            self._sampling.add(meter.key)
+        if entry.may_cross(used, held, now_ms) or entry.was_lowered(used, now_ms):
+            self._watched.add(meter.key)
+
+    def _settled(self, event: SettledCall) -> None:
+        meters = self._calls.pop(event.settled.call_id, None)
+        over = any(event.settled.overages)
+        if meters is None:
+            self._all = self._all or over
+            return
+        for meter in meters:
+            if over:
+                self._entry(meter)
+                self._watched.add(meter.key)
+            entry = self._entries.get(meter.key)
+            if entry is not None and entry.burns:
+                self._sampling.add(meter.key)
+
+    def _matching(self, meter: Meter, kind: type[Rule]) -> list[Rule]:
+        return [rule for rule in self._rules if isinstance(rule, kind) and rule.matches(meter)]
+
+    def _entry(self, meter: Meter) -> _Entry:
+        """What is known of a meter that there are rules for."""
+        entry = self._entries.get(meter.key)
+        if entry is None:
+            self._forget_one()
+            entry = _Entry(meter, self._matching(meter, Threshold), self._matching(meter, BurnRate))
+            self._entries[meter.key] = entry
         else:
             self._entries.move_to_end(meter.key)
             entry.meter = meter  # its limit may be another one
         return entry
 
+    def _forget_one(self) -> None:
+        """Make room, but not by what may cross a threshold yet."""
+        for _ in range(2 if len(self._entries) >= self._most_meters else 0):
+            oldest = next(iter(self._entries))
+            if oldest not in self._watched:
+                del self._entries[oldest]
+                self._sampling.discard(oldest)
+                return
+            self._entries.move_to_end(oldest)
+
     def look(self, meters: Sequence[Meter], readings: Sequence[Reading], now_ms: int) -> list[Crossing]:
         """What the readings have crossed and was not handled yet. Readings come in the order in which they were made."""
         found: list[Crossing] = []
         for meter, reading in zip(meters, readings, strict=True):
-            entry = self._entries.get(meter.key)
-            if entry is None:
-                continue
+            entry = self._entries[meter.key]
             instance = instance_of(meter.window, reading.resets_at_ms)
             grown = self._compare(entry, instance, reading, now_ms)
             crossings = self._thresholds(entry, reading, instance, now_ms)
@@ -311,6 +329,6 @@ class Watch:
 
     def handled(self, crossing: Crossing) -> None:
         """It was told: not again before it is over."""
-        entry = self._entries.get(crossing.meter.key)
-        if entry is not None and entry.instance == crossing.instance:
+        entry = self._entries[crossing.meter.key]
+        if entry.instance == crossing.instance:
             entry.told[crossing.what] = crossing.until_ms

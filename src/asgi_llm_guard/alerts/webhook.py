@@ -121,9 +121,11 @@ class Webhook:
                 status = await self._post(body_of(alert), alert.id, int(now_s()))
         except TimeoutError:
             raise DeliveryError(f"webhook {self.name}: no answer within {self.timeout_s:g} s") from None
+        except DeliveryError:
+            raise
         except (TargetRefusedError, ConfigurationError) as error:
             raise DeliveryError(f"webhook {self.name}: {error}") from error
-        except (OSError, UnicodeError, self._library.HTTPError) as error:
+        except Exception as error:  # noqa: BLE001 - resolvers are code of others, and libraries raise what they like
             # Not its text: that may have the URL in it.
             raise DeliveryError(f"webhook {self.name}: {type(error).__name__}") from None
         if not 200 <= status < 300:
