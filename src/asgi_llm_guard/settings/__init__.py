@@ -7,14 +7,13 @@ them alike and complain in the same words; this module adds where the wrong valu
 
 from __future__ import annotations
 
-from asgi_llm_guard.settings.load import (
-    GuardSettings,
+from asgi_llm_guard.settings.build import (
     build_admin_options,
     build_gateway_arguments,
     build_guard_arguments,
     build_middleware_arguments,
-    load_settings,
 )
+from asgi_llm_guard.settings.load import GuardSettings, load_settings
 from asgi_llm_guard.settings.policies import RouteSettings
 from asgi_llm_guard.settings.problems import ENV_PREFIX
 

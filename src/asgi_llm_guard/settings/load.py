@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -18,27 +16,18 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from asgi_llm_guard.admin.options import AdminOptions
-from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.keys import read_toml
 from asgi_llm_guard.policies import QuotaBook
 from asgi_llm_guard.routes import RouteTable
 from asgi_llm_guard.settings.identity import IdentitySettings
 from asgi_llm_guard.settings.operations import AdminSettings, AlertSettings, ControlSettings, LedgerSettings
-from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, extractor_of, problem
+from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, problem
 from asgi_llm_guard.settings.policies import DepartmentSettings, PolicySettings, RouteSettings, StreamSettings
 from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, problem_of
 from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
-__all__ = [
-    "GuardSettings",
-    "build_admin_options",
-    "build_gateway_arguments",
-    "build_guard_arguments",
-    "build_middleware_arguments",
-    "load_settings",
-]
+__all__ = ["GuardSettings", "load_settings"]
 
 
 class GuardSettings(BaseSettings):
@@ -181,109 +170,3 @@ def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
         raise ConfigurationError(f"environment variable or secret file {variable}: is not valid JSON") from None
     settings._file = file  # noqa: SLF001 - our own class
     return settings
-
-
-def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
-    """The keyword arguments of `Guard`. Reads the files that the settings name (keys, prices).
-
-    Raises:
-        ConfigurationError: one of these files is wrong; names the settings file, the key and that file.
-    """
-    arguments: dict[str, Any] = {
-        "policies": [policy.build(settings.book) for policy in settings.policies],
-        "storage": settings.storage.get_secret_value(),
-        "agents": settings.agents,
-    }
-    control = None
-    if settings.control is not None:
-        with named(settings, "control"):
-            control = arguments["control"] = settings.control.build(SystemClock())
-    if settings.identity is not None:
-        with named(settings, "identity"):
-            arguments["identity"] = settings.identity.build(settings.directory, control)
-    if settings.ledger is not None:
-        with named(settings, "ledger"):
-            arguments["ledger"] = settings.ledger.build(SystemClock())
-    if settings.alerts is not None:
-        with named(settings, "alerts"):
-            arguments["alerts"] = settings.alerts.build(settings.directory)
-    if settings.session is not None:
-        arguments["session"] = extractor_of(settings.session)
-    if settings.streams is not None:
-        arguments["streams"] = settings.streams.build()
-    if settings.prices is not None:
-        with named(settings, "prices"):
-            arguments["prices"] = settings.prices.build(settings.directory)
-    if settings.cache is not None:
-        with named(settings, "cache"):
-            arguments["cache"] = settings.cache.build()
-    for name in _SAME_NAME:
-        value = getattr(settings, name)
-        if value is not None:
-            arguments[name] = value
-    return arguments
-
-
-_SAME_NAME: Final = (
-    "statuses",
-    "disclose",
-    "hold_wait_s",
-    "max_waiting",
-    "max_overage",
-    "session_limit",
-    "anonymous_session_limit",
-    "session_overflow",
-    "session_ttl",
-    "on_data_loss",
-    "assumed_input_tokens",
-    "assumed_output_tokens",
-    "learn_output",
-    "max_body_bytes",
-)
-
-
-def build_middleware_arguments(settings: GuardSettings) -> dict[str, Any]:
-    """The keyword arguments of `GuardMiddleware`, but for the guard itself."""
-    return {
-        "routes": None if settings.routes is None else [route.build(settings.book) for route in settings.routes],
-        "exempt": settings.exempt,
-        "unlisted": settings.unlisted,
-        "rate_limit_headers": settings.rate_limit_headers,
-    }
-
-
-def build_admin_options(settings: GuardSettings) -> AdminOptions:
-    """The options of `Guard.admin_app`.
-
-    Raises:
-        ConfigurationError: there is no `[admin]`, or something in it is wrong; names the settings file and the key.
-    """
-    if settings.admin is None:
-        raise ConfigurationError(f"{settings.origin}: admin: is missing")
-    with named(settings, "admin"):
-        return settings.admin.build()
-
-
-def build_gateway_arguments(settings: GuardSettings) -> dict[str, Any]:
-    """The keyword arguments of `gateway.Gateway`, but for the guard itself.
-
-    Raises:
-        ConfigurationError: there is no `[gateway]`, or something in it is wrong; names the settings file and the key.
-    """
-    if settings.gateway is None:
-        raise ConfigurationError(f"{settings.origin}: gateway: is missing")
-    from asgi_llm_guard.gateway.configured import gateway_arguments
-
-    with named(settings, "gateway"):
-        return gateway_arguments(settings.gateway)
-
-
-# ------------------------------------------------------------------------------------- errors
-
-
-@contextmanager
-def named(settings: GuardSettings, key: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{settings.origin}: {key}: {error}") from None

@@ -1,0 +1,154 @@
+"""Settings as arguments of the constructors that code would call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from asgi_llm_guard.admin.options import AdminOptions
+from asgi_llm_guard.clock import SystemClock
+from asgi_llm_guard.control.store import Control
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.identity.extract import DEFAULT_SESSION
+from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.settings.load import GuardSettings
+from asgi_llm_guard.settings.parts import extractor_of
+from asgi_llm_guard.stream_rules import StreamRules
+
+__all__ = [
+    "build_admin_options",
+    "build_gateway_arguments",
+    "build_guard_arguments",
+    "build_middleware_arguments",
+    "build_replacement",
+]
+
+
+def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `Guard`. Reads the files that the settings name (keys, prices).
+
+    Raises:
+        ConfigurationError: one of these files is wrong; names the settings file, the key and that file.
+    """
+    arguments: dict[str, Any] = {"storage": settings.storage.get_secret_value()}
+    control = None
+    if settings.control is not None:
+        with _named(settings, "control"):
+            control = arguments["control"] = settings.control.build(SystemClock())
+    if settings.ledger is not None:
+        with _named(settings, "ledger"):
+            arguments["ledger"] = settings.ledger.build(SystemClock())
+    if settings.alerts is not None:
+        with _named(settings, "alerts"):
+            arguments["alerts"] = settings.alerts.build(settings.directory)
+    if settings.cache is not None:
+        with _named(settings, "cache"):
+            arguments["cache"] = settings.cache.build()
+    for name in _SAME_NAME:
+        value = getattr(settings, name)
+        if value is not None:
+            arguments[name] = value
+    return {**arguments, **_changing(settings, control)}
+
+
+def build_replacement(settings: GuardSettings, control: Control | None) -> dict[str, Any]:
+    """The keyword arguments of `Guard.replace`: what can change while the service runs, all of it.
+
+    Raises:
+        ConfigurationError: as `build_guard_arguments`.
+    """
+    usual = {
+        "identity": None,
+        "session": DEFAULT_SESSION,
+        "streams": StreamRules(),
+        "prices": PriceBook.snapshot(),
+        "statuses": {},
+        "routes": build_middleware_arguments(settings)["routes"],
+    }
+    return {**usual, **_changing(settings, control)}
+
+
+def _changing(settings: GuardSettings, control: Control | None) -> dict[str, Any]:
+    """What the settings say of what can change while the service runs."""
+    arguments: dict[str, Any] = {
+        "policies": [policy.build(settings.book) for policy in settings.policies],
+        "agents": settings.agents,
+    }
+    if settings.identity is not None:
+        with _named(settings, "identity"):
+            arguments["identity"] = settings.identity.build(settings.directory, control)
+    if settings.session is not None:
+        arguments["session"] = extractor_of(settings.session)
+    if settings.streams is not None:
+        arguments["streams"] = settings.streams.build()
+    if settings.prices is not None:
+        with _named(settings, "prices"):
+            arguments["prices"] = settings.prices.build(settings.directory)
+    if settings.statuses is not None:
+        arguments["statuses"] = settings.statuses
+    return arguments
+
+
+_SAME_NAME: Final = (
+    "disclose",
+    "hold_wait_s",
+    "max_waiting",
+    "max_overage",
+    "session_limit",
+    "anonymous_session_limit",
+    "session_overflow",
+    "session_ttl",
+    "on_data_loss",
+    "assumed_input_tokens",
+    "assumed_output_tokens",
+    "learn_output",
+    "max_body_bytes",
+)
+
+
+def build_middleware_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `GuardMiddleware`, but for the guard itself."""
+    return {
+        "routes": None if settings.routes is None else [route.build(settings.book) for route in settings.routes],
+        "exempt": settings.exempt,
+        "unlisted": settings.unlisted,
+        "rate_limit_headers": settings.rate_limit_headers,
+    }
+
+
+def build_admin_options(settings: GuardSettings) -> AdminOptions:
+    """The options of `Guard.admin_app`.
+
+    Raises:
+        ConfigurationError: there is no `[admin]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.admin is None:
+        raise ConfigurationError(f"{settings.origin}: admin: is missing")
+    with _named(settings, "admin"):
+        return settings.admin.build()
+
+
+def build_gateway_arguments(settings: GuardSettings) -> dict[str, Any]:
+    """The keyword arguments of `gateway.Gateway`, but for the guard itself.
+
+    Raises:
+        ConfigurationError: there is no `[gateway]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.gateway is None:
+        raise ConfigurationError(f"{settings.origin}: gateway: is missing")
+    from asgi_llm_guard.gateway.configured import gateway_arguments
+
+    with _named(settings, "gateway"):
+        return gateway_arguments(settings.gateway)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def _named(settings: GuardSettings, key: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{settings.origin}: {key}: {error}") from None
