@@ -263,15 +263,11 @@ def test_clock_skew(store_ms: int, found: str | None) -> None:
 
 def test_the_worst_counts() -> None:
     """An error is graver than a warning, and that than a note."""
-    error, warning, note = (
-        Finding(severity=each, code="", seen="", next_step="") for each in ("note", "warning", "error")
-    )  # type: ignore[arg-type]
-    assert [worst([]), worst([note]), worst([note, warning]), worst([warning, error, note])] == [
-        None,
-        "note",
-        "warning",
-        "error",
-    ]
+    error, warning, note = [Finding(severity=each, code="", seen="", next_step="") for each in get_args(Severity)]
+    assert worst([]) is None
+    assert worst([note]) == "note"
+    assert worst([note, warning]) == "warning"
+    assert worst([warning, error, note]) == "error"
 
 
 # -------------------------------------------------------------------------------------- program

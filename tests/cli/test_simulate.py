@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import pytest
@@ -15,16 +15,22 @@ from tests.cli.traffic import Traffic
 
 from asgi_llm_guard import Budget, Concurrency, Iterations, ModelAllow, RateLimit, Route, Usage
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.policies._scoped import NamedPolicy
 from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.simulate import Agreement, Misfit, Simulation, Simulator, agreement, agreement_of_counts
 from asgi_llm_guard.simulate.report import MOST_SUBJECTS, Tally
 from asgi_llm_guard.usage import UsageRecord
 
+
+class Watchable(Policy, Protocol):
+    """A policy that has a shadow."""
+
+    def shadow(self) -> Policy: ...
+
+
 T0 = 1_795_269_600_000  # 2026-11-21 14:00 UTC
 DOLLAR = 10**9
 
-CANDIDATES: list[NamedPolicy] = [
+CANDIDATES: list[Watchable] = [
     Iterations(4),
     Budget(["$0.05/hourly", "$0.50/daily"], per="user", name="user_budget"),
     Budget("$0.20/10m", per="department", name="department_budget"),
@@ -110,7 +116,7 @@ def test_simulation_agrees_with_shadows_at_length(seed: int) -> None:
 
 def test_program_agrees_with_what_shadows_reported(tmp_path: Path) -> None:
     """W1: `simulate --against shadow` compares with the counts that a running guard has kept, from one settings file."""
-    policies: list[NamedPolicy] = [Budget("$0.01/hourly", per="user", name="budget"), Iterations(8)]
+    policies: list[Watchable] = [Budget("$0.01/hourly", per="user", name="budget"), Iterations(8)]
     fill(tmp_path, [policy.shadow() for policy in policies], calls=200)
     budget = '[[policies]]\nkind = "budget"\nlimits = ["$0.01/hourly"]\nper = "user"\nname = "budget"\n'
     file = settings(tmp_path, f'{budget}[[policies]]\nkind = "iterations"\nlimit = 8\n')
