@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from tests.servers import shared_cluster, shared_redis, shared_sentinel, shared_valkey, unique_namespace
@@ -13,7 +13,18 @@ from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 
-SERVERS = {"redis": shared_redis, "valkey": shared_valkey, "sentinel": shared_sentinel, "cluster": shared_cluster}
+
+class HasUrl(Protocol):
+    @property
+    def url(self) -> str: ...
+
+
+SERVERS: dict[str, Callable[[], HasUrl]] = {
+    "redis": shared_redis,
+    "valkey": shared_valkey,
+    "sentinel": shared_sentinel,
+    "cluster": shared_cluster,
+}
 
 MakeStorage = Callable[..., Storage]
 

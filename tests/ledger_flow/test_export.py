@@ -72,7 +72,7 @@ async def test_every_format_says_what_the_ledger_says(database: str, request: py
     total = (await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52))).total
     sums: dict[str, tuple[int, Decimal]] = {}
     for name in ("csv", "jsonl", "parquet", "focus"):
-        data, told = await exported(ledger, name)  # type: ignore[arg-type]
+        data, told = await exported(ledger, name)
         rows: list[dict[str, Any]]
         if name == "parquet":
             rows = pq.read_table(io.BytesIO(data)).to_pylist()
