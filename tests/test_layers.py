@@ -99,7 +99,6 @@ LIBRARIES = {
     "starlette": "admin decorator gateway identity integrations middleware testing",
     "tiktoken": "estimate",
     "uvicorn": "cli.serve testing",
-    "watchfiles": "settings",
     "yaml": "gateway.entries settings",
     "zstandard": "wire.encodings",
 }

@@ -21,6 +21,8 @@ __all__ = [
     "CacheHit",
     "CacheMiss",
     "CallEnded",
+    "ConfigurationChanged",
+    "ConfigurationRejected",
     "DataLost",
     "Event",
     "Expired",
@@ -213,6 +215,22 @@ class DataLost(msgspec.Struct, frozen=True):
     """What the guard does about it: `deny`, `accept` or `rebuild`."""
 
 
+class ConfigurationChanged(msgspec.Struct, frozen=True):
+    """The files that a guard follows have changed, and what they say holds."""
+
+    version: str
+    """Names their content."""
+
+
+class ConfigurationRejected(msgspec.Struct, frozen=True):
+    """The files that a guard follows have changed, and what they say does not hold. Sent once for each content."""
+
+    version: str
+    """What still holds."""
+    error: str
+    """What is wrong; names the file, the line and the key, and no secret."""
+
+
 class BacklogFull(msgspec.Struct, frozen=True):
     """So many settlements wait for the storage that cancellations are dropped. Sent once per outage.
 
@@ -237,6 +255,8 @@ Event = (
     | BacklogFull
     | CacheHit
     | CacheMiss
+    | ConfigurationChanged
+    | ConfigurationRejected
     | UsageAnomaly
     | AttemptEnded
     | Alert

@@ -252,15 +252,22 @@ class Guard:
             _bind_alerts(alerts, self)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], *, watch: bool = False) -> Self:
         """A guard as a TOML file, the environment and secret files describe it; see `docs/settings.md`.
+
+        `watch`: follow these files while the guard is open. What is wrong in them changes nothing, and is logged.
 
         Raises:
             ConfigurationError: names the file, the key, the value and what is allowed.
         """
         from asgi_llm_guard.settings import build_guard_arguments, load_settings
+        from asgi_llm_guard.settings import watch as follow
 
-        return cls(**build_guard_arguments(load_settings(path)))
+        settings = load_settings(path)
+        guard = cls(**build_guard_arguments(settings))
+        if watch:
+            follow(guard, settings)
+        return guard
 
     @property
     def ledger(self) -> Ledger | None:

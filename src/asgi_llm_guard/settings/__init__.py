@@ -16,14 +16,17 @@ from asgi_llm_guard.settings.build import (
 from asgi_llm_guard.settings.load import GuardSettings, load_settings
 from asgi_llm_guard.settings.policies import RouteSettings
 from asgi_llm_guard.settings.problems import ENV_PREFIX
+from asgi_llm_guard.settings.reload import Reload, watch
 
 __all__ = [
     "ENV_PREFIX",
     "GuardSettings",
+    "Reload",
     "RouteSettings",
     "build_admin_options",
     "build_gateway_arguments",
     "build_guard_arguments",
     "build_middleware_arguments",
     "load_settings",
+    "watch",
 ]

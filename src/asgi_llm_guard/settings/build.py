@@ -52,8 +52,10 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
     return {**arguments, **_changing(settings, control)}
 
 
-def build_replacement(settings: GuardSettings, control: Control | None) -> dict[str, Any]:
+def build_replacement(settings: GuardSettings, control: Control | None, *, identity: bool = True) -> dict[str, Any]:
     """The keyword arguments of `Guard.replace`: what can change while the service runs, all of it.
+
+    `identity`: whether who is verified is among it.
 
     Raises:
         ConfigurationError: as `build_guard_arguments`.
@@ -66,16 +68,18 @@ def build_replacement(settings: GuardSettings, control: Control | None) -> dict[
         "statuses": {},
         "routes": build_middleware_arguments(settings)["routes"],
     }
-    return {**usual, **_changing(settings, control)}
+    if not identity:
+        del usual["identity"]
+    return {**usual, **_changing(settings, control, identity=identity)}
 
 
-def _changing(settings: GuardSettings, control: Control | None) -> dict[str, Any]:
+def _changing(settings: GuardSettings, control: Control | None, *, identity: bool = True) -> dict[str, Any]:
     """What the settings say of what can change while the service runs."""
     arguments: dict[str, Any] = {
         "policies": [policy.build(settings.book) for policy in settings.policies],
         "agents": settings.agents,
     }
-    if settings.identity is not None:
+    if settings.identity is not None and identity:
         with _named(settings, "identity"):
             arguments["identity"] = settings.identity.build(settings.directory, control)
     if settings.session is not None:

@@ -96,6 +96,17 @@ class GuardSettings(BaseSettings):
         return self
 
     @property
+    def file(self) -> Path | None:
+        """Where the settings were read from; `None`: they were built in code."""
+        return self._file
+
+    @property
+    def path(self) -> Path:
+        """The same, where they were."""
+        assert self._file is not None  # noqa: S101 - asked of settings that were loaded
+        return self._file
+
+    @property
     def directory(self) -> Path:
         """What file names are relative to: where the settings file is, or the working directory."""
         return Path() if self._file is None else self._file.parent

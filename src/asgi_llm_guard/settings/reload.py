@@ -1,0 +1,197 @@
+"""A guard follows the files that its settings were read from.
+
+Rule 1: whatever changed is read, checked and built as a whole before any of it holds. With a mistake in it, everything
+stays as it was, and the mistake is told once, with its line.
+
+Rule 2: what cannot change while the service runs (the storage, for example) is such a mistake: the file would else say
+one thing and the service do another.
+
+Rule 3: files are read once a second and compared by content. That works on every mount, also where a link is changed to
+point to another folder, and costs a second at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.events import ConfigurationChanged, ConfigurationRejected, emit
+from asgi_llm_guard.identity.keys import read_toml
+from asgi_llm_guard.settings.build import build_gateway_arguments, build_replacement
+from asgi_llm_guard.settings.load import GuardSettings, load_settings
+
+if TYPE_CHECKING:
+    from asgi_llm_guard.gateway import Deployment, Gateway
+    from asgi_llm_guard.guard import Guard
+
+__all__ = ["CHORE", "Reload", "watch"]
+
+_log = logging.getLogger("asgi_llm_guard")
+
+CHORE: Final = "configuration"
+"""The name of the chore that looks at the files."""
+EVERY_S: Final = 1.0
+
+_CHANGING: Final = frozenset({
+    "policies", "agents", "departments", "identity", "session", "streams", "prices", "statuses", "routes", "gateway",
+})  # fmt: skip
+_LONGEST: Final = 4 * 1024 * 1024
+"""Of a larger file only so much is compared; settings are not that long."""
+
+
+class Reload:
+    """Follows the files of one guard. Made by `watch`.
+
+    Args:
+        settings: what the guard was made from.
+        gateway: whose deployments follow the file, too; without it, a change of `[gateway]` needs a new start.
+    """
+
+    def __init__(self, guard: Guard, settings: GuardSettings, *, gateway: Gateway | None = None) -> None:
+        if settings.file is None:
+            raise ConfigurationError("watch: these settings were read from no file; use load_settings(path)")
+        self.version = _digest(settings)
+        """What names the content that holds: the same in every process that goes by the same files."""
+        self.error: str | None = None
+        """Why what is in the files now does not hold; `None`: it does."""
+        self._guard = guard
+        self._gateway = gateway
+        self._settings = settings
+        self._seen = self.version
+
+    async def check(self) -> bool:
+        """Look at the files now; whether something else holds since. One turn of the chore."""
+        digest = await asyncio.to_thread(_digest, self._settings)
+        if digest == self._seen:
+            return False
+        self._seen = digest
+        try:
+            settings, replacement = await asyncio.to_thread(self._read)
+            added, removed = self._deployments(settings)
+            self._guard.replace(**replacement)
+        except ConfigurationError as error:
+            self.error = str(error)
+            _log.error("the configuration was changed, and is not taken over; the last good one holds: %s", error)
+            emit(self._guard.engine.observers, ConfigurationRejected(self.version, str(error)))
+            return False
+        if self._gateway is not None:
+            for name in removed:
+                self._gateway.remove(name)
+            for deployment in added:
+                self._gateway.add(deployment)
+        self._settings = settings
+        self.version = self._seen = _digest(settings)
+        self.error = None
+        _log.info("the configuration was changed, and holds from now on: version %s", self.version)
+        emit(self._guard.engine.observers, ConfigurationChanged(self.version))
+        return True
+
+    def _read(self) -> tuple[GuardSettings, dict[str, Any]]:
+        """The files as they are now, as what the guard is to go by."""
+        now = self._settings
+        settings = load_settings(now.path)
+        fixed = [name for name in GuardSettings.model_fields if _differs(name, now, settings)]
+        if (now.routes is None) != (settings.routes is None):
+            fixed.append("routes")
+        if self._gateway is None and now.gateway != settings.gateway:
+            fixed.append("gateway")
+        kept = settings.identity is not None and settings.identity.kind == "control"
+        if settings.identity != now.identity and (kept or _is_control(now)):
+            fixed.append("identity")
+        if fixed:
+            raise ConfigurationError(
+                f"{settings.origin}: {', '.join(fixed)}: cannot change while the service runs; start it again, or take "
+                "the change back"
+            )
+        replacement = build_replacement(settings, None, identity=not kept)
+        return settings, replacement
+
+    def _deployments(self, settings: GuardSettings) -> tuple[list[Deployment], list[str]]:
+        """Which deployments come, and which go; a changed one does both."""
+        if self._gateway is None or settings.gateway == self._settings.gateway:
+            return [], []
+        from asgi_llm_guard.gateway.entries import parse_deployments
+
+        wanted, before = build_gateway_arguments(settings), build_gateway_arguments(self._settings)
+        entries = wanted.pop("deployments")
+        del before["deployments"]
+        other = sorted(name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name))
+        if other:
+            raise ConfigurationError(
+                f"{settings.origin}: gateway.{other[0]}: cannot change while the service runs; start it again, or take "
+                "the change back"
+            )
+        new: Mapping[str, Deployment] = {each.name: each for each in parse_deployments(entries)}
+        if not new:
+            raise ConfigurationError(f"{settings.origin}: gateway.deployments: none is left")
+        old = {each.name: each for each in self._gateway.deployments}
+        changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+        return (
+            [new[name] for name in new if name not in old or name in changed],
+            [name for name in old if name not in new or name in changed],
+        )
+
+
+def watch(guard: Guard, settings: GuardSettings, *, gateway: Gateway | None = None) -> Reload:
+    """Have `guard` follow the files that `settings` were read from, as long as it is open (`docs/settings.md`).
+
+    Raises:
+        ConfigurationError: the settings were read from no file.
+    """
+    reload = Reload(guard, settings, gateway=gateway)
+    guard.chores.add(CHORE, EVERY_S, reload.check)
+    return reload
+
+
+def _differs(name: str, one: GuardSettings, other: GuardSettings) -> bool:
+    return name not in _CHANGING and getattr(one, name) != getattr(other, name)
+
+
+def _is_control(settings: GuardSettings) -> bool:
+    return settings.identity is not None and settings.identity.kind == "control"
+
+
+def _digest(settings: GuardSettings) -> str:
+    """Names the content of all files that the settings come from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in _files(settings):
+        try:
+            with path.open("rb") as file:
+                content = file.read(_LONGEST)
+        except OSError as error:
+            content = f"\0{error.errno}".encode()
+        digest.update(f"{path}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _files(settings: GuardSettings) -> Iterator[Path]:
+    yield settings.path
+    folder = settings.secrets_dir
+    if folder is not None:
+        for root, folders, names in os.walk(settings.directory / folder, followlinks=True):
+            folders.sort()
+            yield from (Path(root) / name for name in sorted(names))
+    for named in (settings.identity, settings.prices):
+        for key in ("file", "key_file"):
+            path = getattr(named, key, None)
+            if path is not None:
+                yield settings.directory / path
+    keys = getattr(settings.identity, "file", None)
+    if keys is not None:
+        yield from _secret_of(settings.directory / keys)
+
+
+def _secret_of(keys: Path) -> Iterator[Path]:
+    try:
+        named = read_toml(keys).get("secret_file")
+    except ConfigurationError:
+        return  # told when it is read
+    if isinstance(named, str):
+        yield keys.parent / named
