@@ -49,13 +49,15 @@ DOCUMENT: Final = "control"
 
 _LOAD_S: Final = 2.0
 """How long the first request waits for the first state."""
+_ANSWER_S: Final = 0.25
+"""How long a turn waits for the database."""
 _PAUSE_S: Final = 0.25
 """After a first load that failed, requests do not wait for another one for so long."""
 _REPUBLISH_MS: Final = 30_000
 """A storage that was flushed has the document again after so long."""
 
 Following = Literal["loading", "ok", "stale", "refused"]
-"""`stale`: neither place answers. `refused`: there is a newer state that this process cannot put in force."""
+"""`ok`: the database answers, or what others publish does. `stale`: neither place answers. `refused`: there is a newer state that this process cannot put in force."""
 
 NOT_LOADED: Final = Refusal(
     policy="guard",
@@ -111,6 +113,8 @@ class Follower:
         """Which version is known to be published, and when that is looked at again."""
         self._revoke: set[str] = set()
         """Knowledge bases whose kept answers are still to be revoked."""
+        self._reading: asyncio.Task[ControlState] | None = None
+        """Asks the database, perhaps since an earlier turn."""
         self._loading: Future[None] | None = None
         self._not_before = 0.0
         self._lock = threading.Lock()
@@ -165,6 +169,11 @@ class Follower:
                 self._loading = None
                 self._not_before = time.monotonic() + _PAUSE_S
 
+    def forked(self) -> None:
+        """This is a child process now: nobody loads anything in it yet. What is in force stays."""
+        self._reading = self._loading = None
+        self._lock = threading.Lock()
+
     def bound(self, policy: Policy) -> None:
         """A policy was bound to the guard: the quotas that it keeps to are followed from now on."""
         if isinstance(policy, DepartmentAware) and policy.book not in self._books:
@@ -193,7 +202,7 @@ class Follower:
         answered, newest = False, self.state
         wrong = ""
         try:
-            read = await self._read()
+            read = await self._read_in_time()
             answered = True
             if newest is None or read.version > newest.version:
                 newest = read
@@ -205,19 +214,41 @@ class Follower:
             try:
                 document = await shared.document(DOCUMENT, known=0 if newest is None else newest.version)
                 if document is not None:
-                    newest = decode(document.data)
+                    newest = await asyncio.to_thread(decode, document.data)
                 answered = True
             except (StorageError, ConfigurationError) as error:
                 wrong = wrong or _sentence(error)
                 answered = answered or isinstance(error, ConfigurationError)
+        if newest is None and self._reading is not None:  # requests wait for it, and there is nothing else
+            await asyncio.wait((self._reading,), timeout=_LOAD_S)
+            try:
+                read = newest = await self._answer(self._reading)
+                wrong, answered = "", True
+            except (StorageError, ConfigurationError) as error:
+                wrong = _sentence(error)
         if newest is not None and newest is not self.state:
-            wrong = self._put_in_force(newest) or wrong
+            wrong = await self._put_in_force(newest) or wrong
         elif self._prices_change_ms is not None and self._engine.clock.now_ms() >= self._prices_change_ms:
             self._change_prices()
         await self._revoke_answers()
         if shared is not None and read is not None and read is self.state:
             await self._publish(shared, read)
         self._tell(wrong, answered=answered)
+
+    async def _read_in_time(self) -> ControlState:
+        """As `_read`. A database that does not answer holds up no turn: it is asked on beside them."""
+        task = self._reading
+        if task is None:
+            task = self._reading = asyncio.create_task(self._read())
+            task.add_done_callback(_seen)
+            await asyncio.wait((task,), timeout=_ANSWER_S)
+        return await self._answer(task)
+
+    async def _answer(self, task: asyncio.Task[ControlState]) -> ControlState:
+        if not task.done():
+            raise StorageError("the database does not answer in time")
+        self._reading = None
+        return await task
 
     async def _read(self) -> ControlState:
         """What is in the database: read whole only where it is another version."""
@@ -240,7 +271,7 @@ class Follower:
         if version == state.version and now_ms < again_ms:
             return
         try:
-            await shared.publish(DOCUMENT, state.version, encode(state))
+            await shared.publish(DOCUMENT, state.version, await asyncio.to_thread(encode, state))
         except StorageError:
             return  # the next turn tries again
         except ValueError as error:
@@ -256,8 +287,6 @@ class Follower:
             following = "stale"
         else:
             following = "refused" if wrong and not wrong.startswith(_AWAY) else "ok"
-        if following == "ok":
-            wrong = ""
         if (following, wrong) != (self.following, self.why):
             if wrong:
                 kept = "nothing is loaded yet" if self.state is None else f"version {self.state.version} stays in force"
@@ -270,15 +299,18 @@ class Follower:
 
     # ------------------------------------------------------------------------------------- force
 
-    def _put_in_force(self, state: ControlState) -> str:
+    async def _put_in_force(self, state: ControlState) -> str:
         """Make everything ready, then put it in force; or say why not, with nothing changed."""
         engine, old = self._engine, self.state
         now_ms = engine.clock.now_ms()
         departments = {name: entry.value.quota for name, entry in state.departments.items()}
         agents = {name: entry.value.limits for name, entry in state.agents.items()}
         try:
-            prices = _laid_over(self._prices, state, now_ms)
-            use = self.administration.prepare(state)
+            own = self._prices
+            prices = await asyncio.to_thread(_laid_over, own, state, now_ms)
+            use = await asyncio.to_thread(self.administration.prepare, state)
+            if own is not self._prices:  # code has changed its own meanwhile
+                prices = _laid_over(self._prices, state, now_ms)
         except ConfigurationError as error:
             return _sentence(error)
         # From here on nothing can fail. What takes away comes before what gives.
@@ -321,6 +353,12 @@ class Follower:
 
 
 _AWAY: Final = "away: "
+
+
+def _seen(task: asyncio.Task[ControlState]) -> None:
+    """What it raises is told at the next turn, if there is one."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _sentence(error: Exception) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
+import threading
 from collections import ChainMap
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -68,6 +70,28 @@ class Away(Control):
             raise StorageError("the database is away")
 
 
+class Hanging:
+    """An administration that takes questions, and answers them when the test says so."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self.answers = threading.Event()
+
+    async def version(self) -> int:
+        await asyncio.to_thread(self.answers.wait, 10)
+        return await self._control.version()
+
+    async def state(self) -> ControlState:
+        await asyncio.to_thread(self.answers.wait, 10)
+        return await self._control.state()
+
+    def prepare(self, state: ControlState) -> Callable[[], None]:
+        return self._control.prepare(state)
+
+    async def aclose(self) -> None:
+        """The test closes what is behind it."""
+
+
 class AwayShared(MemoryStorage):
     """A storage that keeps counters, and has lost the way to what processes share when the test says so."""
 
@@ -109,6 +133,14 @@ async def turn_until(guard: Guard, state: str) -> None:
     """Turns until it follows again: the storage notices by itself, and not at once, that it is back."""
     async with asyncio.timeout(10):
         while following(guard) != state:
+            await turn(guard)
+
+
+async def turn_until_told(guard: Guard) -> None:
+    """Turns until nothing is wrong any more."""
+    assert guard.follower is not None
+    async with asyncio.timeout(10):
+        while guard.follower.why:
             await turn(guard)
 
 
@@ -350,6 +382,76 @@ async def test_processes_that_do_not_reach_the_database_follow(
     assert await code(distant) == BLOCKED
     assert distant.control_version == near.control_version == await control.version()
     await far.aclose()
+
+
+async def test_a_database_that_hangs_holds_up_nobody(control: Away, make: Callable[..., Guard]) -> None:
+    """A database that takes the question and never answers: the storage is followed meanwhile, from the first turn on, and
+    the database again when it answers."""
+    hanging = Hanging(control)
+    near, distant = make(Iterations(50)), make(Iterations(50), control=hanging)
+    for limit in (0, 50):
+        await control.put("agent", "writer", {"max_iterations": limit}, actor=ANNA)
+        await turn(near)
+        async with asyncio.timeout(2):
+            await turn(distant)
+        assert await code(distant) == (BLOCKED if limit == 0 else None)
+    assert distant.follower is not None
+    assert "does not answer in time" in distant.follower.why
+    hanging.answers.set()
+    await turn_until_told(distant)
+    await control.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    await turn(distant)
+    assert await code(distant) == BLOCKED
+
+
+async def test_the_first_state_may_take_a_moment(control: Away, make: Callable[..., Guard]) -> None:
+    """The first request waits for a database that answers late; nothing is refused that need not be."""
+    hanging = Hanging(control)
+    guard = make(Iterations(50), control=hanging)
+    asked = asyncio.create_task(code(guard))
+    await asyncio.wait((asked,), timeout=0.4)
+    assert not asked.done()
+    hanging.answers.set()
+    assert await asked is None
+
+
+async def test_a_forked_child_follows(tmp_path: Path) -> None:
+    """A process that is forked off one that follows keeps what is in force, and follows by itself."""
+    url = f"sqlite:///{tmp_path}/control.db"
+    writer = Control(url, secret=SECRET)
+    guard = Guard([Iterations(50)], control=url)
+    assert await code(guard) is None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = asyncio.run(_until_refused(guard))
+        finally:
+            os._exit(status)
+    await writer.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    await guard.aclose()
+    await writer.aclose()
+
+
+async def _until_refused(guard: Guard) -> int:
+    async with asyncio.timeout(10):
+        while True:
+            if await code(guard) == BLOCKED:
+                return 0
+            await asyncio.sleep(0.02)
+
+
+async def test_postgresql_is_followed(make: Callable[..., Guard], clock: FrozenClock, postgres_url: str) -> None:
+    """C16: administration data in PostgreSQL are followed like those in SQLite."""
+    control = Control(postgres_url, secret=SECRET, clock=clock)
+    guard = make(Iterations(50), Quota(QuotaBook({"research": {}})), control=control)
+    assert await code(guard) is None
+    await control.put("department", "research", {"monthly_cost": 0}, actor=ANNA)
+    await turn(guard)
+    assert await code(guard) == BLOCKED
+    await control.aclose()
 
 
 async def test_a_change_whose_writer_died_is_published(control: Away, make: Callable[..., Guard]) -> None:

@@ -36,6 +36,10 @@ TYPES: Final[Mapping[Kind, type[Value]]] = {
     "stop": Stop,
 }
 
+_REQUIRED: Final[Mapping[Kind, tuple[str, ...]]] = {
+    kind: tuple([field.name for field in msgspec.structs.fields(made) if field.required])
+    for kind, made in TYPES.items()
+}
 _NAMED: Final[Mapping[Kind, str]] = {"department": "name", "agent": "name", "price": "model"}
 """The field that is the entry's name; `id` for all others."""
 _LIMITS: Final[Mapping[Kind, tuple[str, ...]]] = {
@@ -134,7 +138,7 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
             continue
         fields[field] = _field(kind, field, item, where)
     fields[own] = name
-    missing = [field.name for field in msgspec.structs.fields(made) if field.required and field.name not in fields]
+    missing = [field for field in _REQUIRED[kind] if field not in fields]
     if missing:
         raise ConfigurationError(f"{where}: {', '.join(missing)} missing")
     try:
