@@ -6,7 +6,7 @@ import sqlite3
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from starlette.applications import Starlette
@@ -24,6 +24,7 @@ from tests.cli.kit import call, document, fill, process, settings
 from asgi_llm_guard import Budget, Guard, GuardMiddleware, Iterations, RateLimit, Route
 from asgi_llm_guard.doctor import (
     Finding,
+    Severity,
     examine_application,
     examine_clock,
     examine_guard,
