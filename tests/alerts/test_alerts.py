@@ -533,6 +533,33 @@ async def test_a_store_that_is_away() -> None:
         assert len(told) + len(told_later) == 2
 
 
+@pytest.mark.parametrize("fault", ["down", "silent"])
+async def test_a_store_that_goes_away_between(receiver: Receiver, fault: str) -> None:
+    """S3: wherever the store goes away, or loses an answer, between noticing an alert and noting that it was sent: it is
+    sent at least once, under one id."""
+    for after in range(1, 12):
+        clock = FrozenClock(START)
+        storage = OutageStorage(MemoryStorage(clock=clock, lapse_ms=86_400_000))
+        receiver.got.clear()
+        async with Watched(Threshold(at=(50,)), storage=storage, clock=clock, receivers=(receiver,)) as watched:
+            await spend(watched.guard, 6)
+            await watched.guard.heartbeat()
+            storage.down(after=after) if fault == "down" else storage.lose_replies(after=after)
+            for _ in range(2):
+                with contextlib.suppress(StorageError):
+                    await watched.guard.chores.run(CHORE)
+                with contextlib.suppress(StorageError):
+                    await watched.guard.chores.run(LAST_CHORE)
+            storage.up()
+            for _ in range(4):
+                await watched.told()
+                clock.advance(ms=240_000)
+            await watched.told()
+            assert len(alerts_in(watched.seen)) == 1 or fault == "silent"
+        assert len({got.headers["x-guard-id"] for got in receiver.got}) == 1
+        assert len(receiver.got) <= 2
+
+
 async def test_a_full_queue_drops_nothing_that_crosses() -> None:
     """S3: more events than the queue takes, with nobody looking: every threshold is told all the same."""
     from asgi_llm_guard.alerts.watch import Watch
@@ -555,6 +582,21 @@ def test_what_alerts_cannot_be_bound_to() -> None:
         Guard(storage=LimitsStorage.from_url("memory://"), alerts=Alerts())
     with pytest.raises(ConfigurationError, match="alerts"):
         Guard(alerts="yes")  # type: ignore[arg-type]
+
+
+async def test_in_a_forked_child() -> None:
+    """What a parent has seen is the parent's to tell; what a child sees is the child's."""
+    async with Watched(Threshold(at=(50,))) as watched:
+        await spend(watched.guard, 6, caller="of the parent")
+        watched.alerts._pid = 0  # as a child finds it
+        await spend(watched.guard, 6, caller="of the child")
+        assert [alert.subject for alert in await watched.told()] == ["of the child"]
+
+
+async def test_alerts_without_a_guard() -> None:
+    """Alerts that belong to no guard say so."""
+    with pytest.raises(ConfigurationError, match="guard"):
+        await Alerts().turn()
 
 
 def test_two_webhooks_of_one_name() -> None:

@@ -66,6 +66,7 @@ class Alerts:
         if not 10_000 <= self._patience_ms <= 3_600_000:
             raise ConfigurationError(f"Alerts.patience: expected a time from 10s to 1h, got {patience!r}")
         self._guard: Guard | None = None
+        self._shared: Shared
 
     def bind(self, guard: Guard) -> None:
         """Watch this guard from now on.
@@ -79,7 +80,7 @@ class Alerts:
             raise ConfigurationError(
                 f"Alerts: a {type(guard.storage).__name__} cannot keep what was told already; use memory, SQLite, or Redis"
             )
-        guard.storage.shared()  # says by itself if what it is around cannot
+        self._shared = guard.storage.shared()  # says by itself if what it is around cannot
         self._guard = guard
         self._begin_anew(guard)
         guard.observe(self._see)
@@ -89,7 +90,7 @@ class Alerts:
     def _begin_anew(self, guard: Guard) -> None:
         self._pid = os.getpid()
         self._watch = Watch(self.rules)
-        self._deliveries = Deliveries(lambda: _shared(guard), lambda: _now_ms(guard), patience_ms=self._patience_ms)
+        self._deliveries = Deliveries(self._shared, lambda: _now_ms(guard), patience_ms=self._patience_ms)
         self._generations: dict[str, tuple[int, str]] = {}
         self._turn: asyncio.Lock = asyncio.Lock()
 
@@ -122,7 +123,7 @@ class Alerts:
                 meters = due[at : at + _BATCH]
                 readings = await guard.storage.read(meters)
                 crossings = self._watch.look(meters, readings, now_ms)
-                await self._note_resets(guard)
+                await self._note_resets()
                 for crossing in crossings:
                     await self._tell(guard, crossing, now_ms)
             await self._deliveries.ask()
@@ -136,19 +137,19 @@ class Alerts:
         finally:
             await self._deliveries.flush(_LAST_S / 2)
 
-    async def _note_resets(self, guard: Guard) -> None:
+    async def _note_resets(self) -> None:
         """Have what was told of an instance be told again where its counter was reset, by whoever notices first."""
         while self._watch.lowered:
             key = next(iter(self._watch.lowered))
             meter, instance = self._watch.lowered[key]
             known = self._generations.get(key, (0, ""))[0]
-            await _shared(guard).publish(_generation_name(meter), known + 1, instance.encode())
-            await self._learn(guard, meter)
+            await self._shared.publish(_generation_name(meter), known + 1, instance.encode())
+            await self._learn(meter)
             del self._watch.lowered[key]
 
-    async def _learn(self, guard: Guard, meter: Meter) -> None:
+    async def _learn(self, meter: Meter) -> None:
         known = self._generations.get(meter.key, (0, ""))
-        found = await _shared(guard).document(_generation_name(meter), known=known[0])
+        found = await self._shared.document(_generation_name(meter), known=known[0])
         if found is not None:
             self._generations[meter.key] = (found.version, found.data.decode())
 
@@ -156,9 +157,9 @@ class Alerts:
         if not self._deliveries.has_room(self.webhooks):
             return  # it is still crossed with the next turn
         if isinstance(crossing.rule, BurnRate) or not is_fixed(crossing.meter.window):
-            found = await self._episode(guard, crossing, now_ms)
+            found = await self._episode(crossing, now_ms)
         else:
-            found = await self._instance(guard, crossing)
+            found = await self._instance(crossing)
         if found is None:
             return  # another process has just begun to tell it: with the next turn its id is known
         alert_id, first = found
@@ -169,21 +170,20 @@ class Alerts:
         for webhook in self.webhooks:
             self._deliveries.add(Due(alert, webhook, crossing.until_ms))
 
-    async def _instance(self, guard: Guard, crossing: Crossing) -> tuple[str, bool]:
+    async def _instance(self, crossing: Crossing) -> tuple[str, bool]:
         """The id of an alert about one instance of a window, and whether it is this process's to tell."""
-        await self._learn(guard, crossing.meter)
+        await self._learn(crossing.meter)
         version, instance = self._generations.get(crossing.meter.key, (0, ""))
         alert_id = _digest(crossing, version if instance == crossing.instance else 0)
-        return alert_id, await _shared(guard).mark(f"alert:{alert_id}", until_ms=crossing.until_ms)
+        return alert_id, await self._shared.mark(f"alert:{alert_id}", until_ms=crossing.until_ms)
 
-    async def _episode(self, guard: Guard, crossing: Crossing, now_ms: int) -> tuple[str, bool] | None:
+    async def _episode(self, crossing: Crossing, now_ms: int) -> tuple[str, bool] | None:
         """The same where there are no instances: it lasts as long as it is not to be told again, from when it was told."""
-        shared = _shared(guard)
         name = "alert:" + _digest(crossing, 0)
-        if await shared.mark(name, until_ms=crossing.until_ms):
-            await shared.publish(name, now_ms, b"")
+        if await self._shared.mark(name, until_ms=crossing.until_ms):
+            await self._shared.publish(name, now_ms, b"")
             return _digest(crossing, now_ms), True
-        begun = await shared.document(name)
+        begun = await self._shared.document(name)
         if begun is None or begun.version + crossing.until_ms - now_ms <= now_ms:
             return None
         return _digest(crossing, begun.version), False
@@ -213,13 +213,6 @@ def _alert(alert_id: str, crossing: Crossing, now_ms: int) -> Alert:
         window_ms=rule.window_ms if isinstance(rule, BurnRate) else None,
         shadow=not meter.enforce,
     )
-
-
-def _shared(guard: Guard) -> Shared:
-    storage = guard.storage
-    if not isinstance(storage, KeepsShared):
-        raise ConfigurationError(f"Alerts: a {type(storage).__name__} cannot keep what was told already")
-    return storage.shared()
 
 
 def _now_ms(guard: Guard) -> int:

@@ -68,7 +68,7 @@ class Deliveries:
 
     def __init__(
         self,
-        shared: Callable[[], Shared],
+        shared: Shared,
         now_ms: Callable[[], int],
         *,
         patience_ms: int,
@@ -113,7 +113,7 @@ class Deliveries:
 
     async def _take(self, due: Due, now_ms: int) -> bool:
         """Whether it is this process's to send."""
-        shared, over_ms = self._shared(), now_ms + self._patience_ms
+        shared, over_ms = self._shared, now_ms + self._patience_ms
         is_over = now_ms >= due.until_ms
         if not is_over and not await shared.mark(due.turn, until_ms=over_ms):
             self._count(due, -1)
@@ -166,7 +166,7 @@ class Deliveries:
         await self._finish(due, taken=taken)
 
     async def _finish(self, due: Due, *, taken: bool) -> None:
-        shared = self._shared()
+        shared = self._shared
         try:
             await shared.unmark(due.sent)
             if taken:
@@ -180,8 +180,8 @@ class Deliveries:
     async def _give_up(self, due: Due) -> None:
         """Let another process send it at once."""
         with contextlib.suppress(StorageError):
-            await self._shared().unmark(due.sent)
-            await self._shared().unmark(due.turn)
+            await self._shared.unmark(due.sent)
+            await self._shared.unmark(due.turn)
 
     async def flush(self, timeout_s: float) -> None:
         """Wait for what is being sent, and give up what takes longer."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -31,13 +31,12 @@ MOST_EVENTS: Final = 10_000
 MOST_METERS: Final = 50_000
 MOST_CALLS: Final = 50_000
 
+_MOST_KINDS: Final = 1_024
+"""There are as many kinds of meters as policies, scopes and windows."""
 _SAMPLES: Final = 60
 """A burn rate's window is looked at in so many steps."""
 _GRACE_MS: Final = 600_000
 """Clocks differ: what was told of a window is known for longer than that."""
-
-
-Rule = TypeVar("Rule", Threshold, BurnRate)
 
 
 class Crossing(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,15 +62,36 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
         return self.rule.of, self.at, 0
 
 
+class _Rules(msgspec.Struct, frozen=True):
+    """Those that are about one kind of meter."""
+
+    thresholds: tuple[Threshold, ...]
+    burns: tuple[BurnRate, ...]
+    lowest: float | None
+    """The first percent that is worth an alert; `None`: none is."""
+
+    @classmethod
+    def of(cls, rules: Sequence[AlertRule]) -> Self:
+        thresholds = tuple(rule for rule in rules if isinstance(rule, Threshold))
+        burns = tuple(rule for rule in rules if isinstance(rule, BurnRate))
+        return cls(thresholds, burns, min((rule.lowest for rule in thresholds), default=None))
+
+    def may_matter(self, level: int, meter: Meter) -> bool:
+        """Whether a counter with so much used and held has to be looked at."""
+        return bool(self.burns) or (self.lowest is not None and crossed(level, self.lowest, meter.limit or 0))
+
+
+_UNASKED: Final = _Rules((), (), None)
+
+
 class _Entry:
     """What is known of one counter."""
 
-    __slots__ = ("burns", "instance", "last", "meter", "sampled_ms", "samples", "spent", "thresholds", "told")
+    __slots__ = ("instance", "last", "meter", "rules", "sampled_ms", "samples", "spent", "told")
 
-    def __init__(self, meter: Meter, thresholds: Sequence[Threshold], burns: Sequence[BurnRate]) -> None:
+    def __init__(self, meter: Meter, rules: _Rules) -> None:
         self.meter = meter
-        self.thresholds = thresholds
-        self.burns = burns
+        self.rules = rules
         self.instance: str | None = None
         """Of the last reading; `None`: there was none."""
         self.last = 0
@@ -86,14 +106,14 @@ class _Entry:
 
     @property
     def step_ms(self) -> int:
-        return min((rule.window_ms for rule in self.burns), default=0) // _SAMPLES
+        return min((rule.window_ms for rule in self.rules.burns), default=0) // _SAMPLES
 
     def may_cross(self, used: int, held: int, now_ms: int) -> bool:
         """Whether there is a threshold at or below all that is used or held, that was not told."""
         limit, level = self.meter.limit or 0, used + held
         return any(
             crossed(level, at, limit) and self.told.get((rule.of, at, 0), 0) <= now_ms
-            for rule in self.thresholds
+            for rule in self.rules.thresholds
             for at in rule.at
         )
 
@@ -122,6 +142,7 @@ class Watch:
         most_calls: int = MOST_CALLS,
     ) -> None:
         self._rules = tuple(rules)
+        self._by_kind: dict[tuple[Any, ...], _Rules | None] = {}
         self._most_events = most_events
         self._most_meters = most_meters
         self._most_calls = most_calls
@@ -154,10 +175,8 @@ class Watch:
             return
         for receipt in event.granted.receipts:
             meter, level = receipt.claim.meter, receipt.used + receipt.held + receipt.claim.amount
-            if any(
-                rule.matches(meter) and (isinstance(rule, BurnRate) or crossed(level, rule.lowest, meter.limit or 0))
-                for rule in self._rules
-            ):
+            rules = self._rules_of(meter)
+            if rules is not None and rules.may_matter(level, meter):
                 with self._crowding:
                     self._crowded[meter.key] = meter
 
@@ -195,26 +214,20 @@ class Watch:
         meters = []
         for receipt in event.granted.receipts:
             meter = receipt.claim.meter
-            if receipt.taken and any(rule.matches(meter) for rule in self._rules):
+            if receipt.taken and (rules := self._rules_of(meter)) is not None:
                 meters.append(meter)
-                self._took(meter, receipt, now_ms)
+                self._took(meter, rules, receipt, now_ms)
         if event.call_id is not None and meters:
             self._calls[event.call_id] = tuple(meters)
             if len(self._calls) > self._most_calls:
                 self._calls.popitem(last=False)
 
-    def _took(self, meter: Meter, receipt: Receipt, now_ms: int) -> None:
+    def _took(self, meter: Meter, rules: _Rules, receipt: Receipt, now_ms: int) -> None:
         used, held = receipt.used, receipt.held + receipt.claim.amount
-        entry = self._entries.get(meter.key)
-        if entry is None:
-            # Most counters are far from their thresholds: nothing is kept of them.
-            lowest = min((rule.lowest for rule in self._matching(meter, Threshold)), default=None)
-            if (lowest is None or not crossed(used + held, lowest, meter.limit or 0)) and not self._matching(
-                meter, BurnRate
-            ):
-                return
+        if meter.key not in self._entries and not rules.may_matter(used + held, meter):
+            return  # as most counters are: nothing is kept of them
         entry = self._entry(meter)
-        if entry.burns:
+        if entry.rules.burns:
             self._sampling.add(meter.key)
         if entry.may_cross(used, held, now_ms) or entry.was_lowered(used, now_ms):
             self._watched.add(meter.key)
@@ -230,19 +243,26 @@ class Watch:
                 self._entry(meter)
                 self._watched.add(meter.key)
             entry = self._entries.get(meter.key)
-            if entry is not None and entry.burns:
+            if entry is not None and entry.rules.burns:
                 self._sampling.add(meter.key)
 
-    def _matching(self, meter: Meter, kind: type[Rule]) -> list[Rule]:
-        return [rule for rule in self._rules if isinstance(rule, kind) and rule.matches(meter)]
+    def _rules_of(self, meter: Meter) -> _Rules | None:
+        """The rules that are about a meter; `None`: there are none."""
+        kind = (meter.policy, meter.scope, meter.rule, meter.enforce, bool(meter.limit), meter.window)
+        found = self._by_kind.get(kind, _UNASKED)
+        if found is _UNASKED:
+            if len(self._by_kind) >= _MOST_KINDS:
+                self._by_kind.clear()
+            matching = [rule for rule in self._rules if rule.matches(meter)]
+            found = self._by_kind[kind] = _Rules.of(matching) if matching else None
+        return found
 
     def _entry(self, meter: Meter) -> _Entry:
         """What is known of a meter that there are rules for."""
         entry = self._entries.get(meter.key)
         if entry is None:
             self._forget_one()
-            entry = _Entry(meter, self._matching(meter, Threshold), self._matching(meter, BurnRate))
-            self._entries[meter.key] = entry
+            entry = self._entries[meter.key] = _Entry(meter, self._rules_of(meter) or _Rules.of(()))
         else:
             self._entries.move_to_end(meter.key)
             entry.meter = meter  # its limit may be another one
@@ -266,7 +286,7 @@ class Watch:
             instance = instance_of(meter.window, reading.resets_at_ms)
             grown = self._compare(entry, instance, reading, now_ms)
             crossings = self._thresholds(entry, reading, instance, now_ms)
-            if entry.burns:
+            if entry.rules.burns:
                 crossings += self._burns(entry, grown, reading, instance, now_ms)
             found += crossings
             if crossings or entry.may_cross(reading.used, reading.held, now_ms):
@@ -295,7 +315,7 @@ class Watch:
         else:
             until_ms = now_ms + max(period_ms(meter.window, now_ms), 60_000)
         found: dict[tuple[str, float, int], Crossing] = {}
-        for rule in entry.thresholds:
+        for rule in entry.rules.thresholds:
             level = reading.used + (reading.held if rule.of == "held" else 0)
             for at in rule.at:
                 if crossed(level, at, meter.limit or 0) and entry.told.get((rule.of, at, 0), 0) <= now_ms:
@@ -308,13 +328,13 @@ class Watch:
     def _burns(self, entry: _Entry, grown: int, reading: Reading, instance: str, now_ms: int) -> list[Crossing]:
         entry.spent += grown
         entry.sampled_ms = now_ms
-        samples, longest_ms = entry.samples, max(rule.window_ms for rule in entry.burns)
+        samples, longest_ms = entry.samples, max(rule.window_ms for rule in entry.rules.burns)
         if not samples or not 0 <= now_ms - samples[-1][0] < entry.step_ms:
             samples.append((now_ms, entry.spent))
         while samples[0][0] < now_ms - longest_ms or samples[0][0] > now_ms:
             samples.popleft()
         found = []
-        for rule in entry.burns:
+        for rule in entry.rules.burns:
             # From the first sample inside the window: what this process did not see may have been before it.
             spent = entry.spent - next(then for at_ms, then in samples if at_ms >= now_ms - rule.window_ms)
             crossing = Crossing(
