@@ -47,6 +47,10 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     subject: str = ""
     status: int | None = None
     """`None`: by the table in `docs/denials.md`."""
+    allowed: tuple[str, ...] = ()
+    """Models that would be allowed instead, as they are listed."""
+    owned: bool = False
+    """The caller owns the scope: they may be told what is `allowed`."""
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -83,6 +87,8 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True):
     """Every policy that refused, in order."""
     details: tuple[str, ...] = ()
     """One line for each further refusing claim (`ProviderBudget`: spend and limit of each provider)."""
+    approval_url: str | None = None
+    """Where to ask for more, if the service has such a place."""
     receipts: tuple[Receipt, ...] = ()
     """The state of every claim. For code, logs and events; never rendered whole."""
     now_ms: int = 0

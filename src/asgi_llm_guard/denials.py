@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final, Literal, assert_never, get_args
+from urllib.parse import quote
 
 import msgspec
 
@@ -33,6 +34,7 @@ __all__ = [
     "Disclose",
     "Statuses",
     "capacity",
+    "check_approval_url",
     "check_status",
     "check_statuses",
     "deny",
@@ -44,6 +46,7 @@ __all__ = [
     "refusing",
     "together",
     "utc",
+    "with_approval",
 ]
 
 Disclose = Literal["owned", "all"]
@@ -52,6 +55,8 @@ Statuses = Mapping[Code | Rule, int]
 RETRYABLE_S: Final = 60
 """Longer waits are not worth a client's automatic retry: some sleep through them, others ignore them."""
 
+_MOST_MODELS: Final = 20
+_MOST_CHARACTERS: Final = 200
 _SHORT_MS: Final = 1000
 """The wait for a slot, or for calls in flight to settle: when they end is not known, so ask again soon."""
 
@@ -315,7 +320,9 @@ def _is_of_provider(receipt: Receipt) -> bool:
     return receipt.claim.meter.scope == "provider"
 
 
-def refuse(refusal: Refusal, *, statuses: Statuses | None = None, now_ms: int = 0) -> Denied:
+def refuse(
+    refusal: Refusal, *, statuses: Statuses | None = None, now_ms: int = 0, disclose: Disclose = "owned"
+) -> Denied:
     """A refusal that no counter has a part in. Only an outage, a shutdown and a request that is still being answered
     are worth a retry, after one second."""
     retry = refusal.code in ("guard_unavailable", "guard_draining", "concurrency_limit_exceeded")
@@ -332,8 +339,62 @@ def refuse(refusal: Refusal, *, statuses: Statuses | None = None, now_ms: int = 
         scope=refusal.scope,
         subject=refusal.subject,
         violated=(refusal.policy,),
+        details=_allowed(refusal, disclose),
         now_ms=now_ms,
     )
+
+
+def _allowed(refusal: Refusal, disclose: Disclose) -> tuple[str, ...]:
+    """The models that may be asked for instead, the first ones of a long list, where the caller may know them."""
+    if not refusal.allowed or not (refusal.owned or disclose == "all"):
+        return ()
+    more = len(refusal.allowed) - _MOST_MODELS
+    return (f"allowed: {', '.join(refusal.allowed[:_MOST_MODELS])}{f', and {more} more' if more > 0 else ''}",)
+
+
+_GRANTABLE: Final[frozenset[Code]] = frozenset(
+    {
+        "session_iterations_exhausted",
+        "quota_exceeded",
+        "budget_exhausted",
+        "request_exceeds_budget",
+        "model_not_allowed",
+        "model_unpriced",
+        "feature_not_allowed",
+    }
+)
+"""What somebody may be asked to grant; what time or another request mends is not."""
+
+
+def check_approval_url(template: str | None) -> str | None:
+    """`template`, if links can be made of it: `https://ask.example/more?policy={policy}&scope={scope}&subject={subject}`.
+
+    Raises:
+        ConfigurationError: no http(s) URL, or other names in braces.
+    """
+    if template is None:
+        return None
+    try:
+        made = template.format(policy="p", code="c", scope="s", subject="t")
+    except (AttributeError, IndexError, KeyError, ValueError):
+        made = ""
+    if not isinstance(template, str) or not made.startswith(("https://", "http://")):
+        raise ConfigurationError(
+            "approval_url: expected a URL that may have {policy}, {code}, {scope} and {subject} in it, "
+            f"got {template!r}"
+        )
+    return template
+
+
+def with_approval(denied: Denied, template: str) -> Denied:
+    """The same refusal with the link to where more may be asked for, if it is of a kind that can be granted."""
+    if denied.code not in _GRANTABLE:
+        return denied
+    names = {"policy": denied.policy, "code": denied.code, "scope": denied.scope, "subject": denied.subject}
+    url = template.format(
+        **{name: quote(value[:_MOST_CHARACTERS], safe="", errors="replace") for name, value in names.items()}
+    )
+    return msgspec.structs.replace(denied, approval_url=url)
 
 
 def _code(first: Receipt, *, final: bool) -> Code:

@@ -25,23 +25,11 @@ import msgspec
 from asgi_llm_guard.background import keep_alive, let_go
 from asgi_llm_guard.charge import FIRST, Attempt, draft
 from asgi_llm_guard.chores import Chores
-from asgi_llm_guard.claims import (
-    Bundle,
-    Claim,
-    Ended,
-    Granted,
-    Meter,
-    Receipt,
-    Refused,
-    Rule,
-    Settled,
-    Settlement,
-    Unit,
-)
+from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Refused, Rule, Settled, Settlement, Unit
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
-from asgi_llm_guard.denials import deny, refuse
+from asgi_llm_guard.denials import check_approval_url, deny, refuse, with_approval
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.events import (
@@ -58,16 +46,17 @@ from asgi_llm_guard.events import (
 )
 from asgi_llm_guard.events import DataLost as DataLostEvent
 from asgi_llm_guard.events import Refused as RefusedEvent
+from asgi_llm_guard.holds import Asking, Hold, Reserved
 from asgi_llm_guard.loss import Totals
 from asgi_llm_guard.outage import Fallback, lifted_bundle
 from asgi_llm_guard.overlay import Raise, Raises
 from asgi_llm_guard.plan import Asked, ask, only_rates
-from asgi_llm_guard.policies.base import AgentAware, CacheDirective, Leased, Policy, SessionAware
+from asgi_llm_guard.policies.base import AgentAware, Leased, Policy, SessionAware
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.session_ids import SessionIds, counted_as, overflows
 from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
-from asgi_llm_guard.usage import Usage, UsageRecord
+from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.waiters import Answer, Waiters
 
 if TYPE_CHECKING:
@@ -95,36 +84,6 @@ State = Literal["ok", "failed", "lost"]
 OnDataLoss = Literal["deny", "accept", "rebuild"]
 
 
-class Hold(msgspec.Struct, frozen=True):
-    """One granted bundle."""
-
-    call_id: str
-    claims: tuple[Claim, ...]
-    receipts: tuple[Receipt, ...]
-    draft: UsageRecord | None = None
-    degraded: bool = False
-    """This process decided by itself, because the storage did not answer."""
-    uncertain: bool = False
-    """It may have been changed to other claims: the storage did not say."""
-
-
-class Reserved(msgspec.Struct, frozen=True):
-    """What was granted to a request or a call."""
-
-    request: Hold | None
-    call: Hold | None
-    described: Call | None
-    """The call as it was held for, after clamping."""
-    granted: Granted
-    shared: bool
-    """The session counts together with others: its caller has too many."""
-    cache: CacheDirective | None = None
-    degraded: bool = False
-    """This process decided by itself, because the storage did not answer."""
-    candidate: int = 0
-    """Which one of the candidates it is."""
-
-
 Candidate = tuple[Sequence[Policy], Call | None]
 """A call that could be made, and the policies that it is asked of."""
 
@@ -144,14 +103,9 @@ class Follows(Protocol):
         """A policy was bound: what it keeps to is followed from now on."""
         ...
 
-
-class Asking:
-    """Whether a question to the storage is without an answer."""
-
-    __slots__ = ("unknown",)
-
-    def __init__(self) -> None:
-        self.unknown = False
+    def forked(self) -> None:
+        """This is a child process now: nothing runs in it yet."""
+        ...
 
 
 class Engine:
@@ -179,7 +133,9 @@ class Engine:
         with_leases: Callable[[Storage], Leasing],
         on_data_loss: OnDataLoss = "deny",
         jitter: Callable[[int], int] | None = None,
+        approval_url: str | None = None,
     ) -> None:
+        self.approval_url = check_approval_url(approval_url)
         self.storage = storage
         self.verbs = storage
         """What is asked: the storage, or something around it that measures how long it takes."""
@@ -240,6 +196,8 @@ class Engine:
             engine = reference()
             if engine is not None:
                 engine._new_owner()  # noqa: SLF001 - its own method, through a weak reference
+                if engine._follower is not None:  # noqa: SLF001 - as above
+                    engine._follower.forked()  # noqa: SLF001 - as above
 
         os.register_at_fork(after_in_child=after_fork)
 
@@ -398,7 +356,7 @@ class Engine:
             keep_alive(self)
             self.chores.begin()
         if self.gate is not None and (closed := await self.gate()) is not None:
-            shut = refuse(closed, statuses=self.statuses, now_ms=self.clock.now_ms())
+            shut = self._refuse(closed, self.clock.now_ms())
             return [self._denied(context, call, shut) for _, call in candidates]
         clamps = 2 if clamp else 0
         while True:
@@ -409,13 +367,13 @@ class Engine:
             stops, raises = self.stops, self.raises
             for index, (policies, call) in enumerate(candidates):
                 if stops is not None and (stop := stops.find(context, call, now_ms)) is not None:
-                    denied[index] = refuse(stop.refusal, statuses=self.statuses, now_ms=now_ms)
+                    denied[index] = self._refuse(stop.refusal, now_ms)
                     continue
                 asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
                 if asked.shadow_refusals:
                     self._shadow_refused(asked, context, call)
                 if asked.refusal is not None:
-                    denied[index] = refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms)
+                    denied[index] = self._refuse(asked.refusal, now_ms)
                 else:
                     if raises is not None:
                         asked = raises.asked(asked, now_ms)
@@ -435,7 +393,7 @@ class Engine:
                 for (index, _), verdict in zip(offers, answer, strict=True):
                     policies, call = candidates[index]
                     if isinstance(verdict, Refusal):
-                        denied[index] = refuse(verdict, statuses=self.statuses, now_ms=now_ms)
+                        denied[index] = self._refuse(verdict, now_ms)
                     else:
                         denied[index] = self._deny(_in_order(verdict, policies), call)
             if clamps and (smaller := self._clamped(candidates, denied)) is not None:
@@ -476,14 +434,14 @@ class Engine:
         """
         now_ms = self.clock.now_ms()
         if self.stops is not None and (stop := self.stops.find(context, call, now_ms)) is not None:
-            return self._denied(context, call, refuse(stop.refusal, statuses=self.statuses, now_ms=now_ms))
+            return self._denied(context, call, self._refuse(stop.refusal, now_ms))
         asked = ask(policies, counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
         if self.raises is not None:
             asked = self.raises.asked(asked, now_ms)
         if asked.shadow_refusals:
             self._shadow_refused(asked, context, call)
         if asked.refusal is not None:
-            return self._denied(context, call, refuse(asked.refusal, statuses=self.statuses, now_ms=now_ms))
+            return self._denied(context, call, self._refuse(asked.refusal, now_ms))
         ids = tuple(claim for claim in hold.claims if claim.meter.rule is Rule.IDS)
         claims = ids + asked.calls
         if claims == hold.claims:
@@ -513,7 +471,7 @@ class Engine:
             if isinstance(answer, Granted):
                 self._here.forget(hold.call_id)  # the storage had granted it after all
         if isinstance(answer, Refusal):
-            return self._denied(context, call, refuse(answer, statuses=self.statuses, now_ms=now_ms))
+            return self._denied(context, call, self._refuse(answer, now_ms))
         if isinstance(answer, Ended):
             if hold.degraded or answer.reason == "unknown":
                 self._give_back(hold)  # nothing was charged for it
@@ -717,15 +675,20 @@ class Engine:
 
     # ------------------------------------------------------------------------------- refuse
 
+    def _refuse(self, refusal: Refusal, now_ms: int) -> Denied:
+        return refuse(refusal, statuses=self.statuses, now_ms=now_ms, disclose=self.disclose)
+
     def refused(self, context: Context, call: Call | None, refusal: Refusal) -> Denied:
         """The decision for a refusal that needed no storage, told to the observers."""
-        denied = refuse(refusal, statuses=self.statuses, now_ms=self.clock.now_ms())
+        denied = self._refuse(refusal, self.clock.now_ms())
         return self._denied(context, call, denied)
 
     def _deny(self, answer: Refused, call: Call | None) -> Denied:
         return deny(answer, call, disclose=self.disclose, jitter=self._jitter, statuses=self.statuses)
 
     def _denied(self, context: Context, call: Call | None, denied: Denied) -> Denied:
+        if self.approval_url is not None:
+            denied = with_approval(denied, self.approval_url)
         if self.observers:
             emit(self.observers, RefusedEvent(context, call, denied))
         return denied

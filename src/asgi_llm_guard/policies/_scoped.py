@@ -30,6 +30,7 @@ __all__ = [
     "Subject",
     "amounts",
     "call_provider",
+    "is_owned",
     "quoted",
 ]
 
@@ -220,7 +221,15 @@ class NamedPolicy:
         return twin
 
     def _refuse(
-        self, code: Code, message: str, *, scope: str = "global", subject: str = "", status: int | None = None
+        self,
+        code: Code,
+        message: str,
+        *,
+        scope: str = "global",
+        subject: str = "",
+        status: int | None = None,
+        allowed: tuple[str, ...] = (),
+        owned: bool = False,
     ) -> Verdict:
         refusal = Refusal(
             policy=self.name,
@@ -229,6 +238,8 @@ class NamedPolicy:
             scope=scope,
             subject=subject,
             status=status if self.status is None else self.status,
+            allowed=allowed,
+            owned=owned,
         )
         return Verdict(refusal=refusal) if self._enforce else Verdict(shadow_refusal=refusal)
 
@@ -265,7 +276,7 @@ class NamedPolicy:
             window=window,
             enforce=self._enforce,
             expiry_charge=expiry_charge,
-            owned=scope in _OWNED and not _is_shared(scope, subject.parts),
+            owned=is_owned(scope, subject),
             status=self.status,
             on_outage=self.on_outage if self._enforce else "allow",
             # A limit of one subject (an agent's, a department's of tomorrow) may be lower than the chunk.
@@ -376,6 +387,11 @@ def amounts(meters: tuple[Meter, ...], amount: int) -> tuple[Claim, ...]:
 def quoted(text: str) -> str:
     """Text from a request, for a message: in quotes and not longer than is readable."""
     return repr(text if len(text) <= PART_LENGTH else text[:PART_LENGTH] + "…")
+
+
+def is_owned(scope: str, subject: Subject) -> bool:
+    """Whether the caller owns what is counted, and may know of it."""
+    return scope in _OWNED and not _is_shared(scope, subject.parts)
 
 
 def _is_shared(scope: str, parts: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 from asgi_llm_guard.claims import Meter
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.policies._scoped import NOTHING, Per, ScopedPolicy, Subject, quoted
+from asgi_llm_guard.policies._scoped import NOTHING, Per, ScopedPolicy, Subject, is_owned, quoted
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.providers import canonical_model, models_of, qualified
 
@@ -126,7 +126,7 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         for subject, models in lists:
             model = qualified(call.provider, call.model) if models is None else models.forbidden(call)
             if model is not None:
-                return self._forbidden(model, subject)
+                return self._forbidden(model, subject, models)
         return NOTHING
 
     def scopes(self) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         # Unverified callers have no name that an entry could mean.
         return self._default if subject.parts == _ANONYMOUS_PARTS else self._lists.get(subject.name, self._default)
 
-    def _forbidden(self, model: str, subject: Subject) -> Verdict:
+    def _forbidden(self, model: str, subject: Subject, models: ModelList | None) -> Verdict:
         whose = f" for {self.per} {quoted(subject.name)}" if subject.name else ""
         return self._refuse(
             "model_not_allowed",
@@ -149,6 +149,8 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
             "Ask for another one, or have it put on the list.",
             scope=self.per,
             subject=subject.name,
+            allowed=() if models is None else models.entries,
+            owned=is_owned(self.per, subject),
         )
 
 

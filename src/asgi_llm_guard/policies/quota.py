@@ -253,6 +253,7 @@ class Quota(ScopedPolicy[_Departments]):
             f"{quoted(department.name)}. Ask for another one, or have it put on the department's list.",
             scope="department",
             subject=department.name,
+            allowed=() if department.models is None else department.models.entries,
         )
 
     def _build(self, subjects: tuple[Subject, ...], quotas: Mapping[str, DepartmentQuota]) -> _Departments:

@@ -175,6 +175,8 @@ def _members(denied: Denied) -> dict[str, object]:
     lasting = _period(denied)
     if lasting is not None:
         members["period"] = lasting
+    if denied.approval_url is not None:
+        members["approval_url"] = denied.approval_url
     if denied.details:
         members["details"] = list(denied.details)
     return members
