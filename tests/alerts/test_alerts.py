@@ -16,7 +16,7 @@ from tests.storage.values import DOLLAR, HOUR_MS, START, START_MS
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
 from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold
-from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE
+from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE, _generation_name
 from asgi_llm_guard.alerts.deliveries import MOST
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
@@ -163,6 +163,22 @@ async def test_anew_after_a_reset(tmp_path: Path) -> None:
             await spend(one.guard, 0.1)
             assert await other.percents() + await one.percents() == [50]
             assert await other.percents() + await one.percents() == []
+
+
+async def test_resets_that_are_noted_at_once() -> None:
+    """S3: a reset is noted also where another process has just noted one of another window under the same number."""
+    async with Watched(Threshold(at=(50,))) as watched:
+        await spend(watched.guard, 6)
+        assert await watched.percents() == [50]
+        (meter,) = _meters(watched)
+        storage = watched.guard.storage
+        assert isinstance(storage, MemoryStorage)
+        await storage.shared().publish(_generation_name(meter), 1, b"another window")
+        await storage.reset([meter])
+        await spend(watched.guard, 1)
+        assert await watched.percents() == []
+        await spend(watched.guard, 5)
+        assert await watched.percents() == [50]
 
 
 def _meters(watched: Watched) -> list[Meter]:

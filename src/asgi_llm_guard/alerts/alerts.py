@@ -142,9 +142,12 @@ class Alerts:
         while self._watch.lowered:
             key = next(iter(self._watch.lowered))
             meter, instance = self._watch.lowered[key]
-            known = self._generations.get(key, (0, ""))[0]
-            await self._shared.publish(_generation_name(meter), known + 1, instance.encode())
-            await self._learn(meter)
+            while True:
+                known = self._generations.get(key, (0, ""))[0]
+                noted = await self._shared.publish(_generation_name(meter), known + 1, instance.encode())
+                await self._learn(meter)
+                if noted or self._generations.get(key, (0, ""))[1] == instance:
+                    break  # by this process, or by another one
             del self._watch.lowered[key]
 
     async def _learn(self, meter: Meter) -> None:
