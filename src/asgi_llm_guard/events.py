@@ -27,6 +27,7 @@ __all__ = [
     "Event",
     "Expired",
     "Observer",
+    "RecordsLost",
     "Refused",
     "SettledCall",
     "ShadowMisfit",
@@ -241,6 +242,16 @@ class BacklogFull(msgspec.Struct, frozen=True):
     waiting: int
 
 
+class RecordsLost(msgspec.Struct, frozen=True):
+    """Usage records were dropped from a stream before they were drained: the ledger will never have them.
+
+    Sent once for each loss, over all processes. What was charged for them is charged.
+    """
+
+    stream: str
+    records: int
+
+
 Event = (
     Admission
     | Refused
@@ -253,6 +264,7 @@ Event = (
     | StorageRecovered
     | DataLost
     | BacklogFull
+    | RecordsLost
     | CacheHit
     | CacheMiss
     | ConfigurationChanged

@@ -15,6 +15,7 @@ from tests.storage.values import OTHER, START
 
 from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError, StorageError
+from asgi_llm_guard.events import Event, RecordsLost
 from asgi_llm_guard.ledger import Ledger, UsageQuery
 from asgi_llm_guard.ledger.drain import Drain, Drained
 from asgi_llm_guard.storage import open_storage
@@ -123,7 +124,10 @@ async def test_what_was_dropped_before_it_was_drained_is_told_once(
     """Records that the stream's bound has dropped are counted and logged by the one drain that moves past them."""
     namespace = unique_namespace()
     storage = make_redis(namespace=namespace, max_records=50)
-    drains = [Drain(storage, make_ledger()), Drain(make_redis(namespace=namespace), make_ledger())]
+    events: list[Event] = []
+    drains = [
+        Drain(one, make_ledger(), observers=[events.append]) for one in (storage, make_redis(namespace=namespace))
+    ]
     await write(storage, map(record, range(20)))
     await drains[0].run()
     await write(storage, map(record, range(20, 120)))
@@ -133,6 +137,7 @@ async def test_what_was_dropped_before_it_was_drained_is_told_once(
         later = [await drain.step() for drain in drains]
 
     assert sorted(one.lost for one in (*taken, *later)) == [0, 0, 0, 50]
+    assert events == [RecordsLost(f"redis:{namespace}", 50)]
     assert len(caplog.messages) == 1
     assert "50 usage records were dropped" in caplog.messages[0]
     assert await kept(make_ledger()) == costs(range(20)) | costs(range(70, 120))

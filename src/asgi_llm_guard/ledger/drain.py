@@ -30,6 +30,7 @@ from typing import Final
 import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.events import Observer, RecordsLost, emit
 from asgi_llm_guard.ledger.book import Ledger
 from asgi_llm_guard.ledger.refusals import RefusalDrain
 from asgi_llm_guard.storage.base import TOMBSTONE_MS, Storage
@@ -77,12 +78,21 @@ class Drain:
         keep: how long drained entries stay in their stream: at least ten minutes, for that is how long a settlement may
             be repeated.
         batch: how many records are read and written at a time.
+        observers: are told `RecordsLost`.
 
     Raises:
         ConfigurationError: the storage has no streams, or `keep` or `batch` is not what it may be.
     """
 
-    def __init__(self, storage: Storage, ledger: Ledger, *, keep: str = KEEP, batch: int = 2_000) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        ledger: Ledger,
+        *,
+        keep: str = KEEP,
+        batch: int = 2_000,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 100_000:
             raise ConfigurationError(f"batch: expected a whole number from 1 to 100000, got {batch!r}")
         self._keep_ms = duration_ms(keep, name="keep")
@@ -103,6 +113,7 @@ class Drain:
         )
         self._ledger = ledger
         self._batch = batch
+        self._observers = observers
         self._refusals_at: float | None = None
 
     async def step(self) -> Drained:
@@ -145,6 +156,7 @@ class Drain:
                 stream.name,
                 read.lost,
             )
+            emit(self._observers, RecordsLost(stream.name, read.lost))
         if read.anew:
             _log.warning(
                 "%s: what was drained last is not in this stream: its store was flushed, restored or replaced by a replica; "
