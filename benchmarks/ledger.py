@@ -16,19 +16,21 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 from benchmarks._harness import compare_async, table
 
-from asgi_llm_guard.claims import Bundle, Claim, Meter, Rule, Settlement, Unit, meter_key
+from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Plan, Refused, Settled, Settlement
 from asgi_llm_guard.ledger import Ledger, RecordQuery, UsageQuery
 from asgi_llm_guard.ledger.values import Dimension
+from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.storage.base import Pending, Storage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.usage import Usage, UsageRecord
-from asgi_llm_guard.windows import Calendar
 
 DAY_MS: Final = 86_400_000
 START_MS: Final = 1_767_225_600_000  # 2026-01-01, UTC
@@ -150,13 +152,43 @@ async def reports(records: int, file: Path | None, repeat: int = 5) -> dict[str,
 # ----------------------------------------------------------------------------------- overhead
 
 
+class Without:
+    """A storage that is told of no records: what it would be without a ledger."""
+
+    def __init__(self, storage: SqliteStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "ledger_url":  # else the guard would look after the ledger itself
+            raise AttributeError(name)
+        return getattr(self._storage, name)
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        bare = [tuple([Bundle(each.call_id, each.claims, self._draft(each.draft)) for each in plan]) for plan in plans]
+        return await self._storage.reserve(owner, bare)
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        return self._storage.settle([
+            Settlement(each.call_id, each.actuals, self._draft(each.record), each.receipts, each.debits)
+            for each in settlements
+        ])  # fmt: skip
+
+    def _draft(self, record: UsageRecord | None) -> UsageRecord | None:  # noqa: ARG002 - see `With`
+        return None
+
+
+class With(Without):
+    """The same detour, with the records: so that it costs both alike."""
+
+    def _draft(self, record: UsageRecord | None) -> UsageRecord | None:
+        return record
+
+
 async def overhead(rounds: int) -> None:
-    """An admission and its settlement: without a record, with one, and with one while the ledger rolls up."""
+    """A call of the guard, from admission to settlement: without its record, with it, and while the ledger rolls up."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        plain, kept = SqliteStorage(path / "plain.db"), SqliteStorage(path / "kept.db")
-        rolled = SqliteStorage(path / "rolled.db")
-        ledger = Ledger.open(f"sqlite:///{path}/rolled.db")
+        storages = {name: SqliteStorage(Path(folder) / f"{name}.db") for name in ("without", "with", "rolled")}
+        ledger = Ledger.open(f"sqlite:///{folder}/rolled.db")
         await ledger.prepare()
 
         async def roll() -> None:
@@ -165,56 +197,54 @@ async def overhead(rounds: int) -> None:
                 await asyncio.sleep(1)
 
         rolling = asyncio.ensure_future(roll())
-        results = await compare_async(
-            {
-                "no record": _operation(plain, record=False),
-                "with its record": _operation(kept, record=True),
-                "with its record, rolled up meanwhile": _operation(rolled, record=True),
-            },
-            operations=600,
-            tasks=16,
-            rounds=rounds,
-        )
+        guards = {
+            "no record": Guard(
+                policies=_policies(), storage=cast("Storage", Without(storages["without"])), ledger=None
+            ),
+            "with its record": Guard(
+                policies=_policies(), storage=cast("Storage", With(storages["with"])), ledger=None
+            ),
+            "with its record, rolled up meanwhile": Guard(
+                policies=_policies(), storage=cast("Storage", With(storages["rolled"])), ledger=None
+            ),
+        }
+        for tasks in (1, 16):
+            results = await compare_async(
+                {name: _call(guard) for name, guard in guards.items()}, operations=100, tasks=tasks, rounds=rounds
+            )
+            print(table(results, title=f"A call on SQLite, admitted and settled, {tasks} at a time"), end="\n\n")
         rolling.cancel()
-        print(table(results, title="Admission and settlement on SQLite, 16 at a time"))
-        for storage in (plain, kept, rolled):
-            await storage.aclose()
+        for guard in guards.values():
+            await guard.aclose()
         await ledger.aclose()
 
 
-def _operation(storage: SqliteStorage, *, record: bool) -> Callable[[], Awaitable[object]]:
+def _policies() -> list[Policy]:
+    return [
+        Iterations(10**9),
+        Budget("$1000000/1mo", per="user"),
+        Budget("$1000000/1d"),
+        RateLimit("1000000/minute", per="user"),
+    ]
+
+
+def _call(guard: Guard) -> Callable[[], Awaitable[object]]:
     numbers = itertools.count()
-    meters = [_meter(f"{unit}-{name}", unit) for unit in (Unit.NANOUSD, Unit.TOKENS) for name in ("user", "department")]
+    usage = Usage(input_tokens=400, output_tokens=200, cache_read_tokens=100)
 
     async def operation() -> None:
         number = next(numbers)
-        call_id = f"call-{number:012}"
-        draft = UsageRecord(
-            call_id=call_id, at_ms=START_MS + number, caller=f"key-{number % 50}", user=f"user-{number % 500}",
-            departments=("research",), agent="researcher", session=f"session-{number % 1000}", route="/v1/chat",
-            provider="openai", model="gpt-5.6", billed_model="gpt-5.6", estimate_nanousd=5_000_000,
+        context = Context(
+            caller=f"key-{number % 50}", user=f"user-{number % 500}", departments=("research",), agent="researcher",
+            session=f"session-{number % 1000}",
         )  # fmt: skip
-        claims = tuple(Claim(meter, 1000) for meter in meters)
-        granted = await storage.reserve("me", [(Bundle(call_id, claims, draft if record else None),)])
-        assert type(granted).__name__ == "Granted"
-        done = UsageRecord(
-            call_id=call_id, at_ms=draft.at_ms, ended_ms=draft.at_ms + 900, caller=draft.caller, user=draft.user,
-            departments=draft.departments, agent=draft.agent, session=draft.session, route=draft.route,
-            provider=draft.provider, model=draft.model, billed_model=draft.model, estimate_nanousd=5_000_000,
-            usage=Usage(input_tokens=400, output_tokens=200, cache_read_tokens=100), cost_nanousd=2_000_000,
-            tokens=600, price_source="book 2026-01-01", dispatched_ms=draft.at_ms, first_token_ms=200, latency_ms=880,
-        )  # fmt: skip
-        await storage.settle([Settlement(call_id, (900,) * len(claims), done if record else None)])
+        async with (
+            guard.open(context),
+            guard.call(model="openai/gpt-4o-mini", input="?" * 1600, max_output_tokens=300) as call,
+        ):
+            call.record(usage)
 
     return operation
-
-
-def _meter(subject: str, unit: Unit) -> Meter:
-    window = Calendar("month")
-    return Meter(
-        key=meter_key("bench", unit, window, subject), policy="bench", scope="user", subject=subject, unit=unit,
-        rule=Rule.BUDGET if unit is Unit.NANOUSD else Rule.QUOTA, limit=2**52, window=window,
-    )  # fmt: skip
 
 
 def main() -> None:

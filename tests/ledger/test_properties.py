@@ -84,8 +84,9 @@ steps = st.lists(appended | rolled | retained, min_size=1, max_size=12)
 
 
 def scaled(examples: int) -> int:
-    """So many in every run, and as many more as the profile asks for in the long one."""
-    return max(examples, settings.default.max_examples // 10) if settings.default.max_examples > 100 else examples
+    """So many in every run, and more where the profile asks for thousands."""
+    asked = settings().max_examples
+    return asked // 10 if asked >= 1_000 else examples
 
 
 class Book:

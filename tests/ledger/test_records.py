@@ -55,7 +55,7 @@ async def test_a_late_settlement_replaces_the_estimate(ledger: Ledger) -> None:
     await ledger.append([late])
     for again in range(2):
         for by in ("department", "user", "outcome", "day"):
-            report = await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52, by=(by,)))  # type: ignore[arg-type]
+            report = await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52, by=(by,)))
             assert [row.amounts.cost_nanousd for row in report.rows] == [20], (by, again)
             assert report.total.estimated == 0
         assert (await ledger.reconcile(0, 2**52)).equal

@@ -42,7 +42,7 @@ async def test_records_go_and_their_sums_stay(ledger: Ledger, clock: FrozenClock
     assert removed.raw == 8 * 24
     assert removed.hours == (5 * 24 if "hours" in kept else 0)
     for by in (("day",), ("user",), ("agent", "day")):
-        report = await ledger.usage(UsageQuery(since_ms=START_MS, until_ms=START_MS + 10 * DAY_MS, by=by))  # type: ignore[arg-type]
+        report = await ledger.usage(UsageQuery(since_ms=START_MS, until_ms=START_MS + 10 * DAY_MS, by=by))
         assert report.total.cost_nanousd == 240
     with pytest.raises(NotKeptError, match=r"no longer kept \(there are .*raw since 2026-04-05"):
         await ledger.usage(UsageQuery(since_ms=START_MS, until_ms=START_MS + DAY_MS, by=("session",)))
