@@ -15,9 +15,16 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from asgi_llm_guard import Guard
+from asgi_llm_guard.admin import AdminOptions
 from asgi_llm_guard.gateway import Gateway
 from asgi_llm_guard.identity import Identity, IdentityError, Resolver
-from asgi_llm_guard.settings import build_gateway_arguments, build_guard_arguments, load_settings
+from asgi_llm_guard.settings import (
+    build_admin_options,
+    build_gateway_arguments,
+    build_guard_arguments,
+    load_settings,
+    watch,
+)
 
 HERE = Path(__file__).parent
 
@@ -34,15 +41,18 @@ def key_required(keys: Resolver) -> Resolver:
     return resolve
 
 
-def create_app(guard: Guard, gateway: Gateway) -> Starlette:
-    """The service. What is mounted is guarded; routes of your own stand beside it."""
+def create_app(guard: Guard, gateway: Gateway, admin: AdminOptions | None = None) -> Starlette:
+    """The service. What is mounted last is guarded; routes of your own stand beside it."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001 - Starlette passes it
         async with guard, gateway:
             yield
 
-    app = Starlette(routes=[Mount("/", gateway.app(expose=True))], lifespan=lifespan)
+    pages = [Mount("/usage", guard.usage_app())]
+    if admin is not None:
+        pages.append(Mount("/admin", guard.admin_app(admin)))
+    app = Starlette(routes=[*pages, Mount("/", gateway.app(expose=True))], lifespan=lifespan)
     app.state.guard = guard
     return app
 
@@ -60,4 +70,6 @@ def from_environment() -> Starlette:
     arguments = build_guard_arguments(settings)
     guard = Guard(**{**arguments, "identity": key_required(arguments["identity"])})
     gateway = Gateway(guard, **everywhere_at(os.environ.get("PROVIDER_URL"), build_gateway_arguments(settings)))
-    return create_app(guard, gateway)
+    watch(guard, settings)
+    secret = settings.admin is not None and settings.admin.secret is not None
+    return create_app(guard, gateway, build_admin_options(settings) if secret else None)

@@ -556,3 +556,14 @@ def test_light_import() -> None:
     code = "import sys, asgi_llm_guard; print({'pydantic', 'pydantic_settings'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_administration_data_are_in_the_file_of_the_storage(tmp_path: Path) -> None:
+    """Without a database of its own, `[control]` is in the file of a SQLite storage; Redis needs one."""
+    file = tmp_path / "own.db"
+    control = build_guard_arguments(load_settings(write(tmp_path, f'storage = "sqlite:///{file}"\n[control]\n')))[
+        "control"
+    ]
+    assert control.database.place == f"sqlite:///{file}"
+    asyncio.run(control.aclose())
+    assert "control: url: is missing" in problem(write(tmp_path, 'storage = "redis://localhost"\n[control]\n'))

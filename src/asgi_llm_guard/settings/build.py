@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.clock import SystemClock
-from asgi_llm_guard.control.store import Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION
 from asgi_llm_guard.pricing import PriceBook
@@ -31,28 +30,32 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
     Raises:
         ConfigurationError: one of these files is wrong; names the settings file, the key and that file.
     """
-    arguments: dict[str, Any] = {"storage": settings.storage.get_secret_value()}
-    control = None
-    if settings.control is not None:
-        with _named(settings, "control"):
-            control = arguments["control"] = settings.control.build(SystemClock())
-    if settings.ledger is not None:
-        with _named(settings, "ledger"):
-            arguments["ledger"] = settings.ledger.build(SystemClock())
+    keys = settings.identity is not None and settings.identity.kind == "control"
+    arguments = {"storage": settings.storage.get_secret_value(), **_changing(settings, identity=not keys)}
     if settings.alerts is not None:
         with _named(settings, "alerts"):
             arguments["alerts"] = settings.alerts.build(settings.directory)
-    if settings.cache is not None:
-        with _named(settings, "cache"):
-            arguments["cache"] = settings.cache.build()
     for name in _SAME_NAME:
         value = getattr(settings, name)
         if value is not None:
             arguments[name] = value
-    return {**arguments, **_changing(settings, control)}
+    # Last what makes files: a mistake elsewhere leaves none behind.
+    if settings.cache is not None:
+        with _named(settings, "cache"):
+            arguments["cache"] = settings.cache.build()
+    if settings.ledger is not None:
+        with _named(settings, "ledger"):
+            arguments["ledger"] = settings.ledger.build(SystemClock())
+    if settings.control is not None:
+        with _named(settings, "control"):
+            arguments["control"] = settings.control.build(settings.own_database, SystemClock())
+    if settings.identity is not None and keys:
+        with _named(settings, "identity"):
+            arguments["identity"] = settings.identity.build(settings.directory, arguments.get("control"))
+    return arguments
 
 
-def build_replacement(settings: GuardSettings, control: Control | None, *, identity: bool = True) -> dict[str, Any]:
+def build_replacement(settings: GuardSettings, *, identity: bool = True) -> dict[str, Any]:
     """The keyword arguments of `Guard.replace`: what can change while the service runs, all of it.
 
     `identity`: whether who is verified is among it.
@@ -70,10 +73,10 @@ def build_replacement(settings: GuardSettings, control: Control | None, *, ident
     }
     if not identity:
         del usual["identity"]
-    return {**usual, **_changing(settings, control, identity=identity)}
+    return {**usual, **_changing(settings, identity=identity)}
 
 
-def _changing(settings: GuardSettings, control: Control | None, *, identity: bool = True) -> dict[str, Any]:
+def _changing(settings: GuardSettings, *, identity: bool) -> dict[str, Any]:
     """What the settings say of what can change while the service runs."""
     arguments: dict[str, Any] = {
         "policies": [policy.build(settings.book) for policy in settings.policies],
@@ -81,7 +84,7 @@ def _changing(settings: GuardSettings, control: Control | None, *, identity: boo
     }
     if settings.identity is not None and identity:
         with _named(settings, "identity"):
-            arguments["identity"] = settings.identity.build(settings.directory, control)
+            arguments["identity"] = settings.identity.build(settings.directory, None)
     if settings.session is not None:
         arguments["session"] = extractor_of(settings.session)
     if settings.streams is not None:

@@ -119,6 +119,13 @@ class GuardSettings(BaseSettings):
         return self._book
 
     @property
+    def own_database(self) -> str | None:
+        """The URL of the database that the storage brings along: the file of a SQLite storage, or this process's memory;
+        `None`: it brings none."""
+        scheme, _, rest = self.storage.get_secret_value().partition("://")
+        return {"sqlite": f"sqlite://{rest.partition('?')[0]}", "memory": "sqlite://:memory:"}.get(scheme)
+
+    @property
     def origin(self) -> str:
         """Where the settings come from, for messages."""
         return "settings" if self._file is None else str(self._file)

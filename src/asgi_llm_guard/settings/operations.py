@@ -12,6 +12,7 @@ from asgi_llm_guard.admin.options import AdminCredential, AdminOptions, Role
 from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold, Webhook
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.control.store import Control
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger import Ledger, Retention
 from asgi_llm_guard.settings.parts import Arguments, Table, construct, no_boolean
 
@@ -46,17 +47,26 @@ class LedgerSettings(Arguments):
 class ControlSettings(Table):
     """`[control]`: the arguments of `Control`."""
 
-    url: SecretStr
-    """Its database; shown nowhere, because it may hold a password."""
+    url: SecretStr | None = None
+    """Its database; `None`: the file of a SQLite storage, memory beside one in memory. Shown nowhere, because it may hold a password."""
     secret: SecretStr | None = None
     """Makes the digests of keys, and the seals of the audit."""
     old_secret: SecretStr | None = None
     """The one before, while it is replaced."""
 
-    def build(self, clock: Clock) -> Control:
-        """The administration data."""
+    def build(self, own: str | None, clock: Clock) -> Control:
+        """The administration data; `own`: the database that the storage brings along.
+
+        Raises:
+            ConfigurationError: it brings none, and no other one is named.
+        """
+        url = own if self.url is None else self.url.get_secret_value()
+        if url is None:
+            raise ConfigurationError(
+                "url: is missing; this storage brings no database along; name one: postgresql://…, or sqlite:///file.db"
+            )
         secrets = [each.get_secret_value() for each in (self.secret, self.old_secret) if each is not None]
-        return Control(self.url.get_secret_value(), secret=secrets or None, clock=clock)
+        return Control(url, secret=secrets or None, clock=clock)
 
 
 class _CredentialSettings(Table):

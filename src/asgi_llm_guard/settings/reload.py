@@ -109,7 +109,7 @@ class Reload:
                 f"{settings.origin}: {', '.join(fixed)}: cannot change while the service runs; start it again, or take "
                 "the change back"
             )
-        replacement = build_replacement(settings, None, identity=not kept)
+        replacement = build_replacement(settings, identity=not kept)
         return settings, replacement
 
     def _deployments(self, settings: GuardSettings) -> tuple[list[Deployment], list[str]]:
