@@ -180,13 +180,8 @@ class Follower:
             self._books.add(policy.book)
             policy.book.lay_over(self._departments)
 
-    @property
-    def prices(self) -> PriceBook:
-        """The prices of code or a file, under what is administered."""
-        return self._prices
-
     def set_prices(self, prices: PriceBook) -> None:
-        """Have others there.
+        """Have these be the prices of code or a file; what is administered is laid over them.
 
         Raises:
             ConfigurationError: what is administered cannot be laid over them; nothing was changed.

@@ -10,10 +10,13 @@ from tests.control.kit import ANNA, BEN, CLOCK_MS, SECRET, run_sql
 
 from asgi_llm_guard.control import Actor, AuditEntry, AuditQuery, Control
 from asgi_llm_guard.control.audit import Seals
+from asgi_llm_guard.control.state import Head
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.testing import FrozenClock
 
 pytestmark = pytest.mark.anyio
+
+COLUMNS = "seq, at_ms, version, actor, role, address, verb, target, old, new, reason, refused, digest"
 
 
 async def some_changes(control: Control) -> None:
@@ -168,8 +171,7 @@ async def test_what_was_done_to_the_rows_shows(
 async def test_a_forged_row_breaks_the_chain(control: Control, database_url: str) -> None:
     """S6: a row that somebody without the secret has put in the place of another does not go with the row after it."""
     await some_changes(control)
-    columns = "seq, at_ms, version, actor, role, address, verb, target, old, new, reason, refused, digest"
-    first, second = run_sql(database_url, f"SELECT {columns} FROM control_audit WHERE seq < 3 ORDER BY seq")
+    first, second = run_sql(database_url, f"SELECT {COLUMNS} FROM control_audit WHERE seq < 3 ORDER BY seq")
     forged = (*second[:3], "nobody", *second[4:-1])
     disarm(database_url)
     digest = Seals([]).seal(first[-1], forged)
@@ -193,6 +195,24 @@ async def test_a_shortened_audit_shows_by_what_was_kept_elsewhere(control: Contr
     shortened = await control.verify_audit(since=published)
 
     assert (shortened.broken_at, shortened.why) == (4, "rows at the end are missing")
+
+
+async def test_another_audit_in_its_place_shows(
+    control: Control, database_url: str, open_control: Callable[[], Control]
+) -> None:
+    """S6: a whole audit that was put in the place of another shows by an earlier head, and rows that were added past this
+    package by the note of how many there are."""
+    await some_changes(control)
+    await control.note("more", "all", actor=ANNA)
+    other = Head(2, "ab" * 32)
+    replaced = await control.verify_audit(since=other)
+    assert (replaced.broken_at, replaced.why) == (2, "another row was there before")
+    (last,) = run_sql(database_url, f"SELECT {COLUMNS} FROM control_audit WHERE seq = 5")
+    row = (6, *last[1:-1])
+    values = (*row, Seals([]).seal(last[-1], row))
+    run_sql(database_url, f"INSERT INTO control_audit ({COLUMNS}) VALUES ({', '.join('?' * 13)})", values)
+    added = await control.verify_audit()
+    assert (added.sound, added.why) == (False, "the row was changed, or rows were added by somebody else")
 
 
 async def test_rows_without_the_secret_are_counted(

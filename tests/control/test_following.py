@@ -41,7 +41,7 @@ from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
-from asgi_llm_guard.testing import FrozenClock
+from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +56,7 @@ class Away(Control):
     """A control whose database is away when the test says so."""
 
     away = False
+    asked = 0
 
     async def version(self) -> int:
         self._see()
@@ -66,6 +67,7 @@ class Away(Control):
         return await super().state()
 
     def _see(self) -> None:
+        self.asked += 1
         if self.away:
             raise StorageError("the database is away")
 
@@ -92,15 +94,26 @@ class Hanging:
         """The test closes what is behind it."""
 
 
-class AwayShared(MemoryStorage):
-    """A storage that keeps counters, and has lost the way to what processes share when the test says so."""
-
-    away = False
+class Alone(MemoryStorage):
+    """A storage that keeps counters, and nothing else that processes share."""
 
     def shared(self) -> Any:
-        if self.away:
-            raise ConfigurationError("not kept")
-        return super().shared()
+        raise ConfigurationError("not kept")
+
+
+class Small(MemoryStorage):
+    """A storage whose documents may not be longer than a few bytes."""
+
+    def shared(self) -> Any:
+        return _Refusing()
+
+
+class _Refusing:
+    async def document(self, _name: str, *, known: int = 0) -> None:
+        """There is none."""
+
+    async def publish(self, _name: str, _version: int, data: bytes) -> bool:
+        raise ValueError(f"{len(data)} bytes")
 
 
 @pytest.fixture
@@ -487,22 +500,23 @@ async def test_the_last_good_state_stays(
 ) -> None:
     """While neither the database nor the storage's document can be read, the last state holds, and health says so, once
     in the log."""
-    storage = AwayShared()
+    storage = OutageStorage(MemoryStorage())
     guard = make(Iterations(50), storage=storage)
     await control.put("agent", "writer", {"max_iterations": 1}, actor=ANNA)
     await turn(guard)
     assert guard.health()["control"] == {"state": "ok", "version": await control.version(), "since_ms": CLOCK_MS}
 
-    control.away = storage.away = True
+    control.away = True
+    storage.down()
     with caplog.at_level(logging.WARNING):
         await turn(guard)
         await turn(guard)
     assert following(guard) == "stale"
     assert len([each for each in caplog.records if "stays in force" in each.message]) == 1
     assert [await code(guard) for _ in range(2)] == [None, "session_iterations_exhausted"]
-    assert guard.ready
 
     control.away = False
+    storage.up()
     await control.put("agent", "writer", {"max_iterations": 2}, actor=ANNA)
     await turn(guard)
     assert following(guard) == "ok"
@@ -551,6 +565,54 @@ async def test_who_never_had_a_state_is_closed(control: Away, make: Callable[...
     assert guard.engine.gate is None, "nothing asks any more"
     assert await code(guard) is None
     assert await code(make(Iterations(50), control=None)) is None
+
+
+async def test_a_storage_without_documents_is_no_hindrance(control: Away, make: Callable[..., Guard]) -> None:
+    """Where the storage keeps nothing beside counters, the database alone is followed."""
+    guard = make(Iterations(50), storage=Alone())
+    await control.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    assert await code(guard) == BLOCKED
+    assert following(guard) == "ok"
+
+
+async def test_who_is_closed_does_not_ask_at_every_request(control: Away, make: Callable[..., Guard]) -> None:
+    """While nothing can be loaded, requests that come right after a failed try are refused without another one."""
+    control.away = True
+    guard = make(Iterations(50))
+    assert [await code(guard) for _ in range(20)] == ["guard_unavailable"] * 20
+    assert control.asked < 20
+
+
+async def test_a_document_that_is_too_large_is_said(
+    control: Away, make: Callable[..., Guard], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be published is in force where the database is reached, and the log says why nowhere else."""
+    guard = make(Iterations(50), storage=Small())
+    await control.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    with caplog.at_level(logging.ERROR):
+        await turn(guard)
+        await turn(guard)
+    assert await code(guard) == BLOCKED
+    assert [each.message.partition(":")[0] for each in caplog.records] == ["control"]
+
+
+async def test_answers_are_revoked_when_the_cache_is_back(
+    control: Away, make: Callable[..., Guard], clock: FrozenClock
+) -> None:
+    """A change of a knowledge base while the cache's storage is away is made good at a later turn."""
+    kept = OutageStorage(MemoryStorage(clock=clock))
+    base = {"wiki": {"cache": True, "acl": "d1"}}
+    scope = CacheScope(knowledge_base=lambda context: "wiki", settings=ChainMap(control.knowledge_bases, base))  # type: ignore[arg-type]  # never written to
+    client = Client(make(scope, cache=Cache(storage=kept)))
+    assert [(await client.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+    await control.put("knowledge_base", "wiki", {"cache": False}, actor=ANNA)
+    await turn(client.guard)
+    kept.down()
+    await control.remove("knowledge_base", "wiki", actor=ANNA)
+    await turn(client.guard)
+    kept.up()
+    await turn(client.guard)
+    assert (await client.send(ADA)).state == "lead"
 
 
 async def test_a_state_of_a_newer_release_is_left_alone(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 
 import pytest
-from tests.control.kit import ANNA, BEN, CLOCK_MS
+from tests.control.kit import ANNA, BEN, CLOCK_MS, run_sql
 
 from asgi_llm_guard.control import (
     Agent,
@@ -17,6 +17,7 @@ from asgi_llm_guard.control import (
     Control,
     Department,
     KnowledgeBase,
+    NewerRelease,
     NotThere,
     Price,
     Raise,
@@ -220,6 +221,38 @@ async def test_everything_together_is_bounded(control: Control) -> None:
     with pytest.raises(ConfigurationError, match="all entries together"):
         await control.put("agent", "b", large, actor=ANNA)
     assert set((await control.state()).agents) == {"a"}
+
+
+async def test_a_value_goes_by_its_own_name(control: Control) -> None:
+    """A value of another kind or of another name is refused, and one whose end is absurd as well."""
+    with pytest.raises(ConfigurationError, match="agent 'a': the value says 'b'"):
+        await control.put("agent", "a", Agent(name="b"), actor=ANNA)
+    with pytest.raises(ConfigurationError, match="department 'a': expected a department, got a Agent"):
+        await control.put("department", "a", Agent(name="a"), actor=ANNA)
+    with pytest.raises(ConfigurationError, match="expected one of Department"):
+        await control.put("agent", "a", 5, actor=ANNA)  # type: ignore[arg-type]  # the point
+    with pytest.raises(ConfigurationError, match="until_ms"):
+        await control.put("stop", "s", Stop(scope="all", until_ms=10**18), actor=ANNA)
+    assert not list(await control.state())
+
+
+async def test_tables_of_another_release_are_left_alone(
+    control: Control, open_control: Callable[[], Control], database_url: str
+) -> None:
+    """Tables of another schema are an error that says so, and stay as they are."""
+    await control.put("agent", "a", {}, actor=ANNA)
+    run_sql(database_url, "UPDATE control_meta SET schema = 2")
+    with pytest.raises(StorageError, match="the tables have schema 2; this release works with 1"):
+        await open_control().state()
+
+
+async def test_entries_of_a_newer_release_are_no_state(control: Control, database_url: str) -> None:
+    """A database with a kind that this release does not know is not read in part."""
+    await control.put("agent", "a", {}, actor=ANNA)
+    run_sql(database_url, "INSERT INTO control_entries VALUES ('moon', 'x', 1, '{}')")
+    run_sql(database_url, "UPDATE control_meta SET version = version + 1")
+    with pytest.raises(NewerRelease, match="'moon'"):
+        await control.state()
 
 
 def test_settings_are_checked() -> None:

@@ -83,6 +83,11 @@ def test_params_come_back_as_they_are(kind: Kind, bad: object) -> None:
         ("department", {"tz": "Mars/Base"}, "department 'x': .*Mars/Base"),
         ("department", {"color": "red"}, "unknown field 'color'; expected models, daily_tokens"),
         ("department", {"name": "y"}, "department 'x': name says 'y'"),
+        ("department", {"models": ["a"] * 1_001}, "at most 1000"),
+        ("agent", {"params": {"x_a": [[[[[[[[[1]]]]]]]]]}}, "nested more than 8 deep"),
+        ("agent", {"params": {"x_a": {5: 1}}}, "expected texts as names"),
+        ("price", {"entry": [1]}, "entry: expected rates"),
+        ("key", {"prefix": "lg 1", "digest": DIGEST, "caller": "c"}, "prefix"),
         ("department", ["daily_cost"], "expected its fields, got a list"),
         ("agent", {"params": {"tier": 1}}, "names of your own begin with x_"),
         ("agent", {"max_iterations": 2.5}, "max_iterations"),
@@ -167,6 +172,13 @@ def test_what_is_no_state_is_refused(document: bytes) -> None:
     """Bytes that are no state are an error that says so."""
     with pytest.raises(ConfigurationError, match="cannot be read"):
         decode(document)
+
+
+def test_versions_of_documents_may_be_numbers() -> None:
+    """The version of a knowledge base is kept as text, however it was given."""
+    assert read("knowledge_base", "x", {"version": 7}) == read("knowledge_base", "x", {"version": "7"})
+    with pytest.raises(ConfigurationError, match="version"):
+        read("knowledge_base", "x", {"version": True})
 
 
 def test_an_empty_state_has_nothing() -> None:

@@ -514,20 +514,18 @@ def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) 
         assert given is not None  # noqa: S101 - a removal, which was made before
         if kind_of(given) != kind:
             raise ConfigurationError(f"{kind} {name!r}: expected a {kind}, got a {type(given).__name__}")
-        new = read(kind, name, {**written(given), field: name}) if (field := _renamed(given, name)) else given
+        _check_names(given, name)
+        new = read(kind, name, written(given))
     _check_price(new)
     return new
 
 
-def _renamed(given: Value, name: str) -> str | None:
-    """The field to be set where a value goes by another name than it says; only models have several spellings."""
-    if name_of(given) == name:
-        return None
-    if isinstance(given, Price) and key_of(given.model) == name:
-        return "model"
-    if name_of(given) == "":  # raises and stops that were made without an id
-        return "id"
-    raise ConfigurationError(f"{kind_of(given)} {name!r}: the value says {name_of(given)!r}")
+def _check_names(given: Value, name: str) -> None:
+    """Models have several spellings, and raises and stops may be made without an id; others say their name."""
+    said = name_of(given)
+    if said in (name, "") or (isinstance(given, Price) and key_of(said) == name):
+        return
+    raise ConfigurationError(f"{kind_of(given)} {name!r}: the value says {said!r}")
 
 
 def _check_price(value: Value) -> None:
