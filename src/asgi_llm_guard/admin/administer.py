@@ -64,12 +64,11 @@ _FIELDS: Final = frozenset(
         "policy",
         "unit",
         "amount",
-        "reason",
-        "expected",
         "overlap",
         "lasts",
-        "name",
-        "until",
+        "by",
+        "where",
+        "limit",
     ]
 )
 
@@ -212,7 +211,8 @@ def field_in(message: str, known: Mapping[str, Any]) -> str:
     for word in _NAMED.findall(text):
         if word in known or word in _FIELDS:
             return str(word)
-    return next((word for word in _WORD.findall(text) if word in known), "body")
+    words = _WORD.findall(text)
+    return next((word for fields in (known, _FIELDS) for word in words if word in fields), "body")
 
 
 def _malformed(error: ConfigurationError, value: Mapping[str, Any]) -> ProblemError:

@@ -16,6 +16,7 @@ from asgi_llm_guard.admin.desk import Desk
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.admin.pages import page
 from asgi_llm_guard.admin.sessions import SESSION_COOKIE
+from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.admin.verbs import Verb
 from asgi_llm_guard.errors import StorageError
@@ -122,11 +123,25 @@ class AdminApp:
                 raise ProblemError(
                     403, "This form is not from a page of this session. Go back, load the page anew, and send it again."
                 )
-        elif verb.kind == "api" and verb.method != "GET":
+        elif verb.kind == "api":
+            _check_query(verb, asked)
+        if verb.kind == "api" and verb.method != "GET":
             if asked.session is not None:
                 raise ProblemError(403, "What changes something takes a token here: Authorization: Bearer …")
             if verb.takes is not None:
                 asked.body = await read_json(asked.request, verb.takes)
+
+
+def _check_query(verb: Verb, asked: Asked) -> None:
+    """Refuse what would else be passed over: a filter that was mistyped answers for everybody."""
+    known = [param.name for param in verb.params]
+    for name, value in asked.query.items():
+        shown = cut(name)
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise ProblemError(422, f"There is no parameter {shown!r} here; there is {there}.", field=shown)
+        if not value:
+            raise ProblemError(422, f"{name}: is empty; leave it out.", field=name)
 
 
 async def _nothing(asked: Asked) -> Response:

@@ -58,7 +58,7 @@ def _operation(verb: Verb, schema: Any) -> dict[str, Any]:
         "responses": _responses(verb, schema),
     }
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}}
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 256}}
         for name in _PARAMETER.findall(verb.path)
     ]
     parameters += [
@@ -102,7 +102,7 @@ def _responses(verb: Verb, schema: Any) -> dict[str, Any]:
         ("409", verb.conflicts, "It was changed meanwhile, or this service keeps nothing of the kind."),
         ("413", verb.takes is not None, "The body is too long."),
         ("415", verb.takes is not None, "The body is of another type."),
-        ("422", bool(verb.takes or verb.params or "{" in verb.path), "A value cannot be; `field` names it."),
+        ("422", True, "A value cannot be; `field` names it."),
         ("429", True, "Too many wrong tokens came from this address."),
         ("503", True, "The store does not answer."),
     ):

@@ -8,6 +8,7 @@ from typing import Final
 from asgi_llm_guard.admin import api, bodies, forms, openapi, views
 from asgi_llm_guard.admin.kinds import KINDS
 from asgi_llm_guard.admin.verbs import Param, Verb, Verbs
+from asgi_llm_guard.ledger import FILTERS
 
 __all__ = ["VERBS"]
 
@@ -16,7 +17,7 @@ _SINCE: Final = Param("since_ms", "Milliseconds since 1970; a day ago, if it is 
 _UNTIL: Final = Param("until_ms", "Before this instant; now, if it is left out.", _WHOLE)
 _LIMIT: Final = Param("limit", "At most so many rows.", {"type": "integer", "minimum": 1, "maximum": 500})
 _EXPECTED: Final = Param("expected", "The version that was seen. Another one answers 409.", _WHOLE)
-_REASON: Final = Param("reason", "For the audit.", {"type": "string", "maxLength": 500})
+_REASON: Final = Param("reason", "For the audit.", {"type": "string", "minLength": 1, "maxLength": 500})
 
 
 def _pages() -> Iterator[Verb]:
@@ -71,8 +72,7 @@ def _api() -> Iterator[Verb]:
             _SINCE, _UNTIL, _LIMIT,
             Param("by", "Dimensions, separated by commas: `department,day`. A record counts in full in each of its departments."),
             Param("tz", "IANA time zone of hours, days and months."),
-            Param("where.department", "Only records of this department."),
-            Param("where.model", "Only records of this model."),
+            *(Param(f"where.{name}", "Only records of this.") for name in FILTERS),
         ),
     )  # fmt: skip
     yield Verb(

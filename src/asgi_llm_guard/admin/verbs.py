@@ -6,6 +6,7 @@ that is added is guarded, described and tested, or is not there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -28,7 +29,7 @@ class Param(msgspec.Struct, frozen=True):
 
     name: str
     told: str
-    schema: Mapping[str, Any] = MappingProxyType({"type": "string"})
+    schema: Mapping[str, Any] = MappingProxyType({"type": "string", "minLength": 1})
     required: bool = False
 
 
@@ -62,13 +63,17 @@ class Verbs:
 
     def __init__(self, verbs: Sequence[Verb]) -> None:
         self.verbs: Final = tuple(verbs)
-        self._patterns = [(compile_path(verb.path), verb) for verb in self.verbs]
+        # Names may have line breaks in them, which are refused as names, and not as paths that are not there.
+        made = [(compile_path(verb.path), verb) for verb in self.verbs]
+        self._patterns = [
+            (re.compile(found.pattern, re.DOTALL), convertors, verb) for (found, _, convertors), verb in made
+        ]
 
     def find(self, method: str, path: str) -> tuple[Verb, dict[str, str]] | Sequence[str]:
         """The verb and the parameters in its path, or else the methods that the path has: none, if it is not there."""
         allowed: list[str] = []
         wanted = "GET" if method == "HEAD" else method
-        for (pattern, _, convertors), verb in self._patterns:
+        for pattern, convertors, verb in self._patterns:
             match = pattern.match(path)
             if match is None:
                 continue
