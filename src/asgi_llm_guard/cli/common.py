@@ -54,17 +54,18 @@ class Tool:
     @property
     def in_memory(self) -> bool:
         """Whether usage is kept in the memory of the service's process, and nowhere else."""
-        if self._urls.get("ledger") or getattr(self.settings(), "ledger", None) is not None:
+        settings = self.settings()
+        if settings.ledger is not None and settings.ledger.url is not None:
             return False
-        return self.storage_url(self.settings()).startswith("memory:")
+        return self.storage_url(settings).startswith("memory:")
 
     @property
     def names_control(self) -> bool:
         """Whether the command line or the settings say where administration data is."""
-        return "control" in self._urls or getattr(self.settings(), "control", None) is not None
+        return self.settings().control is not None
 
     def settings(self) -> GuardSettings:
-        """What the file, the environment and secret files say.
+        """What the file, the environment and secret files say, with the URLs of the command line in place of theirs.
 
         Raises:
             ConfigurationError: one of them is wrong.
@@ -75,7 +76,18 @@ class Tool:
             )
         from asgi_llm_guard.settings import load_settings
 
-        return load_settings(self.path)
+        settings = load_settings(self.path)
+        return self._told(settings) if self._urls else settings
+
+    def _told(self, settings: GuardSettings) -> GuardSettings:
+        from asgi_llm_guard.settings.operations import ControlSettings, LedgerSettings
+
+        changed: dict[str, Any] = {}
+        kinds = {"ledger": LedgerSettings, "control": ControlSettings}
+        for name, url in self._urls.items():
+            fresh, table = kinds[name](url=url), getattr(settings, name)
+            changed[name] = fresh if table is None else table.model_copy(update={"url": fresh.url})
+        return settings.model_copy(update=changed)
 
     def storage_url(self, settings: GuardSettings) -> str:
         """Where the counters are: never to be shown, because it may hold a password."""
@@ -99,7 +111,7 @@ class Tool:
             raise ConfigurationError(
                 f"{self.path}: storage: there is no file {missing} yet (from {Path.cwd()}); the service makes it"
             )
-        return Guard(**build_guard_arguments(settings) | {"storage": url} | self._urls)
+        return Guard(**build_guard_arguments(settings) | {"storage": url})
 
     def show(self, document: object, text: Callable[[], str]) -> None:
         """Print the document for programs, or the text for people."""

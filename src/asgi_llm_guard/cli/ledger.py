@@ -95,9 +95,9 @@ async def _drain(tool: Tool, *, follow: bool, told: Callable[[int], None]) -> tu
                 if step.behind:
                     continue
                 done += Drained(refusals=await taking.refusals())
-            elif guard.books is not None:
-                await guard.books.catch_up()
             summed += await _roll_up(book)
+            if taking is None and guard.books is not None:
+                await guard.books.catch_up()  # refusals
             if not follow:
                 break
             await _pause(stopped)

@@ -19,7 +19,7 @@ __all__ = ["migrate"]
 @click.command()
 @command_options
 @click.option("--from", "source", metavar="URL", help="The storage to copy; default: as the settings say.")
-@click.option("--to", "target", required=True, envvar="LLM_GUARD_TARGET", metavar="URL", help="An empty storage.")
+@click.option("--to", "target", required=True, envvar="ASGI_LLM_GUARD_TARGET", metavar="URL", help="An empty storage.")
 def migrate(tool: Tool, source: str | None, target: str) -> None:
     """Copy everything that a storage keeps into an empty one, and compare.
 
@@ -28,7 +28,7 @@ def migrate(tool: Tool, source: str | None, target: str) -> None:
     command fails and says what.
 
     A URL with a password belongs in the environment and not on the command line, which others on this host can read:
-    the source's in LLM_GUARD_STORAGE, the target's in LLM_GUARD_TARGET.
+    the source's in LLM_GUARD_STORAGE, the target's in ASGI_LLM_GUARD_TARGET.
 
     Exit codes: 0 copied and found alike; 3 a URL is wrong; 4 a storage is away, or they are not alike.
     """

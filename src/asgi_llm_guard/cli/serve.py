@@ -45,7 +45,8 @@ def serve(tool: Tool, host: str, port: int, workers: int, grace: int, log_level:
     """Run the gateway that the settings describe: [gateway] with its deployments, under [[policies]].
 
     It speaks the dialects of /v1/chat/completions, /v1/responses, /v1/embeddings and /v1/messages, lists its models,
-    and answers /healthz and /readyz. SIGTERM lets open answers end, settles the rest, and exits.
+    and answers /healthz and /readyz. With [admin], the pages of those who run it are under its path. The settings file
+    is followed while it runs. SIGTERM lets open answers end, settles the rest, and exits.
 
     Exit codes: 0 ended in good order; 3 the configuration is not valid.
     """
@@ -90,18 +91,25 @@ def application() -> Served:
     """The application of one process, as the environment names its settings.
 
     Raises:
-        ConfigurationError: the settings are wrong, or describe no deployment.
+        ConfigurationError: the settings are wrong, or describe no deployment that can be used.
     """
     from asgi_llm_guard.gateway import Gateway
-    from asgi_llm_guard.settings import build_gateway_arguments
+    from asgi_llm_guard.settings.build import build_admin_options, build_gateway_arguments
+    from asgi_llm_guard.settings.reload import watch
 
     tool = Tool(os.environ[CONFIG_VARIABLE], as_json=False)
     settings = tool.settings()
     guard = tool.guard(settings, new=True)
-    gateway = Gateway(guard, **build_gateway_arguments(settings))
-    if not len(gateway):
-        raise ConfigurationError(f"{tool.path}: gateway.deployments: none of them can be used; the log says why")
-    return Served(gateway, expose=bool(os.environ.get(_EXPOSE)))
+    arguments = build_gateway_arguments(settings)
+    try:
+        gateway = Gateway(guard, **arguments)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{tool.path}: gateway: {error}") from None
+    served = Served(gateway, expose=bool(os.environ.get(_EXPOSE)))
+    if settings.admin is not None:
+        served.mount(settings.admin.path, guard.admin_app(build_admin_options(settings)))
+    watch(guard, settings, gateway=gateway)
+    return served
 
 
 def _validate(settings: GuardSettings) -> None:
@@ -113,17 +121,39 @@ def _validate(settings: GuardSettings) -> None:
 
 
 class Served:
-    """The gateway's application and the probes of its guard, which ends with the server."""
+    """The gateway's application, the probes of its guard, and what is mounted beside it. The guard ends with the server."""
 
     def __init__(self, gateway: Gateway, *, expose: bool) -> None:
         self._gateway = gateway.app(expose=expose)
         self._guard = gateway.guard
         self._health = gateway.guard.health_app()
+        self._mounted: list[tuple[str, Any]] = []
+
+    def mount(self, path: str, app: Any) -> None:
+        """Have `app` answer below `path`."""
+        self._mounted.append((path, app))
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] in _PROBES:
+        if scope["type"] == "lifespan":
+            await self._gateway(scope, receive, self._closing(send))
+            return
+        path = scope["path"]
+        if scope["type"] == "http" and path in _PROBES:
             await self._health(scope, receive, send)
             return
+        for prefix, app in self._mounted:
+            if path == prefix or path.startswith(f"{prefix}/"):
+                inside = dict(scope) | {"root_path": scope.get("root_path", "") + prefix}
+                await app(inside, receive, send)
+                return
         await self._gateway(scope, receive, send)
-        if scope["type"] == "lifespan":
-            await self._guard.aclose()
+
+    def _closing(self, send: Any) -> Any:
+        """Close the guard before the server is told that it may end: it waits for nothing after that."""
+
+        async def closing(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "lifespan.shutdown.complete":
+                await self._guard.aclose()
+            await send(message)
+
+        return closing

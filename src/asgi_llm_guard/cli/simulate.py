@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["simulate"]
 
 _BATCH: Final = 2_000
+_BOUNDS: Final = ("hold_wait_s", "session_limit", "anonymous_session_limit", "session_overflow", "session_ttl")
 _HOUR_MS: Final = 3_600_000
 _SHADOW: Final = ".shadow"
 
@@ -99,14 +100,15 @@ async def _simulate(
     apart: bool,
     refusals: IO[str] | None,
 ) -> tuple[Simulation, Agreement | None]:
-    from asgi_llm_guard.settings import build_guard_arguments, build_middleware_arguments, load_settings
+    from asgi_llm_guard.settings import load_settings
+    from asgi_llm_guard.settings.build import build_replacement
     from asgi_llm_guard.simulate import Simulator
 
     settings = tool.settings()
     chosen = settings if candidate is None else load_settings(candidate)
-    arguments = build_guard_arguments(chosen)
-    routes = build_middleware_arguments(chosen)["routes"] or ()
-    policies = arguments["policies"]
+    arguments = build_replacement(chosen, identity=False)
+    arguments |= {name: value for name in _BOUNDS if (value := getattr(chosen, name)) is not None}
+    policies, routes = arguments["policies"], arguments["routes"] or ()
     simulator = Simulator(
         policies,
         routes=routes,
