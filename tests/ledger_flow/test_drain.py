@@ -239,6 +239,28 @@ async def test_a_storage_that_is_away_costs_no_record(
     assert await kept(ledger) == costs(range(10))
 
 
+async def test_a_ledger_that_refuses_has_neither_records_nor_position(tmp_path: object) -> None:
+    """Records and position are one transaction: what fails in the midst of it leaves both as they were."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    storage, ledger = MemoryStorage(), Ledger.open(url)
+    await ledger.prepare()
+    await write(storage, map(record, range(10)))
+    await ledger.database.write(
+        lambda connection: connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON ledger WHEN NEW.call_id = 'call-7' BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+    )
+    with pytest.raises(StorageError, match="full"):
+        await Drain(storage, ledger).step()
+    assert await kept(ledger) == {}
+    await ledger.database.write(lambda connection: connection.execute("DROP TRIGGER full"))
+
+    done = await Drain(storage, ledger).step()
+
+    assert (done.records, await kept(ledger)) == (10, costs(range(10)))
+    await ledger.aclose()
+
+
 async def test_drains_at_random_lose_and_double_nothing(make_redis: MakeRedis, make_ledger: MakeLedger) -> None:
     """S7: writers, late settlements, roll-ups and drains in a random order: the ledger has every cost once, and its sums
     agree with its records."""

@@ -139,6 +139,18 @@ def _refuse(tally: RefusalTally, times: int) -> None:
         tally(refused())
 
 
+async def test_a_flood_is_bounded_in_memory_too() -> None:
+    """T25: what a process keeps until it flushes has as many keys as an hour may have."""
+    shared = Unsure()
+    tally = RefusalTally(shared, clock=FrozenClock(START))
+    for number in range(3_000):
+        tally(refused(f"policy-{number}"))
+    with pytest.raises(StorageError):
+        await tally.flush()
+
+    assert (shared.asked, shared.keys) == ([3_000], 1_001)
+
+
 async def test_threads_count_together() -> None:
     """An observer is called from any thread: no refusal is lost between them."""
     storage = MemoryStorage()
@@ -175,19 +187,19 @@ async def test_what_did_not_arrive_is_kept_for_the_next_flush(own_redis: OwnRedi
     later(refused())
 
     assert await later.flush() == 1
-    while await _flushed(tally) == 0:
-        pass
+    assert await _flushed(tally) == 2
     assert sorted(one.count for one in await again.shared().tallies(REFUSALS, 0)) == [1, 2]
     await storage.aclose()
     await again.aclose()
 
 
 async def _flushed(tally: RefusalTally) -> int:
-    try:
-        return await tally.flush()
-    except StorageError:
-        await asyncio.sleep(0)
-        return 0
+    """As soon as the store answers."""
+    while True:
+        try:
+            return await tally.flush()
+        except StorageError:
+            await asyncio.sleep(0)
 
 
 class Unsure:
@@ -195,6 +207,7 @@ class Unsure:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.keys = 0
 
     async def publish(self, name: str, version: int, data: bytes) -> bool:
         raise NotImplementedError
@@ -204,6 +217,7 @@ class Unsure:
 
     async def tally(self, name: str, hour_ms: int, counts: Mapping[str, int], *, most: int = 1000) -> None:
         self.asked.append(sum(counts.values()))
+        self.keys = max(self.keys, len(counts))
         if len(self.asked) == 1:
             raise StorageError("the reply was lost")
 
