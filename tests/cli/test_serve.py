@@ -118,6 +118,7 @@ def test_serve_mounts_the_administration(tmp_path: Path) -> None:
         key = (tmp_path / "key").read_text("utf-8")
         with serving(tmp_path) as (url, _):
             assert asked(f"{url}/admin/api/usage", key=key)[0] in {401, 403}
+            assert asked(f"{url}/usage/v1/usage", key=key)[0] == 200
             assert asked(f"{url}/administrator", key=key)[0] == 404
 
 

@@ -24,6 +24,7 @@ _GRACE_S: Final = 30
 _FACTORY: Final = "asgi_llm_guard.cli.serve:application"
 _EXPOSE: Final = "ASGI_LLM_GUARD_SERVE_EXPOSE"
 """How the processes of several workers are told."""
+_USAGE: Final = "/usage"
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 
 
@@ -45,8 +46,9 @@ def serve(tool: Tool, host: str, port: int, workers: int, grace: int, log_level:
     """Run the gateway that the settings describe: [gateway] with its deployments, under [[policies]].
 
     It speaks the dialects of /v1/chat/completions, /v1/responses, /v1/embeddings and /v1/messages, lists its models,
-    and answers /healthz and /readyz. With [admin], the pages of those who run it are under its path. The settings file
-    is followed while it runs. SIGTERM lets open answers end, settles the rest, and exits.
+    and answers /healthz and /readyz. With [identity], callers see what is left for them at /usage; with [admin], the
+    pages of those who run it are under its path. The settings file is followed while it runs. SIGTERM lets open answers
+    end, settles the rest, and exits.
 
     Exit codes: 0 ended in good order; 3 the configuration is not valid.
     """
@@ -108,6 +110,8 @@ def application() -> Served:
     served = Served(gateway, expose=bool(os.environ.get(_EXPOSE)))
     if settings.admin is not None:
         served.mount(settings.admin.path, guard.admin_app(build_admin_options(settings)))
+    if settings.identity is not None:
+        served.mount(_USAGE, guard.usage_app())
     watch(guard, settings, gateway=gateway)
     return served
 
