@@ -182,7 +182,10 @@ async def test_swaps_under_load_are_whole() -> None:
     put("one")
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://test") as client:
 
-        async def ask() -> None:
+        async def ask(number: int) -> None:
+            for _ in range(number):  # each begins at another instant
+                await asyncio.sleep(0)
+
             async def body() -> Any:
                 for part in (b'{"model":"gpt-test",', b'"messages":[],', b'"max_tokens":1}'):
                     await asyncio.sleep(0)
@@ -198,7 +201,7 @@ async def test_swaps_under_load_are_whole() -> None:
                 if len(mixed) == 40:
                     return
 
-        await asyncio.gather(swap(), *(ask() for _ in range(40)))
+        await asyncio.gather(swap(), *(ask(number) for number in range(40)))
     assert {caller for caller, _ in mixed} == {"one", "two"}
     assert all(caller == policy for caller, policy in mixed)
 
