@@ -605,9 +605,9 @@ async def test_answers_are_revoked_when_the_cache_is_back(
     scope = CacheScope(knowledge_base=lambda context: "wiki", settings=ChainMap(control.knowledge_bases, base))  # type: ignore[arg-type]  # never written to
     client = Client(make(scope, cache=Cache(storage=kept)))
     assert [(await client.send(ADA)).state for _ in range(2)] == ["lead", "hit"]
+    kept.down()
     await control.put("knowledge_base", "wiki", {"cache": False}, actor=ANNA)
     await turn(client.guard)
-    kept.down()
     await control.remove("knowledge_base", "wiki", actor=ANNA)
     await turn(client.guard)
     kept.up()

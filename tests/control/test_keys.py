@@ -166,6 +166,17 @@ async def test_keys_of_a_file_work_beside(control: Control) -> None:
         keys(sent(shown))
 
 
+async def test_two_keys_are_nobody_whoever_else_is_asked(control: Control) -> None:
+    """A malformed request is refused as such, and nobody else is asked about it."""
+    keys = control.keys(then=lambda _scope: Identity(caller="anybody"))
+    await follow(control)
+    both = {"type": "http", "headers": [(b"x-api-key", b"lg-k1-one-of-two-keys"), (b"api-key", b"lg-k1-other-of-them")]}
+    with pytest.raises(IdentityError, match="two different") as caught:
+        keys(both)
+    assert caught.value.status == 400
+    assert keys(sent("lg-k1-nobody-knows-this-key")) == Identity(caller="anybody")
+
+
 async def test_a_key_that_nobody_knows_makes_nobody_anonymous(control: Control) -> None:
     """A wrong key beside another authentication that says nothing is refused, unless anonymous callers are wanted."""
 
