@@ -469,7 +469,7 @@ async def test_episodes_over_processes(receiver: Receiver, tmp_path: Path) -> No
         async with one.guard.open(Context(caller="ann")):
             pass
         assert await one.told() == []
-    assert len({got.headers["x-guard-id"] for got in receiver.got}) == 2
+    assert len({got.headers["x-guard-id"] for got in receiver.got}) == len(receiver.got) == 2
 
 
 async def _documents(path: Path) -> list[str]:
