@@ -22,7 +22,7 @@ from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
-from asgi_llm_guard.testing import FrozenClock
+from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
 pytestmark = pytest.mark.anyio
 
@@ -237,6 +237,27 @@ async def test_a_storage_that_is_away_costs_no_record(
     await again.aclose()
 
     assert await kept(ledger) == costs(range(10))
+
+
+async def test_a_store_that_comes_and_goes_costs_no_record(make_storage: MakeStorage, ledger: Ledger) -> None:
+    """A storage that is away, or whose replies are lost, at random instants of a drain: every record is in the ledger once."""
+    rng = random.Random(7)
+    store = make_storage()
+    storage = OutageStorage(store)
+    drain = Drain(storage, ledger, batch=7)
+    failed = 0
+    for turn in range(30):
+        await write(store, map(record, range(turn * 5, turn * 5 + 5)))
+        rng.choice((storage.up, storage.down, storage.lose_replies, lambda: storage.down(after=1)))()
+        try:
+            await drain.step()
+        except StorageError:
+            failed += 1
+    storage.up()
+    await drain.run()
+
+    assert failed > 5
+    assert await kept(ledger) == costs(range(150))
 
 
 async def test_a_ledger_that_refuses_has_neither_records_nor_position(tmp_path: object) -> None:

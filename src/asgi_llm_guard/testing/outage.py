@@ -11,6 +11,7 @@ from asgi_llm_guard.errors import ConfigurationError, DataLost, StorageError
 from asgi_llm_guard.storage.base import Pending, Storage
 from asgi_llm_guard.storage.entries import Bounds, Entries, InFlight, KeepsEntries, Kept, Leading
 from asgi_llm_guard.storage.shared import Document, KeepsShared, ListsCalls, OpenCall, Shared, Tally
+from asgi_llm_guard.storage.streams import KeepsStreams, Read, RecordStream
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["OutageStorage"]
@@ -134,6 +135,12 @@ class OutageStorage:
         async with self._reached():
             return await self.inner.open_calls(limit) if isinstance(self.inner, ListsCalls) else ()
 
+    def streams(self) -> Sequence[RecordStream]:
+        """As `KeepsStreams`, if the store is one."""
+        if not isinstance(self.inner, KeepsStreams):
+            raise ConfigurationError(f"streams: a {type(self.inner).__name__} keeps no stream of its records")
+        return [_Stream(stream, self._reached) for stream in self.inner.streams()]
+
     async def aclose(self) -> None:
         await self.inner.aclose()
 
@@ -201,6 +208,23 @@ class _Entries:
     async def bump(self, name: str) -> None:
         async with self._reached():
             await self._inner.bump(name)
+
+
+class _Stream:
+    """A stream of records behind the same wire."""
+
+    def __init__(self, stream: RecordStream, reached: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self.name = stream.name
+        self._stream = stream
+        self._reached = reached
+
+    async def read(self, position: str | None, limit: int) -> Read:
+        async with self._reached():
+            return await self._stream.read(position, limit)
+
+    async def trim(self, position: str, *, keep_ms: int, limit: int) -> int:
+        async with self._reached():
+            return await self._stream.trim(position, keep_ms=keep_ms, limit=limit)
 
 
 class _Shared:
