@@ -230,7 +230,7 @@ async def test_usage_counts_once(page: Desk) -> None:
         ({"since_ms": "-1"}, "since_ms"),
         ({"since_ms": "9" * 30}, "since_ms"),
         ({"until_ms": "1"}, "until_ms"),
-        ({"where.planet": "x"}, "where"),
+        ({"where.planet": "x"}, "where.planet"),
         ({"limit": "0"}, "limit"),
     ):
         answer = await client.get("/admin/api/v1/usage", params=query)

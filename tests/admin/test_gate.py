@@ -209,6 +209,27 @@ async def test_sessions_end(page: Desk) -> None:
     assert (await again.get("/admin/health")).status_code == 303
 
 
+async def test_pages_that_refresh_themselves_keep_nobody_logged_in(page: Desk) -> None:
+    """A page that was left open and asks for its live part again and again ends with the idle time all the same."""
+    client = await page.browser("viewer")
+    for _ in range(3):
+        page.clock.advance(seconds=9 * 60)
+        answer = await client.get("/admin/sessions", headers={"x-refresh": "1"})
+        assert answer.status_code == 200
+    page.clock.advance(seconds=4 * 60)
+    assert (await client.get("/admin/sessions", headers={"x-refresh": "1"})).status_code == 303
+
+
+async def test_logs_have_a_line_for_each_try(page: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """T16: a path with control characters in it is one record of the log, in one line."""
+    answer = await page.client("viewer").delete("/admin/api/v1/departments/a%0BX: y%1B[31m%E2%80%AE")
+    assert answer.status_code == 403
+    told = [record.getMessage() for record in caplog.records if "refused to viewer" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].isprintable()
+    assert all(row.target.isprintable() for row in await page.audit())
+
+
 async def test_cookies_that_somebody_else_made(page: Desk) -> None:
     """A cookie of another secret, a changed one, and that of the login form are no session."""
     client = await page.browser("admin")

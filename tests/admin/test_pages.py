@@ -141,6 +141,30 @@ async def test_ranges_of_ones_own(page: Desk) -> None:
         assert problem is None or problem in text
 
 
+async def test_ranges_that_are_no_longer_kept(page: Desk) -> None:
+    """Where retention has removed what a range would need, the page says so, and since when."""
+    assert page.guard.ledger is not None
+    await fill(page.guard, [record(1, at_ms=NOW_MS - 600 * _DAY_MS), record(2)])
+    await page.guard.ledger.roll_up()
+    await page.guard.ledger.retain()
+    query = "range=custom&since=2025-03-01T05:00&until=2025-05-01T00:00&tz=Asia/Kolkata"
+    answer = await page.client("viewer").get(f"/admin/?{query}")
+    assert (answer.status_code, "This cannot be" in answer.text) == (422, True)
+
+
+async def test_a_store_that_is_away(page: Desk, tmp_path: Path) -> None:
+    """Where the store does not answer, a page says so with 503, and names nothing of it."""
+    assert page.control is not None
+    await page.control.state()
+    await page.guard.storage.aclose()
+    answer = await page.client("viewer").get("/admin/")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "sqlite" not in answer.text.lower()
+    assert (await page.client("viewer").get("/admin/api/v1/sessions")).headers[
+        "content-type"
+    ] == "application/problem+json"
+
+
 async def test_the_page_of_a_department(page: Desk) -> None:
     """A department's page has its sums alone, its limits, models, users and agents, and days and months as bars."""
     await fill(

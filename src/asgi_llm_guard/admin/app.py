@@ -19,7 +19,9 @@ from asgi_llm_guard.admin.sessions import SESSION_COOKIE
 from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.admin.verbs import Verb
+from asgi_llm_guard.control import NewerRelease
 from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.ledger import NotKeptError
 from asgi_llm_guard.marks import mark_own
 from asgi_llm_guard.routes import route_path
 
@@ -84,7 +86,8 @@ class AdminApp:
             await gate.admit(verb, asked)
             await self._read(verb, asked)
             response: Response = await verb.run(asked)
-            if session is not None and verb.path != "/logout":
+            # What a page asks for by itself keeps nobody logged in who has left.
+            if session is not None and verb.path != "/logout" and "x-refresh" not in request.headers:
                 value = self.desk.sessions.renewed(session, self.desk.now_ms)
                 if value is not None:
                     set_cookie(asked, response, SESSION_COOKIE, value, self.desk.sessions.absolute_ms)
@@ -93,6 +96,10 @@ class AdminApp:
         except StorageError as error:
             _log.warning("administration: %s: %s", request.url.path, error)
             return _problem(asked, ProblemError(503, _NO_STORE, headers={"Retry-After": "5"}), api=api)
+        except NotKeptError as error:
+            return _problem(asked, ProblemError(422, str(error)), api=api)
+        except NewerRelease as error:
+            return _problem(asked, ProblemError(503, str(error)), api=api)
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception:  # noqa: BLE001 - the last resort of a page

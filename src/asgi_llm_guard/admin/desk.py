@@ -11,6 +11,7 @@ from asgi_llm_guard.admin.budgets import Budget, budget_of
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.admin.recent import RecentRefusals
 from asgi_llm_guard.admin.sessions import Failures, Sessions
+from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.control import Actor, Control
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.guard import Guard
@@ -55,11 +56,11 @@ class Desk:
         """Write into the audit what was done that is no change of administration data."""
         if self.control is not None:
             await self.control.note(verb, target, actor=actor, reason=reason, new=new)
-        _log.info("administration: %s of %s by %s", verb, target, actor.name)
+        _log.info("administration: %s of %s by %s", verb, cut(target), cut(actor.name))
 
     async def note_refused(self, *, verb: str, target: str, name: str, role: str, address: str, why: str) -> None:
         """Write into the audit what somebody tried who may not. A store that does not answer hinders no refusal."""
-        _log.warning("administration: %s refused to %s (%s) from %s: %s", verb, name, role, address, why)
+        _log.warning("administration: %s refused to %s (%s) from %s: %s", cut(verb), cut(name), role, cut(address), why)
         if self.control is None:
             return
         try:
