@@ -21,6 +21,7 @@ from asgi_llm_guard.ledger.drain import Drain, Drained
 from asgi_llm_guard.storage import open_storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
+from asgi_llm_guard.storage.sharded import ShardedStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
@@ -258,6 +259,25 @@ async def test_a_store_that_comes_and_goes_costs_no_record(make_storage: MakeSto
 
     assert failed > 5
     assert await kept(ledger) == costs(range(150))
+
+
+async def test_a_shard_that_is_away_does_not_hold_up_the_others(ledger: Ledger) -> None:
+    """What the other shards have is drained; the step says that one of them did not answer."""
+    shards = [OutageStorage(MemoryStorage()) for _ in range(4)]
+    storage = ShardedStorage(shards)
+    await write(storage, map(record, range(80)))
+    away = next(shard for shard in shards if await shard.inner.records())
+    missing = len(await away.inner.records())
+    away.down()
+
+    with pytest.raises(StorageError):
+        await Drain(storage, ledger).step()
+    there = len(await kept(ledger))
+    away.up()
+    await Drain(storage, ledger).run()
+
+    assert there == 80 - missing
+    assert await kept(ledger) == costs(range(80))
 
 
 async def test_a_ledger_that_refuses_has_neither_records_nor_position(tmp_path: object) -> None:

@@ -29,7 +29,7 @@ from typing import Final
 
 import msgspec
 
-from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.events import Observer, RecordsLost, emit
 from asgi_llm_guard.ledger.book import Ledger
 from asgi_llm_guard.ledger.refusals import RefusalDrain
@@ -120,11 +120,17 @@ class Drain:
         """Take at most `batch` records of each stream, and now and then the counts of refusals.
 
         Raises:
-            StorageError: the storage or the ledger does not answer. What was taken before is in the ledger.
+            StorageError: the storage, a shard of it or the ledger does not answer. What the others had is in the ledger.
         """
         done = Drained()
+        failure: StorageError | None = None
         for stream in self._streams:
-            done += await self._take(stream)
+            try:
+                done += await self._take(stream)
+            except StorageError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
         if self._refusals_at is None or monotonic() - self._refusals_at >= _REFUSALS_S:
             done += Drained(refusals=await self.refusals())
         return done
