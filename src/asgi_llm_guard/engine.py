@@ -55,7 +55,7 @@ from asgi_llm_guard.policies.base import AgentAware, Leased, Policy, SessionAwar
 from asgi_llm_guard.policies.providers import provider_of
 from asgi_llm_guard.session_ids import SessionIds, counted_as, overflows
 from asgi_llm_guard.stops import Stop, Stops
-from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage
+from asgi_llm_guard.storage.base import Completed, Interruptible, Leasing, LossAware, Pending, Selective, Storage, Verbs
 from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.waiters import Answer, Waiters
 
@@ -137,9 +137,9 @@ class Engine:
     ) -> None:
         self.approval_url = check_approval_url(approval_url)
         self.storage = storage
-        self.verbs = storage
+        self.verbs: Verbs = storage
         """What is asked: the storage, or something around it that measures how long it takes."""
-        self._around: Callable[[Storage], Storage] | None = None
+        self._around: Callable[[Storage], Verbs] | None = None
         self.cache: ResponseCache | None = None
         """What the guard keeps answers in."""
         self._with_leases = with_leases
@@ -253,7 +253,7 @@ class Engine:
 
         return stop
 
-    def measure(self, around: Callable[[Storage], Storage] | None) -> None:
+    def measure(self, around: Callable[[Storage], Verbs] | None) -> None:
         """Ask the storage through what `around` makes of it; `None`: directly."""
         self._around = around
         self.verbs = self.storage if around is None else around(self.storage)

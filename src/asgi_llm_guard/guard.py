@@ -59,7 +59,7 @@ from asgi_llm_guard.signals import Signals
 from asgi_llm_guard.standing import ResetMeter, Standing, claimed_meters, meters_of, reset_meter, standing_of
 from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
-from asgi_llm_guard.storage.base import KeepsLedger, Storage
+from asgi_llm_guard.storage.base import KeepsLedger, Storage, Verbs
 from asgi_llm_guard.storage.streams import KeepsStreams
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.windows import duration_ms
@@ -546,7 +546,7 @@ class Guard:
         """Count the open holds of all processes in the background, as `begin_reading`."""
         return background.begin(self._engine.storage.open_holds())
 
-    def measure(self, around: Callable[[Storage], Storage] | None, /) -> None:
+    def measure(self, around: Callable[[Storage], Verbs] | None, /) -> None:
         """Ask the storage through what `around` makes of it (to measure it); `None`: directly."""
         self._engine.measure(around)
 

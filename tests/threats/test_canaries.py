@@ -70,7 +70,7 @@ SIGNS = {
     "models": "gpt-4o-mini",
     "usage pages": "caller-1",
     "administration pages": "caller-",
-    "commands": "caller-3",
+    "commands": "caller-",
 }
 """Something that each surface has if it is what it is taken for."""
 

@@ -71,6 +71,7 @@ __all__ = [
     "Plan",
     "Selective",
     "Storage",
+    "Verbs",
 ]
 
 LAPSE_MS: Final = 15_000
@@ -123,6 +124,18 @@ class Completed:
     def __await__(self) -> Generator[object, None, tuple[Settled, ...]]:
         return self._value
         yield  # pragma: no cover - makes this a generator; never reached
+
+
+class Verbs(Protocol):
+    """What is asked of a storage for calls, or for those that hold something: see `Storage`."""
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended: ...
+
+    async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended: ...
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]: ...
+
+    async def heartbeat(self, owner: str) -> Heartbeat: ...
 
 
 class Storage(Protocol):

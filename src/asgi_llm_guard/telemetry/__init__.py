@@ -21,7 +21,7 @@ from asgi_llm_guard import events
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Policy
-from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.base import Storage, Verbs
 from asgi_llm_guard.telemetry.attempts import AttemptObserver
 from asgi_llm_guard.telemetry.budgets import RemainingBudgets
 from asgi_llm_guard.telemetry.calls import CallObserver, OpenCalls
@@ -50,7 +50,7 @@ class Instrumented(Observed, Protocol):
         """Tell `observer` every event, until what is given is called."""
         ...
 
-    def measure(self, around: Callable[[Storage], Storage] | None, /) -> None:
+    def measure(self, around: Callable[[Storage], Verbs] | None, /) -> None:
         """Ask the storage through what `around` makes of it; `None`: directly."""
         ...
 

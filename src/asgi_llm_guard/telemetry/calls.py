@@ -91,7 +91,9 @@ class CallObserver:
             "llm_guard.calls", unit="{call}", description="Calls that have ended, by what they are charged as."
         )
         self._tokens = meter.create_counter(
-            "llm_guard.tokens", unit="{token}", description="Tokens that calls were billed for, as far as they are known."
+            "llm_guard.tokens",
+            unit="{token}",
+            description="Tokens that calls were billed for, as far as they are known.",
         )
         self._cost = meter.create_counter(
             "llm_guard.cost", unit="{USD}", description="What calls were charged with; of those whose cost is known."

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from opentelemetry.metrics import Histogram, Meter
 
-from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Plan, Reading, Refused, Settled, Settlement
-from asgi_llm_guard.claims import Meter as Counted
+from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Plan, Refused, Settled, Settlement
 from asgi_llm_guard.storage.base import Pending, Storage
 from asgi_llm_guard.telemetry import names
-from asgi_llm_guard.usage import UsageRecord
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["MeasuredStorage", "measuring"]
 
@@ -38,7 +33,7 @@ def measuring(meter: Meter) -> Callable[[Storage], MeasuredStorage]:
 
 
 class MeasuredStorage:
-    """A storage whose verbs are measured; the rest is passed on.
+    """The verbs of a storage, measured.
 
     A settlement is measured from its handing over until it is settled, which no request waits for.
     """
@@ -101,30 +96,6 @@ class MeasuredStorage:
     def _failed(self, began: float, verb: str, error: Exception) -> None:
         labels = {names.VERB: verb, names.ERROR_TYPE: type(error).__name__}
         self._histogram.record(time.perf_counter() - began, labels)
-
-    async def retire(self, owner: str) -> None:
-        await self._storage.retire(owner)
-
-    async def read(self, meters: Sequence[Counted]) -> tuple[Reading, ...]:
-        return await self._storage.read(meters)
-
-    async def reset(self, meters: Sequence[Counted]) -> None:
-        await self._storage.reset(meters)
-
-    async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
-        return await self._storage.records(since_ms=since_ms, limit=limit)
-
-    def export(self) -> AsyncIterator[bytes]:
-        return self._storage.export()
-
-    async def load(self, lines: Iterable[bytes]) -> None:
-        await self._storage.load(lines)
-
-    async def open_holds(self) -> int:
-        return await self._storage.open_holds()
-
-    async def aclose(self) -> None:
-        await self._storage.aclose()
 
 
 _RESERVE: Final = {names.VERB: "reserve"}
