@@ -150,6 +150,23 @@ async def test_what_is_not_taken_is_told(answer: bytes | int | None, said: str) 
     assert "canary" not in str(caught.value)
 
 
+async def test_a_url_that_is_kept_like_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T25: the URL may come from the environment or a file, and is the same webhook as if it were written down."""
+    async with receiving() as receiver:
+        kept = tmp_path / "url"
+        kept.write_text(receiver.url + "\n")
+        monkeypatch.setenv("GUARD_HOOK_URL", receiver.url)
+        for url in ("env:GUARD_HOOK_URL", f"file:{kept}", Secret(receiver.url)):
+            webhook = Webhook(url, secret=Secret(SECRET), allow=["127.0.0.1"])
+            await webhook.send(ALERT)
+            assert webhook.id == hook(receiver).id
+            assert "canary" not in repr(webhook)
+        assert len(receiver.got) == 3
+    for url in ("env:NOT_THERE", "file:/not/there"):
+        with pytest.raises(ConfigurationError, match="URL is not there"):
+            Webhook(url, secret=Secret(SECRET))
+
+
 async def test_a_resolver_that_fails_in_its_own_way() -> None:
     """Whatever a resolver raises is a failed attempt, without a word of what it said."""
 

@@ -93,15 +93,13 @@ class Target(msgspec.Struct, frozen=True):
     allowed: Allowed
 
     @classmethod
-    def of(cls, url: object, allow: Iterable[str]) -> Target:
+    def of(cls, url: str, allow: Iterable[str]) -> Target:
         """The target that a URL names.
 
         Raises:
             ConfigurationError: it cannot be one. The message has the host at most.
         """
         allowed = Allowed.of(allow)
-        if not isinstance(url, str):
-            raise ConfigurationError(f"Webhook: expected a URL, got a {type(url).__name__}")
         if not url.isascii() or not url.isprintable() or " " in url:
             raise ConfigurationError("Webhook: the URL has characters that no URL may have")
         parts, port = _split(url)

@@ -34,7 +34,8 @@ class Webhook:
     """`Webhook("https://hooks.example.com/guard", secret="env:GUARD_WEBHOOK_SECRET")`.
 
     Args:
-        url: https; http only for hosts that are listed in `allow`. May have secrets in its path: it is shown nowhere.
+        url: https; http only for hosts that are listed in `allow`. May have secrets in its path: it is shown nowhere, and
+            may be given as `env:NAME` or `file:/run/secrets/name`.
         secret: what bodies are signed with: `env:NAME`, `file:/run/secrets/name` or a `Secret`; or two of them, while
             one takes the other's place. Read anew for every delivery. At least 16 characters.
         allow: hosts, addresses and networks that may be asked though they are not of the public internet.
@@ -51,7 +52,7 @@ class Webhook:
 
     def __init__(
         self,
-        url: str,
+        url: str | Secret,
         *,
         secret: str | Secret | Sequence[str | Secret],
         allow: Iterable[str] = (),
@@ -61,7 +62,8 @@ class Webhook:
         first_retry_s: float = 1.0,
         resolve: Resolve | None = None,
     ) -> None:
-        self._target = Target.of(url, allow)
+        address = _address(url)
+        self._target = Target.of(address, allow)
         self.name = name or self._target.host
         for what, value, most in (("timeout_s", timeout_s, 60), ("first_retry_s", first_retry_s, 60)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.001 <= value <= most:
@@ -84,8 +86,7 @@ class Webhook:
         self.secrets()
         self._library = _library()
         self._tls = _tls(self.name, ca_file)
-        digest = hashlib.blake2b(f"{self._target.scheme}:{url}".encode(), digest_size=9)
-        self.id = digest.hexdigest() if name is None else hashlib.blake2b(name.encode(), digest_size=9).hexdigest()
+        self.id = hashlib.blake2b((name or address).encode(), digest_size=9).hexdigest()
         """The same in every process, also with another secret."""
 
     def __repr__(self) -> str:
@@ -165,6 +166,18 @@ class Webhook:
                 return int(answer.status_code)
             finally:
                 await answer.aclose()
+
+
+def _address(url: object) -> str:
+    """The URL itself, from wherever it is kept."""
+    if isinstance(url, Secret) or (isinstance(url, str) and url.startswith(("env:", "file:"))):
+        found = read_secret(url, os.environ, name="Webhook")
+        if found is None:
+            raise ConfigurationError("Webhook: its URL is not there; set the variable, or write the file")
+        return found.reveal()
+    if not isinstance(url, str):
+        raise ConfigurationError(f"Webhook: expected a URL, got a {type(url).__name__}")
+    return url
 
 
 def _library() -> ModuleType:
