@@ -285,3 +285,15 @@ async def test_answers_have_the_shape_that_is_told(page: Desk) -> None:
             kind = list[verb.gives] if verb.gives_list else verb.gives  # type: ignore[name-defined]
             msgspec.json.decode(answer.content, type=kind)
             json.loads(answer.text)
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "1e400", "[null]"])
+async def test_nothing_hides_in_parameters(value: str, page: Desk) -> None:
+    """T13: `null` in the parameters of a key would be a limit taken away; it is refused, and so is a number that is none."""
+    answer = await page.client("admin").post(
+        "/admin/api/v1/keys",
+        content=f'{{"caller": "a", "params": {{"max_iterations": {value}}}, "reason": "r"}}',
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["field"].startswith("params.max_iterations")
