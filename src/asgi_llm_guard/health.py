@@ -161,10 +161,7 @@ class HealthApp:
         return str(self._guard.health()["storage"])
 
     def _price_days(self) -> int:
-        try:
-            shipped = date.fromisoformat(self._guard.prices.date)
-        except ValueError:
-            return 0  # a book without a date is the service's own
+        shipped = date.fromisoformat(self._guard.prices.date)
         today = datetime.fromtimestamp(self._guard.clock.now_ms() / 1000, UTC).date()
         return max(0, (today - shipped).days)
 

@@ -28,7 +28,7 @@ class Beating(MemoryStorage):
         super().__init__(**options)
         self.beats = 0
         self.ahead_ms = 0
-        self.error: StorageError | None = None
+        self.error: Exception | None = None
         self.asked = asyncio.Event()
         self.answers = asyncio.Event()
         self.answers.set()
@@ -130,6 +130,34 @@ async def test_storage_comes_back(guard: Guard, storage: Beating, clock: FrozenC
     assert (failed.status, failed.json["checks"]["storage"]) == (503, "failed")
     assert CANARY not in failed.body.decode()
     assert back.status == 200
+
+
+async def test_storage_that_breaks(guard: Guard, storage: Beating) -> None:
+    """M16: a driver that breaks in an unforeseen way is not ready, and no error of the probe."""
+    app = guard.health_app()
+    storage.error = ZeroDivisionError(CANARY)
+
+    exchange = await get(app)
+
+    assert exchange.status == 503
+    assert CANARY not in exchange.body.decode()
+
+
+def test_loops_come_and_go(guard: Guard, storage: Beating, clock: FrozenClock) -> None:
+    """M16: a probe that was cut off with its event loop does not stand in the way of the next."""
+    app = guard.health_app()
+    storage.answers.clear()
+    loop = asyncio.new_event_loop()
+    cut_off = loop.create_task(get(app))
+    loop.run_until_complete(asyncio.wait([cut_off], timeout=0.01))
+    storage.answers.set()
+    clock.advance(seconds=5)
+
+    assert asyncio.run(get(app)).status == 200
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.wait([cut_off]))
+    loop.close()
 
 
 async def test_draining(guard: Guard) -> None:

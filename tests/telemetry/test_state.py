@@ -28,7 +28,7 @@ from asgi_llm_guard import (
     Usage,
 )
 from asgi_llm_guard.cache import Cache
-from asgi_llm_guard.claims import Unit
+from asgi_llm_guard.claims import Bundle, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Alert, BacklogFull, DataLost, Expired, SlotOverrun, emit
@@ -36,8 +36,9 @@ from asgi_llm_guard.identity import TrustedHeaders
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.storage.memory import MemoryStorage
+from asgi_llm_guard.storage.pending import Handed
 from asgi_llm_guard.telemetry.labels import Labels
-from asgi_llm_guard.telemetry.storing import MeasuredStorage
+from asgi_llm_guard.telemetry.storing import MeasuredStorage, measuring
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
 pytestmark = pytest.mark.anyio
@@ -409,3 +410,40 @@ def test_invented_providers() -> None:
     named = {labels.name("policy", f"policy-{number}") for number in range(200)}
     assert len(named) == 101
     assert labels.name("policy", "policy-0") == "policy-0"
+
+
+class Late(OutageStorage):
+    """Takes settlements, and fails later."""
+
+    def settle(self, settlements: Any) -> Any:
+        late: Handed[Any] = Handed()
+        late.decide(None, StorageError("too late"))
+        return late
+
+
+@pytest.mark.parametrize("kind", [OutageStorage, Late])
+async def test_verbs_that_fail(clock: FrozenClock, told: Telemetry, kind: type[OutageStorage]) -> None:
+    """S17: a verb that fails, at once or later, is measured with the class of its error, and fails as before."""
+    storage = kind(MemoryStorage(clock=clock))
+    measured = measuring(told.meters.get_meter("test"))(storage)
+    bundle = Bundle("call", ())
+    await measured.heartbeat("owner")
+    await measured.reserve("owner", ((bundle,),))
+    await measured.amend("owner", bundle)
+    storage.down()
+    for asking in (
+        measured.reserve("owner", ((bundle,),)),
+        measured.amend("owner", bundle),
+        measured.heartbeat("owner"),
+    ):
+        with pytest.raises(StorageError):
+            await asking
+    with pytest.raises(StorageError):
+        measured.settle([Settlement("call", ())]).result()
+
+    points = told.collect()["llm_guard.storage.duration"]
+    counted = [(p.attributes["llm_guard.storage.verb"], p.attributes.get("error.type"), p.count) for p in points]
+    went_well = {(verb, None, 1) for verb in ("reserve", "amend", "heartbeat")}
+    assert set(counted) == went_well | {
+        (verb, "StorageError", 1) for verb in ("reserve", "amend", "heartbeat", "settle")
+    }

@@ -132,10 +132,7 @@ def _skew(guard: Observed) -> float:
     return guard.skew_ms / 1000
 
 
-def _price_age(guard: Observed) -> float | None:
-    try:
-        shipped = date.fromisoformat(guard.prices.date)
-    except ValueError:
-        return None
+def _price_age(guard: Observed) -> float:
+    shipped = date.fromisoformat(guard.prices.date)
     today = datetime.fromtimestamp(guard.clock.now_ms() / 1000, UTC).date()
     return max(0, (today - shipped).days) * _DAY_S
