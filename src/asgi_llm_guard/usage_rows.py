@@ -143,16 +143,19 @@ def create_ledger(dialect: Literal["sqlite", "postgresql"]) -> tuple[str, ...]:
     )
 
 
-def upsert_ledger() -> str:
+def upsert_ledger(rows: int = 1) -> str:
     """Add a row of `row_of_record`, or replace the one with its call id, which keeps its number.
+
+    `rows`: so many at once, one after the other in the parameters, each of another call id.
 
     An estimate replaces nothing; anything else only an estimate, or what was not settled late. So the same rows may be
     added again, in any order.
     """
-    marks = ", ".join("?" * len(LEDGER_COLUMNS))
+    row = f"({', '.join('?' * len(LEDGER_COLUMNS))})"
+    marks = ", ".join([row] * rows)
     changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in LEDGER_COLUMNS if name != "call_id")
     return (
-        f"INSERT INTO ledger ({LEDGER_LIST}) VALUES ({marks})"  # noqa: S608 - our names
+        f"INSERT INTO ledger ({LEDGER_LIST}) VALUES {marks}"  # noqa: S608 - our names
         f" ON CONFLICT (call_id) DO UPDATE SET {changes} WHERE excluded.outcome <> 'expired'"
         " AND (ledger.outcome = 'expired' OR excluded.late > ledger.late)"
     )

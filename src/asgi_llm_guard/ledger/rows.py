@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 from asgi_llm_guard.ledger.filters import record_conditions
@@ -16,6 +17,8 @@ from asgi_llm_guard.usage_rows import LEDGER_LIST, record_of_row, row_of_record,
 __all__ = ["ANY", "add_refusals", "append", "batch", "cursor", "last_row", "page", "refusals", "sessions"]
 
 _UPSERT: Final = upsert_ledger()
+_TOGETHER: Final = 20  # on PostgreSQL five times as fast as one by one
+_UPSERT_TOGETHER: Final = upsert_ledger(_TOGETHER)
 
 ANY: Final = "any"
 """A cursor that moves wherever it is."""
@@ -43,7 +46,13 @@ def append(
     for some in chunks(ids):
         marks = ", ".join("?" * len(some))
         known += connection.execute(f"SELECT count(*) FROM ledger WHERE call_id IN ({marks})", some)[0][0]  # noqa: S608
-    connection.execute_many(_UPSERT, map(row_of_record, records))
+    rows = [row_of_record(record) for record in records]
+    if connection.dialect == "postgresql" and len(ids) == len(rows):  # a statement may not change a row twice
+        together = len(rows) - len(rows) % _TOGETHER
+        joined = (chain.from_iterable(rows[at : at + _TOGETHER]) for at in range(0, together, _TOGETHER))
+        connection.execute_many(_UPSERT_TOGETHER, map(tuple, joined))
+        rows = rows[together:]
+    connection.execute_many(_UPSERT, rows)
     _move(connection, source, position)
     return len(ids) - known
 
