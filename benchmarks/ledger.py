@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import sqlite3
 import statistics
 import tempfile
@@ -208,15 +209,31 @@ async def overhead(rounds: int) -> None:
                 policies=_policies(), storage=cast("Storage", With(storages["rolled"])), ledger=None
             ),
         }
+        calls = {name: _call(guard) for name, guard in guards.items()}
         for tasks in (1, 16):
-            results = await compare_async(
-                {name: _call(guard) for name, guard in guards.items()}, operations=100, tasks=tasks, rounds=rounds
-            )
+            results = await compare_async(calls, operations=100, tasks=tasks, rounds=rounds)
             print(table(results, title=f"A call on SQLite, admitted and settled, {tasks} at a time"), end="\n\n")
+            await _processor_time(calls, tasks, rounds)
         rolling.cancel()
         for guard in guards.values():
             await guard.aclose()
         await ledger.aclose()
+
+
+async def _processor_time(calls: Mapping[str, Callable[[], Awaitable[object]]], tasks: int, rounds: int) -> None:
+    """What the same takes of the processor, which a busy machine changes less than the time that passes."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in random.sample(list(calls.items()), len(calls)):
+            begun = time.process_time()
+            for _ in range(96 // tasks):
+                await asyncio.gather(*(call() for _ in range(tasks)))
+            spent[name].append((time.process_time() - begun) / 96)
+    first = statistics.median(next(iter(spent.values())))
+    print("| processor time | median | to the first |\n|---|---|---|")
+    for name, samples in spent.items():
+        print(f"| {name} | {statistics.median(samples) * 1e6:.0f} µs | {statistics.median(samples) / first:.3f} |")
+    print()
 
 
 def _policies() -> list[Policy]:

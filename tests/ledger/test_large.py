@@ -15,9 +15,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_the_sums_say_what_the_records_say(tmp_path: Path) -> None:
-    """C9: each of the questions that are measured has the same answer from the sums as from 20,000 records."""
+    """C9: each of the questions that are measured has the same answer from the sums as from 5,000 records."""
     path = tmp_path / "guard.db"
-    fill(path, 20_000)
+    fill(path, 5_000)
     ledger = Ledger.open(f"sqlite:///{path}")
     await roll_all(ledger)
     for name, query in QUESTIONS.items():

@@ -7,7 +7,9 @@ from tests.ledger.kit import HOUR_MS, START_MS, record, roll_all
 
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.ledger import OTHER, Ledger, RecordQuery, RefusalCount, RefusalQuery, UsageQuery
+from asgi_llm_guard.ledger.rollups import Roller
 from asgi_llm_guard.ledger.rows import MAX_REFUSALS
+from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage import Usage, UsageRecord
 
 pytestmark = pytest.mark.anyio
@@ -62,6 +64,23 @@ async def test_a_late_settlement_replaces_the_estimate(ledger: Ledger) -> None:
         await roll_all(ledger)
     await ledger.append([estimate])
     assert (await ledger.usage(ALL)).total.cost_nanousd == 20
+
+
+async def test_a_step_that_was_undone_leaves_nothing_behind(ledger: Ledger) -> None:
+    """A step is undone by the database and done again, as after a deadlock: no sum goes to a number that is nobody's."""
+    await ledger.append([record("a", departments=("red",), user="ann", cost_nanousd=3)])
+    roller = Roller()
+
+    def undone(connection: Connection) -> None:
+        assert roller.step(connection, 10) == 1
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await ledger.database.write(undone)
+    await ledger.append([record("b", departments=("blue",), user="bob", cost_nanousd=4)])
+    assert await ledger.database.write(lambda connection: roller.step(connection, 10)) == 2
+    report = await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52, by=("department", "user")))
+    assert {row.key: row.amounts.cost_nanousd for row in report.rows} == {("red", "ann"): 3, ("blue", "bob"): 4}
 
 
 async def test_the_cursor_moves_with_the_records(ledger: Ledger) -> None:
