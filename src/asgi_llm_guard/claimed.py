@@ -215,7 +215,10 @@ class Claimed:
                 self.siblings.granted(self, answer.call, self._wanted() & self.siblings.taken(self))
             if requests:
                 self._keep_side(answer.request)
-        if (halted := admission.halted) is not None:  # meanwhile
+        halted = admission.halted
+        if halted is None and (stopped := engine.stopped(admission.context, self.call)) is not None:
+            halted = engine.refused(admission.context, self.call, stopped)
+        if halted is not None:  # meanwhile
             self.release()
             self.end()
             return [halted] * len(candidates)

@@ -239,6 +239,12 @@ class Engine:
         for tell in self.stopping:
             tell(stopped)
 
+    def stopped(self, context: Context, call: Call | None) -> Refusal | None:
+        """The refusal of a request or call that is stopped now; `None`: it may be made."""
+        stops = self.stops
+        stop = None if stops is None else stops.find(context, call, self.clock.now_ms())
+        return None if stop is None else stop.refusal
+
     def raised(self, meters: Sequence[Meter]) -> tuple[Meter, ...]:
         """The meters under the limits that hold now."""
         raises = self.raises
@@ -366,8 +372,8 @@ class Engine:
             offers: list[_Offer] = []
             stops, raises = self.stops, self.raises
             for index, (policies, call) in enumerate(candidates):
-                if stops is not None and (stop := stops.find(context, call, now_ms)) is not None:
-                    denied[index] = self._refuse(stop.refusal, now_ms)
+                if stops is not None and (stopped := self.stopped(context, call)) is not None:
+                    denied[index] = self._refuse(stopped, now_ms)
                     continue
                 asked = ask(policies, counted, call, now_ms, requests=requests, calls=calls, taken=taken)
                 if asked.shadow_refusals:
@@ -433,8 +439,8 @@ class Engine:
         its way and only needs more: nobody is waited for, and it is not told as another admission.
         """
         now_ms = self.clock.now_ms()
-        if self.stops is not None and (stop := self.stops.find(context, call, now_ms)) is not None:
-            return self._denied(context, call, self._refuse(stop.refusal, now_ms))
+        if (stopped := self.stopped(context, call)) is not None:
+            return self._denied(context, call, self._refuse(stopped, now_ms))
         asked = ask(policies, counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
         if self.raises is not None:
             asked = self.raises.asked(asked, now_ms)

@@ -471,8 +471,7 @@ class Guard:
         policies = (*self.policies, *self._routes.get(context.route or "", ()))
         meters = claimed_meters(policies, context, call, now_ms)
         rows = standing_of(meters, await engine.storage.read(meters), engine.raises, now_ms)
-        stop = None if engine.stops is None else engine.stops.find(context, call, now_ms)
-        refusal = ask(policies, context, call, now_ms).refusal if stop is None else stop.refusal
+        refusal = engine.stopped(context, call) or ask(policies, context, call, now_ms).refusal
         return Standing(
             rows=tuple(rows),
             now_ms=now_ms,

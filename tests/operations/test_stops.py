@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx2
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Mount
 from tests.exits.kit import CONTEXT, MODEL, Stage, body_of
 from tests.operations.kit import CHAT, reading, served
 
-from asgi_llm_guard import LimitExceeded
+from asgi_llm_guard import GuardMiddleware, LimitExceeded, RateLimit
+from asgi_llm_guard.gateway import Gateway
+from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.testing import Behaviour
 
@@ -138,3 +144,65 @@ async def test_a_growing_stream_holds_no_more(stage: Stage) -> None:
         assert denied.code == "stopped"
         call.release()
     assert await stage.storage.open_holds() == 0
+
+
+async def test_a_stop_that_comes_while_a_call_is_admitted(stage: Stage) -> None:
+    """S8: a stop that is set while the storage is asked holds for that call: it is not sent, and given back."""
+    reserve = stage.storage.reserve
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(stage.storage, name)
+
+        async def reserve(self, *arguments: object) -> object:
+            answer = await reserve(*arguments)  # type: ignore[arg-type]
+            stage.guard.set_stops([Stop(scope="model", subject=MODEL)])
+            return answer
+
+    async with stage.guard.open(CONTEXT):
+        stage.guard.measure(lambda _: Slow())  # type: ignore[arg-type,return-value]
+        with pytest.raises(LimitExceeded, match="stopped"):
+            async with stage.guard.call(model=MODEL, input_tokens=1, max_output_tokens=1):
+                pytest.fail("it was granted")
+        stage.guard.measure(None)
+    assert await stage.storage.open_holds() == 0
+    assert (await stage.counters())[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("stopped, status", [(["gpt-other"], 200), (["gpt-other", "gpt-test"], 403)])
+async def test_a_gateway_asks_who_is_not_stopped(stage: Stage, stopped: list[str], status: int) -> None:
+    """S8: at every dispatch of a gateway a stopped model is passed over; where all are stopped, the call is refused."""
+    served_by = [
+        {"model_name": "auto", "litellm_params": {"model": model, "api_base": stage.base_url, "api_key": "sk"}}
+        for model in ("openai/gpt-other", MODEL)
+    ]
+    stage.guard.prices = PriceBook.snapshot(
+        overrides={MODEL: {"input": 1, "output": 2}, "openai/gpt-other": {"input": 1, "output": 2}}
+    )
+    async with Gateway(stage.guard, served_by, context=CONTEXT) as gateway:
+        stage.guard.set_stops([Stop(scope="model", subject=model) for model in stopped])
+        for _ in range(4):
+            if status == 200:
+                answer = await gateway.chat("auto", [{"role": "user", "content": "one"}])
+                assert "gpt-test" in str(answer.deployment)
+            else:
+                with pytest.raises(LimitExceeded) as refused:
+                    await gateway.chat("auto", [{"role": "user", "content": "one"}])
+                assert refused.value.denied.code == "stopped"
+    assert {bill.model for bill in stage.provider.bill} <= {"gpt-test"}
+    assert len(stage.provider.bill) == (4 if status == 200 else 0)
+
+
+async def test_m16_probes_are_answered_whatever_is_stopped(stage: Stage) -> None:
+    """M16: health answers while everything is stopped and every budget is spent, also where every path is guarded."""
+    stage.guard.set_stops([ALL])
+    stage.guard.policies = (*stage.guard.policies, *stage.guard.engine.bind([RateLimit("0/minute", per="global")]))
+    app = Starlette(
+        routes=[Mount("/ops", stage.guard.health_app(at="/ops"))],
+        middleware=[Middleware(GuardMiddleware, guard=stage.guard)],
+    )
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://test") as client:
+        assert (await client.get("/ops/healthz")).status_code == 200
+        assert (await client.get("/ops/readyz")).status_code == 200
+        assert (await client.post("/ops/healthz")).status_code == 405
+        assert (await client.post("/ops/other")).status_code == 403
