@@ -31,7 +31,7 @@ from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.claims import Bundle, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.events import Alert, BacklogFull, DataLost, Expired, SlotOverrun, emit
+from asgi_llm_guard.events import Alert, BacklogFull, DataLost, Expired, RecordsLost, SlotOverrun, emit
 from asgi_llm_guard.identity import TrustedHeaders
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.pricing import PriceBook
@@ -198,17 +198,24 @@ async def test_what_is_out_of_the_ordinary(clock: FrozenClock, told: Telemetry) 
         SlotOverrun("a", ("slots",)),
         DataLost("gone", "deny"),
         BacklogFull(7),
+        RecordsLost("ledger", 5),
     ):
         emit(guard.engine.observers, event)
 
     metrics = told.collect()
     counted = {
         name: metrics[f"llm_guard.{name}"][0].value
-        for name in ("holds.expired", "slots.overrun", "storage.losses", "settlements.dropped")
+        for name in ("holds.expired", "slots.overrun", "storage.losses", "settlements.dropped", "ledger.lost")
     }
     (alerts,) = metrics["llm_guard.alerts"]
     assert (alerts.value, dict(alerts.attributes)) == (1, {"llm_guard.kind": "threshold", "llm_guard.policy": "all"})
-    assert counted == {"holds.expired": 3, "slots.overrun": 1, "storage.losses": 1, "settlements.dropped": 1}
+    assert counted == {
+        "holds.expired": 3,
+        "slots.overrun": 1,
+        "storage.losses": 1,
+        "settlements.dropped": 1,
+        "ledger.lost": 5,
+    }
 
 
 async def test_state_of_a_process(clock: FrozenClock, told: Telemetry) -> None:

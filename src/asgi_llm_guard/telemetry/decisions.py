@@ -54,6 +54,8 @@ class DecisionObserver:
             for kind, name, unit, what in (
                 (events.UsageAnomaly, "llm_guard.usage.anomalies", "{report}", "Reports of usage that cannot be."),
                 (events.Expired, "llm_guard.holds.expired", "{hold}", "Holds of dead processes that were charged."),
+                (events.RecordsLost, "llm_guard.ledger.lost", "{record}", "Records that the ledger will never have."),
+                (events.ConfigurationRejected, "llm_guard.configuration.rejected", "{change}", "Changed settings that were refused."),
                 (events.SlotOverrun, "llm_guard.slots.overrun", "{call}", "Live calls that lost their slot."),
                 (events.StorageFailed, "llm_guard.storage.failures", "{outage}", "Times the storage stopped answering."),
                 (events.DataLost, "llm_guard.storage.losses", "{loss}", "Times the storage had lost its data."),
@@ -83,6 +85,8 @@ class DecisionObserver:
                 self._alerts.add(1, {names.KIND: kind, names.POLICY: self._labels.name("policy", policy)})
             case events.Expired(call_ids=call_ids):
                 self._counted[events.Expired].add(len(call_ids))
+            case events.RecordsLost(records=records):
+                self._counted[events.RecordsLost].add(records)
             case _:
                 counter = self._counted.get(type(event))
                 if counter is not None:
