@@ -219,6 +219,14 @@ def test_a_refused_request_makes_no_calls() -> None:
     assert (found.refused, found.refused_nanousd) == (3, 3 * DOLLAR)
 
 
+def test_calls_of_a_refused_request_fall_though_there_is_room_again() -> None:
+    """W1: a request that found no slot is over; its later calls would not have been made."""
+    records = [record(1, 0, request_id="r1", lasts_s=3), record(2, 1, request_id="r2"), record(3, 5, request_id="r2")]
+    found, misfits = replay([Concurrency(1, per="caller", name="slots")], records)
+    assert [misfit.call_id for misfit in misfits] == ["0a-2", "0a-3"]
+    assert found.refused == 2
+
+
 def test_an_id_that_is_used_for_ever_is_no_request() -> None:
     """W1: calls more than ten minutes apart are of different requests, whatever id the client sends."""
     records = [record(number, 700 * number, request_id="always") for number in range(5)]
@@ -268,6 +276,13 @@ def test_outcomes_are_charged_as_they_were(outcome: str, refused: int) -> None:
         first = msgspec.structs.replace(first, ended_ms=None)
     found, _ = replay([Budget("$3/daily", per="user", name="budget")], [first, record(2, 30)])
     assert found.refused == refused
+
+
+def test_kept_answers_need_no_room() -> None:
+    """W1: an answer from the cache takes rates and nothing else, so a spent limit does not refuse it."""
+    records = [record(1, 0, session="s"), record(2, 5, session="s", outcome="cached", cost=0, estimate_nanousd=0)]
+    assert replay([Iterations(1), Budget("$2/daily", per="user")], records)[0].refused == 0
+    assert replay([RateLimit("1/minute", per="caller")], records)[0].refused == 1
 
 
 def test_late_settlements_stay_at_what_expired() -> None:

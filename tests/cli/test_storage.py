@@ -61,6 +61,7 @@ def test_bench_measures_and_leaves_nothing(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "guard.db") as connection:
         assert connection.execute("SELECT count(*) FROM ledger").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM holds").fetchone() == (0,)
+        assert connection.execute("SELECT sum(used), sum(held) FROM cells").fetchone() in {(None, None), (0, 0)}
     connection.close()
     assert "a second" in call("bench", "--calls", "20", "--yes", "--config", file).stdout
     assert call("bench", "--calls", "20", "--config", settings(tmp_path, BUDGET, storage="memory://")).exit_code == 0
