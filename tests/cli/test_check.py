@@ -323,6 +323,16 @@ def test_program_finds_a_storage_that_is_away(tmp_path: Path) -> None:
     assert document("check", "--offline", "--config", file)["findings"] == []
 
 
+def test_program_finds_databases_that_are_away(tmp_path: Path) -> None:
+    """S20: a ledger and administration data that cannot be reached are errors as the storage is."""
+    fill(tmp_path, calls=1)
+    text = SOUND + '[control]\nurl = "postgresql://nobody:canary-77@127.0.0.1:1/none"\n'
+    ran = call("check", "--json", "--config", settings(tmp_path, text))
+    assert ran.exit_code == 1
+    assert "store_away" in ran.stdout
+    assert "canary-77" not in ran.output
+
+
 def test_program_finds_a_storage_of_another_schema(tmp_path: Path) -> None:
     """S19: a file of a schema that this release does not know is refused, and says which it is."""
     fill(tmp_path, calls=1)

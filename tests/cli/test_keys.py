@@ -123,3 +123,22 @@ def test_keys_are_listed_and_revoked_in_administration_data(tmp_path: Path) -> N
     entry = asyncio.run(audited())
     assert (entry.verb, entry.reason, entry.address) == ("revoke_key", "lost a laptop", "cli")
     assert entry.actor.startswith("os:")
+
+
+def test_rotated_keys_hold_both_for_a_while(tmp_path: Path) -> None:
+    """T25: a key of administration data is shown once; its rotation gives another, and the old one ends when it is told."""
+    url = f"sqlite:///{tmp_path / 'control.db'}"
+    file = settings(tmp_path, f'[control]\nurl = "{url}"\n')
+    env = {"LLM_GUARD_CONTROL__SECRET": SECRET}
+    first = document("keys", "new", "--caller", "team", "--reason", "a test", "--config", file, env=env)
+    second = document("keys", "rotate", first["id"], "--overlap", "1d", "--reason", "due", "--config", file, env=env)
+    assert first["key"] != second["key"]
+    rows = {row["id"]: row for row in document("keys", "list", "--config", file, env=env)["keys"]}
+    assert set(rows) == {first["id"], second["id"]}
+    assert 0 < rows[first["id"]]["expires_at_ms"] / 1000 - time.time() <= 86_400
+    assert rows[second["id"]]["caller"] == "team"
+    assert second["key"] not in call("keys", "list", "--config", file, env=env).output
+    shown = call("keys", "new", "--caller", "team", "--config", file, env=env).stdout
+    assert "The key, shown once:" in shown
+    for stored in tmp_path.glob("control.db*"):
+        assert first["key"].encode() not in stored.read_bytes()

@@ -122,6 +122,29 @@ def test_serve_mounts_the_administration(tmp_path: Path) -> None:
             assert asked(f"{url}/administrator", key=key)[0] == 404
 
 
+def test_a_stop_reaches_a_running_service(tmp_path: Path) -> None:
+    """S8: `kill` on the command line has a running service refuse the caller within seconds, and `--lift` takes it back."""
+    with FakeProvider().serve() as provider:
+        gateway(tmp_path, provider, f'{BUDGET}[control]\nurl = "sqlite:///{tmp_path / "control.db"}"\n')
+        key = (tmp_path / "key").read_text("utf-8")
+        with serving(tmp_path) as (url, _):
+            assert asked(f"{url}/v1/chat/completions", CHAT, key=key)[0] == 200
+            arguments = ("--reason", "a test", "--config", tmp_path / "guard.toml")
+            document("kill", "caller", "team", "--yes", *arguments)
+            assert _until(url, key, 403)[1]["error"]["code"] == "stopped"
+            document("kill", "--lift", "caller:team", *arguments)
+            assert _until(url, key, 200)[0] == 200
+
+
+def _until(url: str, key: str, status: int) -> tuple[int, Any]:
+    """The first answer with this status, or the last one of ten seconds."""
+    until = time.monotonic() + 10
+    while True:
+        answer = asked(f"{url}/v1/chat/completions", CHAT, key=key)
+        if answer[0] == status or time.monotonic() > until:
+            return answer
+
+
 @pytest.mark.parametrize(
     ("text", "storage", "arguments", "said"),
     [

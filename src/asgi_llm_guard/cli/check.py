@@ -101,6 +101,7 @@ async def _examine(
             elif not offline:
                 findings += await _ask_store(guard)
                 findings += await _ask_ledger(guard)
+                findings += await _ask_control(guard)
         if application is None and settings is not None and own is not None:
             paths = _listed(settings, own)
     finally:
@@ -154,6 +155,18 @@ async def _ask_ledger(guard: Guard) -> list[Finding]:
             name = f"{provider}/{model}" if provider else model
             seen.append((name, row.amounts.calls, row.amounts.unpriced))
     return examine_records(guard.prices, seen)
+
+
+async def _ask_control(guard: Guard) -> list[Finding]:
+    from asgi_llm_guard.doctor import examine_store
+
+    if guard.control is None:
+        return []
+    try:
+        await guard.control.version()
+    except StorageError as error:
+        return [examine_store(error)]
+    return []
 
 
 # ---------------------------------------------------------------------------- what the settings say
