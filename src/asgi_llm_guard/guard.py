@@ -26,16 +26,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
-import msgspec
-
 from asgi_llm_guard import background
 from asgi_llm_guard.admission import ActiveCall, Admission, current_scope
 from asgi_llm_guard.agents import AgentRegistry
 from asgi_llm_guard.cache import Cache, Key, OpenCachedCall, OpenCachedCallSync, ResponseCache
-from asgi_llm_guard.chores import Chores
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
-from asgi_llm_guard.configuration import UNSET, Configuration, Unset, check_routes
+from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context, Target
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
@@ -44,20 +41,23 @@ from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageErro
 from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
 from asgi_llm_guard.following import Follower
+from asgi_llm_guard.guard_arguments import (
+    check_agents,
+    check_extractor,
+    check_one_of,
+    check_resolver,
+    check_stream_rules,
+    check_whole,
+)
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
 from asgi_llm_guard.learning import LearnedOutput
-from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.open_admissions import OpenAdmissions
 from asgi_llm_guard.opening import DRAINING, OpenAdmission, OpenAdmissionSync, OpenCall, OpenCallSync, new_call
-from asgi_llm_guard.overlay import Raise
-from asgi_llm_guard.plan import ask
-from asgi_llm_guard.policies.base import AgentAware, DeploymentFilter, Policy
+from asgi_llm_guard.operating import Operated
+from asgi_llm_guard.policies.base import DeploymentFilter, Policy
 from asgi_llm_guard.pricing import PriceBook
-from asgi_llm_guard.routes import Route
 from asgi_llm_guard.signals import Signals
-from asgi_llm_guard.standing import ResetMeter, Standing, claimed_meters, meters_of, reset_meter, standing_of
-from asgi_llm_guard.stops import Stop, Stops
 from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import KeepsLedger, Storage, Verbs
 from asgi_llm_guard.storage.streams import KeepsStreams
@@ -87,7 +87,7 @@ _LAST_EVENTS_S: Final = 2.0
 _NEVER_MS: Final = 100 * 366 * 86_400_000
 
 
-class Guard:
+class Guard(Operated):
     """Policies over a storage: what decides before a call is made, and settles after it.
 
     Args:
@@ -172,11 +172,11 @@ class Guard:
         cache: Cache | None = None,
         max_body_bytes: int = 8 * 1024 * 1024,
     ) -> None:
-        _resolver(identity)
-        _extractor("session", session)
-        _one_of("disclose", disclose, "owned", "all")
-        _one_of("session_overflow", session_overflow, "deny", "share")
-        _one_of("on_data_loss", on_data_loss, "deny", "accept", "rebuild")
+        check_resolver(identity)
+        check_extractor("session", session)
+        check_one_of("disclose", disclose, "owned", "all")
+        check_one_of("session_overflow", session_overflow, "deny", "share")
+        check_one_of("on_data_loss", on_data_loss, "deny", "accept", "rebuild")
         for name, value in (
             ("session_limit", session_limit),
             ("anonymous_session_limit", anonymous_session_limit),
@@ -184,12 +184,12 @@ class Guard:
             ("assumed_input_tokens", assumed_input_tokens),
             ("max_body_bytes", max_body_bytes),
         ):
-            _whole(name, value)
+            check_whole(name, value)
         if assumed_output_tokens is not None:
-            _whole("assumed_output_tokens", assumed_output_tokens)
+            check_whole("assumed_output_tokens", assumed_output_tokens)
         if max_overage is not None:
-            _whole("max_overage", max_overage)
-        _stream_rules(streams)
+            check_whole("max_overage", max_overage)
+        check_stream_rules(streams)
         if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
             raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
         self.clock = clock or SystemClock()
@@ -202,7 +202,7 @@ class Guard:
         self._names: list[Callable[[str], Sequence[Target]]] = []
         self._draining = False
         self._signals: Signals | None = None
-        registry = AgentRegistry(_agents(agents))
+        registry = AgentRegistry(check_agents(agents))
         self._stored = open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage
         self._engine = Engine(
             storage=self._stored,
@@ -293,35 +293,6 @@ class Guard:
             self._books = attach(self, ledger, storage)
 
     @property
-    def policies(self) -> tuple[Policy, ...]:
-        """What is asked, in this order."""
-        return self.configuration.policies
-
-    @policies.setter
-    def policies(self, policies: Sequence[Policy]) -> None:
-        self.configuration = msgspec.structs.replace(self.configuration, policies=tuple(policies))
-
-    @property
-    def identity(self) -> Resolver | None:
-        """Who says who asks."""
-        return self.configuration.identity
-
-    @property
-    def session(self) -> Extractor:
-        """Where the session id is read from."""
-        return self.configuration.session
-
-    @property
-    def session_declared(self) -> bool:
-        """Whether somebody has said where."""
-        return self.configuration.session_declared
-
-    @property
-    def streams(self) -> StreamRules:
-        """What holds for streamed answers."""
-        return self.configuration.streams
-
-    @property
     def storage(self) -> Storage:
         """Where the counters live."""
         return self._engine.storage
@@ -334,6 +305,9 @@ class Guard:
 
     @prices.setter
     def prices(self, prices: PriceBook) -> None:
+        self._set_prices(prices)
+
+    def _set_prices(self, prices: PriceBook) -> None:
         if self.follower is not None:
             self.follower.set_prices(prices)
         else:
@@ -354,176 +328,6 @@ class Guard:
         self._names.append(find)
         self._engine.describer.known_models = self.known_models
 
-    # ------------------------------------------------------------------------------ operate
-
-    @property
-    def chores(self) -> Chores:
-        """What is done from time to time beside the calls."""
-        return self._engine.chores
-
-    def set_agents(self, agents: Mapping[str, Mapping[str, object]]) -> None:
-        """From the next call on, these are the agents that code or a file says; what is administered stays laid over them.
-
-        Raises:
-            ConfigurationError: an entry is malformed; nothing was changed.
-        """
-        agents = _agents(agents)
-        for policy in self._known_policies():
-            if isinstance(policy, AgentAware):
-                policy.with_agents(agents)  # for what it has to say against them
-        self._agents.replace(agents)
-
-    def replace(
-        self,
-        *,
-        policies: Sequence[Policy] | None = None,
-        identity: Resolver | Unset | None = UNSET,
-        session: Extractor | None = None,
-        streams: StreamRules | None = None,
-        routes: Sequence[Route] | None = None,
-        agents: Mapping[str, Mapping[str, object]] | None = None,
-        prices: PriceBook | None = None,
-        statuses: Mapping[str, int] | None = None,
-        **fixed: object,
-    ) -> None:
-        """Go by another configuration, from any thread. What is `None`, or not given, stays.
-
-        Policies, identity, session, streams and routes change in one step: a request or job that begins sees all of the
-        new ones or all of the old ones, and goes on under those to its end. Agents, prices and statuses are looked up
-        whenever they are needed, and hold from the next call on. Counters are kept: a policy of the same name and window
-        counts on. `routes` take the place of those of every `GuardMiddleware` of this guard.
-
-        Raises:
-            ConfigurationError: something is wrong, or cannot change while the service runs (the storage, for example);
-                nothing was changed.
-        """
-        if fixed:
-            raise ConfigurationError(
-                f"replace: {', '.join(sorted(fixed))} cannot change while the service runs; start it again"
-            )
-        if not isinstance(identity, Unset):
-            _resolver(identity)
-        if session is not None:
-            _extractor("session", session)
-        _stream_rules(streams)
-        checked = None if statuses is None else check_statuses(statuses)
-        check_routes(routes)
-        if prices is not None and not isinstance(prices, PriceBook):
-            raise ConfigurationError(f"replace: prices must be a PriceBook, got {prices!r}")
-        engine, now = self._engine, self.configuration
-        bound = now.policies if policies is None else engine.bind_later(policies)
-        for route in routes or ():
-            engine.bind_later(route.extra)
-        if agents is not None:
-            agents = _agents(agents)
-            for policy in bound:
-                if isinstance(policy, AgentAware):
-                    policy.with_agents(agents)
-        self.configuration = Configuration(
-            bound,
-            now.identity if isinstance(identity, Unset) else identity,
-            session or now.session,
-            now.session_declared if session is None else session is not DEFAULT_SESSION,
-            streams or now.streams,
-            now.routes if routes is None else tuple(routes),
-        )
-        if agents is not None:
-            self._agents.replace(agents)
-        if prices is not None:
-            self.prices = prices
-        if checked is not None:
-            engine.statuses = checked
-
-    def set_raises(self, raises: Sequence[Raise]) -> None:
-        """From now on these limits are higher, each until it ends, and no others (`docs/operations.md`).
-
-        Raises:
-            ConfigurationError: one of them cannot be: of a bucket, or in a unit that its policy does not count.
-        """
-        self._engine.set_raises(raises, self._known_policies())
-
-    def set_stops(self, stops: Sequence[Stop]) -> None:
-        """From now on these may call no more, each until it ends, and no others; what is running of theirs ends.
-
-        New requests and calls are refused (`stopped`, 403). Streams get their dialect's last event, their connections
-        to providers are closed, and what they used is charged.
-
-        Raises:
-            ConfigurationError: one of them is no `Stop`.
-        """
-        self._engine.set_stops(stops)
-
-    def stop(self, stop: Stop) -> int:
-        """End what is running in this process and matches, now and once; gives how many requests and jobs that were.
-
-        Nothing is refused afterwards: see `set_stops`.
-        """
-        return self._open_admissions.stop(Stops((stop,)))
-
-    async def standing(self, context: Context, call: Call | None = None) -> Standing:
-        """How somebody stands: every limit that a request of theirs, and with `call` such a call, would claim on, of the
-        guard and of the route that `context` names. Takes nothing.
-
-        Raises:
-            StorageError: the storage does not answer.
-        """
-        now_ms, engine = self.clock.now_ms(), self._engine
-        policies = (*self.policies, *self._routes.get(context.route or "", ()))
-        meters = claimed_meters(policies, context, call, now_ms)
-        rows = standing_of(meters, await engine.storage.read(meters), engine.raises, now_ms)
-        refusal = engine.stopped(context, call) or ask(policies, context, call, now_ms).refusal
-        return Standing(
-            rows=tuple(rows),
-            now_ms=now_ms,
-            refused_by=None if refusal is None else refusal.policy,
-            message="" if refusal is None else refusal.message,
-        )
-
-    async def meters_of(
-        self, scope: str, subject: str = "", *, caller: str | None = None
-    ) -> list[tuple[Meter, Reading]]:
-        """Every meter of one subject over all policies, those of routes and functions as far as they were met, with
-        its state. `scope`: as policies say `per`, or `deployment`; a session needs its `caller`.
-
-        The name `anonymous` means those who are not verified. Limits are those that hold now, raises included.
-
-        Raises:
-            ConfigurationError: nothing is counted in that scope, or a name is missing.
-            StorageError: the storage does not answer.
-        """
-        meters = meters_of(self._known_policies(), scope, subject, caller)
-        readings = await self._engine.storage.read(meters)
-        return list(zip(self.raised(meters), readings, strict=True))
-
-    async def reset(
-        self, scope: str, subject: str = "", *, caller: str | None = None, policies: Sequence[str] = ()
-    ) -> list[ResetMeter]:
-        """Set what one subject has used to zero; what is held stays held. `policies`: only theirs, by name.
-
-        Gives what was there before. Meters that only watch are set to zero, too.
-
-        Raises:
-            ConfigurationError: as `meters_of`, or no meter of that subject is one of those policies'.
-            StorageError: the storage does not answer.
-        """
-        found = [
-            (meter, reading)
-            for meter, reading in await self.meters_of(scope, subject, caller=caller)
-            if not policies or meter.policy in policies
-        ]
-        if not found and policies:
-            raise ConfigurationError(f"policies: none of {', '.join(policies)} counts per {scope!r}")
-        await self._engine.storage.reset([meter for meter, _ in found])
-        return [reset_meter(meter, reading) for meter, reading in found]
-
-    def _known_policies(self) -> list[Policy]:
-        own = {(type(policy).__name__, policy.name) for policy in self.policies}
-        return [*self.policies, *(policy for kind, policy in self._engine.seen.items() if kind not in own)]
-
-    def know_route(self, template: str, policies: Sequence[Policy]) -> None:
-        """These policies of a route are asked in addition to the guard's."""
-        self._routes[template] = tuple(policies)
-
     @property
     def engine(self) -> Engine:
         """What the skins (middleware, decorator, hooks) drive."""
@@ -536,10 +340,6 @@ class Guard:
     def begin_reading(self, meters: Sequence[Meter], /) -> Future[tuple[Reading, ...]]:
         """Read the state of meters in the background. From any thread; the answer need not be waited for."""
         return background.begin(self._engine.storage.read(meters))
-
-    def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
-        """The meters under the limits that hold now: some may be raised for a while."""
-        return self._engine.raised(meters)
 
     def begin_counting(self) -> Future[int]:
         """Count the open holds of all processes in the background, as `begin_reading`."""
@@ -928,42 +728,3 @@ def _local_storage(clock: Clock) -> Callable[[], Storage]:
     from asgi_llm_guard.storage.memory import MemoryStorage
 
     return partial(MemoryStorage, clock=clock, lapse_ms=_NEVER_MS)
-
-
-def _one_of(name: str, value: object, *allowed: str) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _resolver(identity: object) -> None:
-    if identity is not None and not callable(identity):
-        raise ConfigurationError(f"identity: expected a resolver such as ApiKeys(...) or ScopeUser(), got {identity!r}")
-
-
-def _stream_rules(streams: object) -> None:
-    if streams is not None and not isinstance(streams, StreamRules):
-        raise ConfigurationError(f"streams: expected StreamRules such as StreamRules(cut=True), got {streams!r}")
-
-
-def _extractor(name: str, value: object) -> None:
-    if not callable(getattr(value, "extract", None)):
-        raise ConfigurationError(f"{name}: expected an extractor such as header('x-session-id'), got {value!r}")
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AMOUNT:
-        raise ConfigurationError(f"{name}: expected a whole number from 1, got {value!r}")
-
-
-def _agents(agents: Mapping[str, Mapping[str, object]] | None) -> Mapping[str, Mapping[str, object]]:
-    for agent, limits in (agents or {}).items():
-        if not isinstance(limits, Mapping):
-            raise ConfigurationError(
-                f"agents.{agent}: expected limits such as {{'max_iterations': 25}}, got {limits!r}"
-            )
-        for name in limits:
-            if name != "max_iterations" and not str(name).startswith("x_"):
-                raise ConfigurationError(
-                    f"agents.{agent}: {name!r} is no limit; known is max_iterations, and names of your own begin with x_"
-                )
-    return dict(agents or {})
