@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.servers import shared_redis, unique_namespace
 
-from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage
+from asgi_llm_guard import Budget, Context, Guard, Iterations, LimitExceeded, Usage, events
 from asgi_llm_guard.ledger import Ledger, RefusalQuery, UsageQuery
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +52,26 @@ async def test_calls_and_refusals_are_in_the_ledger(kind: str, tmp_path: Path) -
     assert [(one.scope, one.code, one.count) for one in refusals] == [("session", "session_iterations_exhausted", 1)]
     assert (await guard.ledger.reconcile(0, 2**52)).equal
     await guard.aclose()
+
+
+async def test_observers_are_told_what_was_dropped_before_it_was_drained(tmp_path: Path) -> None:
+    """A guard whose stream was too short for an outage of the ledger tells its observers, once, how many records are gone."""
+    namespace = unique_namespace()
+    url = f"{shared_redis().url}?namespace={namespace}&timeout=10&max_records=4"
+    seen: list[events.Event] = []
+    guard = Guard([Budget("$5/daily")], storage=url, ledger=f"sqlite:///{tmp_path}/ledger.db", observers=[seen.append])
+    assert guard.books is not None
+    for calls in (1, 9):
+        async with guard.open(Context(caller="ada")):
+            for _ in range(calls):
+                async with guard.call(model="openai/gpt-4o-mini", input_tokens=100, max_output_tokens=50) as call:
+                    call.record(Usage(input_tokens=80, output_tokens=20))
+        await guard.books.catch_up()
+        await guard.books.catch_up()
+    await guard.aclose()
+
+    lost = [event for event in seen if isinstance(event, events.RecordsLost)]
+    assert lost == [events.RecordsLost(f"redis:{namespace}", 5)]
 
 
 async def test_what_was_counted_is_handed_on_at_the_end(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.events import Observer
+from asgi_llm_guard.events import Event, Observer, emit
 from asgi_llm_guard.ledger.book import Ledger
 from asgi_llm_guard.ledger.drain import Drain
 from asgi_llm_guard.ledger.refusals import RefusalDrain, RefusalTally
@@ -32,8 +32,18 @@ class Chores(Protocol):
     def add(self, name: str, every_s: float, work: Callable[[], Awaitable[object]], *, last: bool = False) -> None: ...
 
 
+class Watched(Protocol):
+    """Who is told events."""
+
+    @property
+    def observers(self) -> Sequence[Observer]: ...
+
+
 class Keeping(Protocol):
     """Whose ledger it is: a `Guard`."""
+
+    @property
+    def engine(self) -> Watched: ...
 
     @property
     def clock(self) -> Clock: ...
@@ -54,13 +64,15 @@ class Bookkeeping:
         ConfigurationError: the storage has no streams, though it is not the ledger's own.
     """
 
-    def __init__(self, ledger: Ledger, storage: Storage, *, own: bool, clock: Clock) -> None:
+    def __init__(
+        self, ledger: Ledger, storage: Storage, *, own: bool, clock: Clock, observers: Sequence[Observer] = ()
+    ) -> None:
         self.ledger = ledger
         self.behind = 0
         """How many records were left to take over when this process looked last."""
         self._clock = clock
         self._shared: Shared | None = storage.shared() if isinstance(storage, KeepsShared) else None
-        self._drain = None if own else Drain(storage, ledger)
+        self._drain = None if own else Drain(storage, ledger, observers=observers)
         self.tally = None if self._shared is None else RefusalTally(self._shared, clock=clock)
         self._refusals = RefusalDrain(self._shared, ledger, source="refusals:own") if own and self._shared else None
 
@@ -139,7 +151,11 @@ def attach(guard: Keeping, ledger: Ledger, storage: Storage) -> Bookkeeping:
         ConfigurationError: the storage has no records that could be taken over.
     """
     own = isinstance(storage, KeepsLedger) and not isinstance(storage, KeepsStreams)
-    books = Bookkeeping(ledger, storage, own=own, clock=guard.clock)
+
+    def tell(event: Event) -> None:
+        emit(guard.engine.observers, event)
+
+    books = Bookkeeping(ledger, storage, own=own, clock=guard.clock, observers=(tell,))
     if books.tally is not None:
         guard.observe(books.tally)
         guard.chores.add("refusals", FLUSH_S, books.flush, last=True)
