@@ -336,6 +336,25 @@ def test_the_keyboard_is_enough(browser: Browser, service: Service) -> None:
         expect(page.get_by_role("row", name="by-keyboard")).to_contain_text("7")
 
 
+# Cards that something reaches out of.
+_REACHING_OUT: Final = """() => [...document.querySelectorAll(".card, .tile")]
+  .filter((card) => card.scrollWidth > card.clientWidth + 1).map((card) => card.innerText.slice(0, 60))"""
+
+
+def test_nothing_reaches_out_of_its_place(browser: Browser, service: Service) -> None:
+    """On no width between a telephone and a wide screen does a table reach out of its card, or the page have to be
+    scrolled sideways."""
+    assert service.ask(0, session="w" * 200).status_code == 200
+    with shown(browser, service) as (page, _):
+        for path in _PAGES:
+            page.goto(f".{path}{_QUERY if path != '/login' else ''}")
+            page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+            for width in (360, 480, 640, 800, 840, 900, 1024, 1090, 1180, 1300, 1600):
+                page.set_viewport_size({"width": width, "height": 800})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+                assert page.evaluate(_REACHING_OUT) == [], (path, width)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_are_readable(scheme: Literal["light", "dark"], browser: Browser, service: Service) -> None:
     """On 360 pixels nothing has to be scrolled sideways, and every text has a contrast of at least 4.5 in both schemes."""
