@@ -29,13 +29,13 @@ from asgi_llm_guard.ledger.tables import (
     set_mark,
 )
 from asgi_llm_guard.ledger.values import AMOUNTS
-from asgi_llm_guard.sql import Connection
+from asgi_llm_guard.sql import Connection, Dialect
 from asgi_llm_guard.usage_rows import quoted
 
-__all__ = ["STEP", "Piece", "Roller", "chunks", "list_of", "unrolled"]
+__all__ = ["STEPS", "Piece", "Roller", "chunks", "list_of", "unrolled"]
 
-STEP: Final = 400
-"""How many records a transaction rolls up: about 15 ms, for settlements in the same file wait meanwhile."""
+STEPS: Final[dict[Dialect, int]] = {"sqlite": 300, "postgresql": 2_000}
+"""How many records a transaction rolls up. On SQLite about 12 ms: settlements in the same file wait meanwhile."""
 
 _MAX_KNOWN: Final = 200_000
 
@@ -143,11 +143,8 @@ class Roller:
                     found[key] = [one + other for one, other in zip(row, amounts, strict=True)]
         for grain, found in zip(GRAINS, sums, strict=True):
             series = self._numbered_series(connection, grain, {values for _, values in found})
-            connection.execute_many(
-                _UPSERTS[grain.number],
-                # In the order of the key: processes never wait for each other crosswise, and pages are met once.
-                sorted((series[values], at_ms, *row) for (at_ms, values), row in found.items()),
-            )
+            # In the order of the key, so that pages are met once.
+            _upsert(connection, grain, sorted((at_ms, series[values], *row) for (at_ms, values), row in found.items()))
 
     def _numbered_lists(self, connection: Connection, lists: Iterable[str]) -> dict[str, int]:
         """The number of each list, by its text in the ledger; new ones are added."""
@@ -241,12 +238,16 @@ def _marks(values: Sequence[object]) -> str:
 _SET_PLACES: Final = tuple(place for place, name in enumerate(SERIES_COLUMNS) if name in SETS)
 
 
-def _upsert(grain: Grain) -> str:
+def _upsert(connection: Connection, grain: Grain, rows: Sequence[tuple[int, ...]]) -> None:
+    """Add amounts to the rows of a grain."""
+    columns = ("at_ms", "series", *AMOUNTS)
     changes = ", ".join(f"{name} = {grain.table}.{name} + excluded.{name}" for name in AMOUNTS)
-    return (
-        f"INSERT INTO {grain.table} (series, at_ms, {', '.join(AMOUNTS)})"  # noqa: S608 - our names
-        f" VALUES ({_marks(('', '', *AMOUNTS))}) ON CONFLICT (series, at_ms) DO UPDATE SET {changes}"
-    )
-
-
-_UPSERTS: Final = {grain.number: _upsert(grain) for grain in GRAINS}
+    into = f"INSERT INTO {grain.table} ({', '.join(columns)})"
+    conflict = f"ON CONFLICT (series, at_ms) DO UPDATE SET {changes}"
+    if connection.dialect == "sqlite":
+        connection.execute_many(f"{into} VALUES ({_marks(columns)}) {conflict}", rows)
+    elif rows:
+        # All rows in one statement, a column in one text: four times as fast as row by row.
+        lists = ", ".join("string_to_array(?, ',')::bigint[]" for _ in columns)
+        texts = [",".join(map(str, column)) for column in zip(*rows, strict=True)]
+        connection.execute(f"{into} SELECT * FROM unnest({lists}) {conflict}", texts)  # noqa: S608 - our names
