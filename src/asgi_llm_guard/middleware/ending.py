@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from asgi_llm_guard.halting import EVENT_S
 
@@ -56,6 +56,9 @@ class Socket:
         return True
 
 
+_OVER: Final = Socket(lambda: False)
+
+
 class Ending:
     """Ends the response of one task. Made in that task.
 
@@ -66,7 +69,7 @@ class Ending:
     __slots__ = ("_loop", "_response", "_task", "fired")
 
     def __init__(self, response: Response) -> None:
-        self._response = response
+        self._response: Response = response
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self.fired = False
@@ -100,3 +103,4 @@ class Ending:
     def over(self) -> None:
         """The task is done with the response."""
         self._task = None
+        self._response = _OVER  # they know each other: only the garbage collector would free the two of them
