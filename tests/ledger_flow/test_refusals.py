@@ -132,6 +132,12 @@ async def test_a_flood_of_different_refusals_is_bounded() -> None:
     assert flushed == sum(one.count for one in tallies) == 3_000
     assert len(tallies) <= 1_001
     assert max(tallies, key=lambda one: one.count).key == OTHER
+    ledger = Ledger.open("sqlite://:memory:")
+    await RefusalDrain(storage.shared(), ledger, source="one").step()
+    counts = await ledger.refusals(EVER)
+    await ledger.aclose()
+    assert (sum(one.count for one in counts), len(counts) <= 1_001) == (3_000, True)
+    assert counts[0].policy == OTHER
 
 
 def _refuse(tally: RefusalTally, times: int) -> None:

@@ -127,6 +127,17 @@ async def test_a_repricing_that_was_broken_off_is_done_again(filled: Ledger) -> 
     assert await reprice(filled, NEW, since_ms=0, until_ms=2**52, version="november") == again
 
 
+async def test_models_that_callers_make_up_are_bounded() -> None:
+    """T25: beyond 10,000 models the rest is told together; none is missing in the sum."""
+    ledger = Ledger.open("sqlite://:memory:")
+    await ledger.append([charged(n, f"made-up-{n}") for n in range(10_300)])
+    result = await reprice(ledger, NEW, since_ms=0, until_ms=2**52, version="x", dry_run=True)
+    await ledger.aclose()
+
+    assert (len(result.models), result.total.records) == (10_001, 10_300)
+    assert {one.model: one.records for one in result.models}["other"] == 300
+
+
 async def test_only_the_period_is_repriced(filled: Ledger) -> None:
     """From its first instant until before its last; a name is needed."""
     start = record(0).at_ms

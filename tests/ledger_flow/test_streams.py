@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,8 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.storage.leases import LeasingStorage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
+from asgi_llm_guard.storage.redis_codec import write_record
+from asgi_llm_guard.storage.redis_stream import RedisStream
 from asgi_llm_guard.storage.sharded import ShardedStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
 from asgi_llm_guard.testing import FrozenClock
@@ -158,10 +161,32 @@ async def test_a_flushed_store_is_read_from_its_start(make_redis: MakeRedis, own
     server.flush()
     await write(storage, map(record, range(5, 12)))
 
+    cut = await stream.trim(position, keep_ms=-60_000, limit=100)
     read = await stream.read(position, 100)
 
+    assert cut == 0
     assert (read.anew, read.lost, ids(read.records)) == (True, 0, [f"call-{n}" for n in range(5, 12)])
     assert not (await stream.read(read.position, 100)).anew
+
+
+async def test_a_store_that_is_replaced_between_two_pages_ends_the_reading_there() -> None:
+    """What was read before is whole and keeps its position; the next reading finds that the data is another."""
+    epochs = ["one", "one", "two", "two", "two"]
+
+    async def ask(arguments: Sequence[bytes]) -> Any:
+        epoch, from_, count = epochs.pop(0), arguments[1].decode(), int(arguments[2])
+        first = int(from_.partition("-")[2]) if from_ else 0
+        numbers = range(first + 1, first + 1 + count)
+        entries = [[b"1-%d" % n, [b"c", f"{epoch}-{n}".encode(), b"r", write_record(record(0))]] for n in numbers]
+        found = f"{epoch}-{first}".encode() if from_ else None
+        return [0, f"{epoch} 0 ".encode(), 5_000, 5_000, b"1-5000", found, entries]
+
+    stream = RedisStream(ask, "any")
+    read = await stream.read(None, 1_200)
+    then = await stream.read(read.position, 1)
+
+    assert (len(read.records), read.anew, ids(read.records)[-1]) == (800, False, "one-800")
+    assert (then.anew, ids(then.records)) == (True, ["two-1"])
 
 
 @pytest.mark.parametrize("clock_behind", [False, True])
