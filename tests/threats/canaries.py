@@ -38,7 +38,7 @@ from starlette.routing import Mount
 from starlette.routing import Route as Endpoint
 from tests.middleware.asgi import request
 
-from asgi_llm_guard import CacheScope, Guard, GuardMiddleware, Route, current_admission, guarded
+from asgi_llm_guard import Budget, CacheScope, Guard, GuardMiddleware, Route, current_admission, guarded
 from asgi_llm_guard.admin import AdminCredential, AdminOptions
 from asgi_llm_guard.alerts import Alerts, Webhook
 from asgi_llm_guard.cache import Cache
@@ -133,7 +133,8 @@ async def service(
     keys = _configure(folder, set_variable)
     settings = load_settings(folder / "guard.toml")
     arguments = build_guard_arguments(settings)
-    arguments["policies"] = [*arguments["policies"], CacheScope()]
+    small = Budget({"caller-2": "$0.00005/1d"}, per="user", name="small")  # soon used up, for an alert
+    arguments["policies"] = [*arguments["policies"], CacheScope(), small]
     provider = FakeProvider(prices=PRICES)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(_logs())
