@@ -33,7 +33,7 @@ import msgspec
 
 from asgi_llm_guard.charge import Charge, actuals
 from asgi_llm_guard.claims import ATTEMPT_SCOPE, Claim, Settlement, Unit
-from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.context import Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Hold, Reserved
 from asgi_llm_guard.errors import ConfigurationError
@@ -44,8 +44,8 @@ from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies._scoped import NamedPolicy
 from asgi_llm_guard.policies.base import AgentAware, Policy, SessionAware
 from asgi_llm_guard.routes import Route
+from asgi_llm_guard.simulate.recorded import Place, Recorded, context_of, end_ms, misfit_of, place_of
 from asgi_llm_guard.simulate.report import Misfit, Simulation, Tally, plain_name
-from asgi_llm_guard.storage.base import LAPSE_MS
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.usage import UsageRecord
 
@@ -110,8 +110,7 @@ class _Request:
         self.shared = False
 
 
-_Place = tuple[int, str, int]
-_Read = tuple[_Place, UsageRecord, _Request]
+_Read = tuple[Place, UsageRecord, _Request]
 _by_place: Final = operator.itemgetter(0)
 
 
@@ -174,6 +173,7 @@ class Simulator:
         decide = {name: given[name] for name in _SAME if name in given}
         self._guard = Guard(storage=storage, clock=self._clock, disclose="all", hold_wait_s=0, **decide)
         self._engine = self._guard.engine
+        self._recorded = Recorded(self._guard.prices)
         self._agents = given.get("agents") or {}
         self._sources = given.get("session", DEFAULT_SESSION).names
         self._apart = apart
@@ -188,8 +188,6 @@ class Simulator:
         self._ends: list[tuple[int, int, _Open]] = []
         self._order = itertools.count()
         self._waiting: list[_Waiting] = []
-        self._ratios: dict[tuple[str | None, str | None], list[int]] = {}
-        """For each model of the ledger, tokens that were held, and nano-USD for them."""
         self._misfits: list[Misfit] = []
         """Of shadows, since the last question."""
         self._admitted = False
@@ -237,8 +235,8 @@ class Simulator:
         if request is None or record.at_ms > request.end_ms + _REQUEST_GAP_MS:
             request = self._requests[key] = _Request(key)
         request.left += 1
-        request.end_ms = max(request.end_ms, _end_ms(record))
-        return _place(record), record, request
+        request.end_ms = max(request.end_ms, end_ms(record))
+        return place_of(record), record, request
 
     async def _admit(self, record: UsageRecord, request: _Request) -> None:
         request.left -= 1
@@ -256,8 +254,8 @@ class Simulator:
     async def _ask(self, record: UsageRecord, request: _Request) -> None:
         """Reserve for a record, or have it wait for the holds of others."""
         policies = self._routes.get(record.route or "", self._policies)
-        context = _context(record)
-        call = self._call(record)
+        context = context_of(record)
+        call = self._recorded.call(record)
         first_id = record.attempt_of or record.call_id
         known = request.calls.get(first_id)
         taken = request.taken if known is None else request.taken | known
@@ -303,7 +301,7 @@ class Simulator:
             first_id = record.attempt_of or record.call_id
             request.calls[first_id] = request.calls.get(first_id, _NONE) | _of_the_call(hold)
         entry = _Open(record, request, hold, described, policies, context)
-        heapq.heappush(self._ends, (_end_ms(record), next(self._order), entry))
+        heapq.heappush(self._ends, (end_ms(record), next(self._order), entry))
 
     def _deny(self, record: UsageRecord, request: _Request, denied: Denied) -> None:
         policies = self._routes.get(record.route or "", self._policies)
@@ -318,7 +316,7 @@ class Simulator:
             self._report(misfit)
         self._misfits.clear()
         self._report(
-            _misfit(
+            misfit_of(
                 record,
                 denied.policy,
                 denied.code,
@@ -349,7 +347,7 @@ class Simulator:
                 meter = receipt.claim.meter
                 if not meter.enforce and not receipt.fits and meter.limit is not None:
                     self._misfits.append(
-                        _misfit(
+                        misfit_of(
                             record,
                             meter.policy,
                             "shadow",
@@ -363,7 +361,7 @@ class Simulator:
                         )
                     )
         elif isinstance(event, ShadowMisfit) and not self._admitted:  # after it, they say the same again
-            self._misfits.append(_misfit(record, event.policy, "shadow", "", "", enforced=False))
+            self._misfits.append(misfit_of(record, event.policy, "shadow", "", "", enforced=False))
 
     # -------------------------------------------------------------------------------- settle
 
@@ -394,7 +392,7 @@ class Simulator:
 
     def _settle(self, entry: _Open) -> None:
         record, hold = entry.record, entry.hold
-        cost_nanousd = self._cost(record)
+        cost_nanousd = self._recorded.cost(record)
         charge = Charge(outcome=record.outcome, tokens=record.tokens, cost_nanousd=cost_nanousd)
         amounts = actuals(hold.claims, charge)
         if record.late:  # what was held stayed charged when it expired; only more than that was added
@@ -435,51 +433,6 @@ class Simulator:
         if self._requests.get(request.key) is request:
             del self._requests[request.key]
 
-    # ------------------------------------------------------------------------------ amounts
-
-    def _call(self, record: UsageRecord) -> Call | None:
-        """The call as it was described; `None`: it was not, before it was made."""
-        if record.model is None:
-            return None
-        estimate = record.estimate_nanousd
-        if estimate is None and record.cost_nanousd is not None:
-            return None
-        given = record.usage.input_tokens if record.usage is not None else None
-        tokens = record.tokens or 0
-        call = Call(
-            provider=record.provider,
-            model=record.model,
-            deployment=record.deployment,
-            input_tokens=min(given or 0, tokens),
-            output_tokens=tokens - min(given or 0, tokens),
-            cache_writes="none",
-            may_have_audio=False,
-        )
-        if estimate is None:  # it had no price then; it may have one now
-            return self._guard.prices.quote(call, record.at_ms)
-        return msgspec.structs.replace(call, output_tokens=self._output(record, call, estimate), cost_nanousd=estimate)
-
-    def _output(self, record: UsageRecord, call: Call, estimate: int) -> int:
-        """The output tokens that were held: with the input, as many as cost what was held."""
-        if not estimate or record.outcome in _AS_HELD:
-            return call.output_tokens
-        ratio = self._ratios.setdefault((record.provider, record.model), [0, 0])
-        if record.outcome == "provider_error":  # nothing says what was asked: as others of this model
-            return estimate * ratio[0] // ratio[1] if ratio[1] else 0
-        quote = self._guard.prices.quote(call, record.at_ms)
-        output = call.output_tokens
-        if quote.output_picousd:
-            output = max(output, (estimate - quote.input_nanousd) * 1000 // quote.output_picousd)
-        ratio[0] += call.input_tokens + output
-        ratio[1] += estimate
-        return output
-
-    def _cost(self, record: UsageRecord) -> int | None:
-        if record.cost_nanousd is not None or record.usage is None:
-            return record.cost_nanousd
-        prices = self._guard.prices
-        return prices.cost(record.provider, record.model or "", record.usage, record.at_ms).nanousd
-
     def _bound(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
         """The policies as a guard would have them, without what only several processes need."""
         bound: list[Policy] = []
@@ -500,67 +453,6 @@ class Simulator:
 
 
 _MEASURED: Final = frozenset({Unit.TOKENS, Unit.NANOUSD})
-_AS_HELD: Final = frozenset({"unmetered", "unknown", "unseen", "expired", "cached"})
-"""Outcomes whose record has the tokens that were held."""
-
-
-def _context(record: UsageRecord) -> Context:
-    return Context(
-        caller=record.caller,
-        user=record.user,
-        departments=record.departments,
-        agent=record.agent,
-        session=record.session,
-        tags=record.tags,
-        request_id=record.request_id,
-        route=record.route,
-    )
-
-
-def _misfit(
-    record: UsageRecord,
-    policy: str,
-    code: str,
-    scope: str,
-    subject: str,
-    *,
-    enforced: bool,
-    requested: int | None = None,
-    used: int | None = None,
-    held: int | None = None,
-    limit: int | None = None,
-) -> Misfit:
-    return Misfit(
-        at_ms=record.at_ms,
-        call_id=record.call_id,
-        request_id=record.request_id,
-        policy=plain_name(policy),
-        code=code,
-        scope=scope,
-        subject=subject,
-        enforced=enforced,
-        route=record.route,
-        model=record.model,
-        cost_nanousd=record.cost_nanousd,
-        requested=requested,
-        used=used,
-        held=held,
-        limit=limit,
-    )
-
-
-def _end_ms(record: UsageRecord) -> int:
-    """When it was settled; one of a process that died, when its owner had lapsed."""
-    return record.at_ms + LAPSE_MS if record.ended_ms is None else max(record.ended_ms, record.at_ms)
-
-
-def _place(record: UsageRecord) -> _Place:
-    """By instant; within one, as its process gave the ids out."""
-    owner, _, number = record.call_id.rpartition("-")
-    try:
-        return record.at_ms, owner, int(number, 16)
-    except ValueError:
-        return record.at_ms, record.call_id, 0
 
 
 def _of_the_call(hold: Hold) -> AbstractSet[str]:
