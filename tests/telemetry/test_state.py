@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from decimal import Decimal
 from typing import Any
 
@@ -454,3 +455,28 @@ async def test_verbs_that_fail(clock: FrozenClock, told: Telemetry, kind: type[O
     assert set(counted) == went_well | {
         (verb, "StorageError", 1) for verb in ("reserve", "amend", "heartbeat", "settle")
     }
+
+
+async def test_reading_that_is_cancelled(clock: FrozenClock, told: Telemetry) -> None:
+    """B7: a reading that was cancelled, as when its loop ends, leaves no points and is made anew."""
+
+    class Cancelling(Guard):
+        def begin_reading(self, meters: Any, /) -> Any:
+            if cancelled:
+                return super().begin_reading(meters)
+            reading: Future[Any] = Future()
+            reading.cancel()
+            cancelled.append(reading)
+            return reading
+
+    cancelled: list[Any] = []
+    guard = Cancelling([Budget("$1/1d", per="global")], clock=clock)
+    told.instrument(guard)
+
+    def left() -> dict[Any, Any]:
+        return values(told, "llm_guard.budget.remaining", "llm_guard.policy")
+
+    assert await anyio.to_thread.run_sync(left) == {}
+    clock.advance(seconds=5)
+    assert await anyio.to_thread.run_sync(left) == {"global_budget": 1.0}
+    await guard.aclose()

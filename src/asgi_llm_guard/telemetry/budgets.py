@@ -125,6 +125,9 @@ class RemainingBudgets:
         told: Future[tuple[_Read, ...]] = Future()
 
         def done(reading: Future[tuple[Reading, ...]]) -> None:
+            if reading.cancelled():
+                told.cancel()
+                return
             error = reading.exception()
             if error is not None:
                 told.set_exception(error)
