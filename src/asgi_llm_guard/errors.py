@@ -8,6 +8,7 @@
     ├── StorageError          the store did not answer, or its answer is unknown
     │   └── DataLost          the store answers, but what it knew is gone
     ├── Conflict, NotThere    administration data are not as they were seen (`control.changes`)
+    ├── NotKeptError          a report needs records that retention has removed (`ledger.values`)
     ├── NotInstalledError     an optional dependency is missing; names the extra to install
     └── LimitExceeded         a call was refused in code; carries the decision as `.denied`
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 
@@ -64,21 +65,17 @@ async def test_errors_of_the_driver_are_ours(database: Database) -> None:
     assert await database.read(count) == 0
 
 
-async def test_a_read_changes_nothing(database: Database) -> None:
+async def test_a_read_changes_nothing(kept_database: Database) -> None:
     """Who only may read cannot write: neither by accident nor in a forgotten test."""
-    if getattr(database, "path", "") is None:
-        return  # in memory there is one connection
-    await database.write(make)
+    await kept_database.write(make)
     with pytest.raises(StorageError):
-        await database.read(lambda connection: connection.execute("INSERT INTO books VALUES ('a', 1)"))
-    assert await database.read(count) == 0
+        await kept_database.read(lambda connection: connection.execute("INSERT INTO books VALUES ('a', 1)"))
+    assert await kept_database.read(count) == 0
 
 
-async def test_a_read_sees_one_state(database: Database) -> None:
+async def test_a_read_sees_one_state(kept_database: Database) -> None:
     """What others write while a read goes on is not seen by it."""
-    if getattr(database, "path", "") is None:
-        return  # in memory a read and a write take turns
-    await database.write(make)
+    await kept_database.write(make)
     first, written = threading.Event(), threading.Event()
 
     def look(connection: Connection) -> tuple[int, int]:
@@ -87,12 +84,12 @@ async def test_a_read_sees_one_state(database: Database) -> None:
         assert written.wait(20)
         return before, count(connection)
 
-    reading = asyncio.ensure_future(database.read(look))
+    reading = asyncio.ensure_future(kept_database.read(look))
     await asyncio.to_thread(first.wait, 20)
-    await database.write(lambda connection: connection.execute("INSERT INTO books VALUES ('a', 1)"))
+    await kept_database.write(lambda connection: connection.execute("INSERT INTO books VALUES ('a', 1)"))
     written.set()
     assert await reading == (0, 0)
-    assert await database.read(count) == 1
+    assert await kept_database.read(count) == 1
 
 
 async def test_writers_take_turns(database: Database) -> None:
@@ -107,13 +104,13 @@ async def test_writers_take_turns(database: Database) -> None:
     assert await database.read(lambda connection: connection.execute("SELECT pages FROM books")) == [(20,)]
 
 
-async def test_two_on_one_database(database: Database, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+async def test_two_on_one_database(kept_database: Database, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Another connection sees what was written."""
-    if getattr(database, "path", "") is None:
-        return
-    await database.write(make)
+    await kept_database.write(make)
     url = (
-        request.getfixturevalue("postgres_url") if database.dialect == "postgresql" else f"sqlite:///{tmp_path}/test.db"
+        request.getfixturevalue("postgres_url")
+        if kept_database.dialect == "postgresql"
+        else f"sqlite:///{tmp_path}/test.db"
     )
     other = open_database(url)
     assert await other.read(count) == 0
@@ -145,3 +142,25 @@ def test_urls_that_name_nothing(url: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         open_database(url, name="ledger")
     assert "secret-word" not in str(caught.value)
+
+
+async def test_a_fork_has_connections_of_its_own(kept_database: Database) -> None:
+    """Parent and child write through the same object after a fork, and neither disturbs the other's connection."""
+    kept_database.write_sync(make)
+
+    def add(name: str) -> None:
+        kept_database.write_sync(lambda connection: connection.execute("INSERT INTO books VALUES (?, 1)", (name,)))
+
+    child = os.fork()
+    if child == 0:
+        try:
+            for number in range(20):
+                add(f"child {number}")
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - whatever it is, the child must not go on with the parent's tests
+            os._exit(1)
+    for number in range(20):
+        add(f"parent {number}")
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert await kept_database.read(count) == 40

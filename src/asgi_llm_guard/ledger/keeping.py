@@ -11,7 +11,7 @@ from asgi_llm_guard.sql import Connection
 
 __all__ = ["kept_since", "reconcile", "remove"]
 
-_ROWS: Final = 1_000
+_ROWS: Final = 400
 """How many rows a transaction removes from each table."""
 
 
