@@ -1,0 +1,326 @@
+"""Forms of every kind, as a browser without scripts sends them."""
+
+from __future__ import annotations
+
+import html
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from tests.admin.kit import CALLER_KEY, NOW_MS, TOKENS, Desk, desk, hidden, options
+
+from asgi_llm_guard import Context, Guard
+from asgi_llm_guard.identity.base import Identity, IdentityError, Scope
+from asgi_llm_guard.testing import OutageStorage, asgi_client
+
+pytestmark = pytest.mark.anyio
+
+
+async def _fill_in(client: httpx2.AsyncClient, shown: str, sent: str, **fields: str) -> httpx2.Response:
+    """Load a page, and send a form of it."""
+    page = await client.get(f"/admin{shown}")
+    token = hidden(page.text, "form_token")
+    return await client.post(f"/admin{sent}", data={"form_token": token, **fields})
+
+
+async def test_departments(page: Desk) -> None:
+    """C16: a quota is added, shown as it was written, changed and removed by its form; a limit that was left empty is asked for."""
+    client = await page.browser("admin")
+    good = {
+        "name": "research",
+        "version": "0",
+        "daily_cost": "1,250.50",
+        "monthly_cost.unlimited": "1",
+        "daily_tokens": "2,000,000",
+        "monthly_tokens.unlimited": "1",
+        "models": "openai/*\r\n\r\nanthropic/claude-sonnet-4-5",
+        "tz": "Europe/Berlin",
+        "reason": "pilot",
+    }
+    empty = await _fill_in(client, "/departments/edit", "/departments/edit", **{**good, "daily_cost": ""})
+    assert (empty.status_code, "write a limit, or tick that there is none" in empty.text) == (422, True)
+    assert "pilot" in empty.text  # nothing has to be written again
+    for field, value in (("name", ""), ("reason", ""), ("tz", "Mars"), ("daily_cost", "-1"), ("daily_tokens", "many")):
+        wrong = await _fill_in(client, "/departments/edit", "/departments/edit", **{**good, field: value})
+        assert wrong.status_code == 422, field
+        assert 'aria-invalid="true"' in wrong.text or field == "reason", field
+    assert (
+        await _fill_in(client, "/departments/edit", "/departments/edit", **{**good, "version": "x"})
+    ).status_code == 422
+
+    done = await _fill_in(client, "/departments/edit", "/departments/edit", **good)
+    assert (done.status_code, done.headers["location"]) == (303, "/admin/departments?done=saved")
+    text = html.unescape((await client.get("/admin/departments/edit?name=research")).text)
+    for shown in (
+        'value="1250.50"',
+        'value="2,000,000"',
+        "openai/*\nanthropic/claude-sonnet-4-5",
+        'value="Europe/Berlin"',
+    ):
+        assert shown in text
+    version = hidden(text, "version")
+    stale = await _fill_in(
+        client, "/departments/edit?name=research", "/departments/edit", **{**good, "version": "0", "daily_cost": "7"}
+    )
+    assert stale.status_code == 409
+    assert "Somebody else has changed it meanwhile" in stale.text
+    gone = await _fill_in(
+        client,
+        "/departments/edit?name=research",
+        "/departments/remove",
+        name="research",
+        version=version,
+        reason="over",
+    )
+    assert gone.headers["location"] == "/admin/departments?done=removed"
+    again = await _fill_in(
+        client, "/departments", "/departments/remove", name="research", version=version, reason="over"
+    )
+    assert again.status_code in {404, 409}
+
+
+@pytest.mark.parametrize(
+    ("slug", "fields", "wrong", "shown"),
+    [
+        ("agents", {"max_iterations": "12", "params": '{"x_tier": "gold"}'}, {"params": "{"}, ["12", "gold"]),
+        ("agents", {"max_iterations.unlimited": "1"}, {"params": "[1]"}, ["no limit"]),
+        (
+            "prices",
+            {"name": "openai/gpt-5", "entry": '{"input": "1.10"}', "from_ms": str(NOW_MS)},
+            {"entry": "x"},
+            ["1.10", "2026-11-22 12:00"],
+        ),
+        ("knowledge-bases", {"cache": "1", "acl": "d1"}, {"acl": ""}, ["yes", "d1"]),
+    ],
+)
+async def test_other_kinds(
+    slug: str, fields: dict[str, str], wrong: dict[str, str], shown: list[str], page: Desk
+) -> None:
+    """C16: agents, prices and knowledge bases are added by their forms, listed, and named in the audit; what is malformed is said."""
+    client = await page.browser("admin")
+    told = {"name": "one", "version": "0", "reason": "r", **fields}
+    assert (await _fill_in(client, f"/{slug}/edit", f"/{slug}/edit", **{**told, **wrong})).status_code == 422
+    done = await _fill_in(client, f"/{slug}/edit", f"/{slug}/edit", **told)
+    assert done.status_code == 303, done.text
+    text = (await client.get(f"/admin/{slug}")).text
+    assert [part for part in shown if part not in text] == []
+    assert (await client.get(f"/admin/{slug}/edit", params={"name": told["name"]})).status_code == 200
+    assert (await page.audit())[0].reason == "r"
+
+
+async def test_raises_stops_and_resets(page: Desk) -> None:
+    """S8: an operator stops, releases, raises, ends and resets by forms; each is in the audit with its reason."""
+    client = await page.browser("operator")
+    stopped = await _fill_in(client, "/raises", "/stops", scope="agent", subject="crawler", lasts="", reason="loops")
+    assert stopped.headers["location"] == "/admin/raises?done=stopped"
+    assert "it is released" in (await client.get("/admin/raises?done=stopped")).text
+    quoted = await _fill_in(
+        client, "/raises", "/stops", quoted="1", scope="session", subject="a%2Fb", caller="c%26d", lasts="1h", reason="r", back="sessions"
+    )  # fmt: skip
+    assert quoted.headers["location"] == "/admin/sessions?done=stopped"
+    assert page.control is not None
+    stops = (await page.control.state()).stops
+    assert {(each.value.subject, each.value.caller) for each in stops.values()} == {("crawler", None), ("a/b", "c&d")}
+    for name in stops:
+        ended = await _fill_in(client, "/raises", "/stops/end", id=name, reason="fine")
+        assert ended.headers["location"] == "/admin/raises?done=released"
+    assert (await _fill_in(client, "/raises", "/stops", scope="agent", subject="", reason="r")).status_code == 422
+    assert (await _fill_in(client, "/raises", "/stops", scope="planet", subject="x", reason="r")).status_code == 422
+    assert (await _fill_in(client, "/raises", "/stops/end", id="nobody", reason="r")).status_code == 404
+
+    raised = await _fill_in(
+        client, "/raises", "/raises", policy="quota", amount="5", unit="usd", lasts="1d", reason="deadline"
+    )
+    assert raised.headers["location"] == "/admin/raises?done=raised"
+    name = next(iter((await page.control.state()).raises))
+    assert (
+        (await _fill_in(client, "/raises", "/raises/end", id=name, reason="over"))
+        .headers["location"]
+        .endswith("lowered")
+    )
+    for wrong in ({"amount": "-5"}, {"amount": "0"}, {"lasts": "9999mo"}, {"unit": "ids"}):
+        fields = {"policy": "quota", "amount": "5", "unit": "usd", "lasts": "1d", "reason": "r", **wrong}
+        assert (await _fill_in(client, "/raises", "/raises", **fields)).status_code == 422, wrong
+
+    reset = await _fill_in(
+        client,
+        "/limits?scope=user&subject=mia",
+        "/limits/reset",
+        quoted="1",
+        scope="user",
+        subject="mia",
+        reason="new week",
+    )
+    assert reset.headers["location"] == "/admin/limits?scope=user&subject=mia&done=reset"
+    assert (
+        await _fill_in(client, "/raises", "/limits/reset", scope="planet", subject="x", reason="r")
+    ).status_code == 422
+    assert (await client.get("/admin/limits?scope=planet&subject=x")).status_code == 422
+    assert {row.reason for row in await page.audit(actor="operator")} >= {
+        "loops",
+        "fine",
+        "deadline",
+        "over",
+        "new week",
+    }
+
+
+async def test_keys(page: Desk) -> None:
+    """A key is made, rotated and revoked by forms; it is shown on the page that answers, and on no other."""
+    client = await page.browser("admin")
+    made = await _fill_in(
+        client, "/keys", "/keys", caller="crm", user="ada", departments="sales, research", lasts="90d", reason="new"
+    )
+    assert made.status_code == 200
+    secret = made.text.partition('id="secret">')[2].partition("<")[0]
+    assert secret.startswith("lg-")
+    assert page.control is not None
+    key = next(iter((await page.control.state()).keys.values())).value
+    assert (key.departments, key.expires_at_ms) == (("sales", "research"), NOW_MS + 90 * 86_400_000)
+    rotated = await _fill_in(client, "/keys", "/keys/rotate", id=key.id, overlap="1h", reason="regular")
+    assert (rotated.status_code, key.id in rotated.text, secret in rotated.text) == (200, True, False)
+    for overlap, reason, status in (("soon", "r", 422), ("1h", "", 422)):
+        assert (
+            await _fill_in(client, "/keys", "/keys/rotate", id=key.id, overlap=overlap, reason=reason)
+        ).status_code == status
+    assert (await _fill_in(client, "/keys", "/keys/rotate", id="nobody", reason="r")).status_code == 404
+    assert (await _fill_in(client, "/keys", "/keys/revoke", id=key.id, reason="leak")).status_code == 303
+    assert (await _fill_in(client, "/keys", "/keys/revoke", id="nobody", reason="leak")).status_code == 404
+    assert (await _fill_in(client, "/keys", "/keys/revoke", id=key.id, reason="")).status_code == 422
+    assert (await _fill_in(client, "/keys", "/keys", caller="", reason="r")).status_code == 422
+    text = (await client.get("/admin/keys")).text
+    assert "revoked" in text
+    assert secret not in text
+
+
+async def test_bodies_that_are_no_forms(page: Desk) -> None:
+    """What is no form, too long, or has too many fields is refused as such."""
+    client = await page.browser("operator")
+    for content, kind, status in (
+        (b"{}", "application/json", 415),
+        (b"a=" + b"x" * 300_000, "application/x-www-form-urlencoded", 413),
+        (b"a=%ff", "application/x-www-form-urlencoded", 400),
+        (b"&".join(b"a=1" for _ in range(500)), "application/x-www-form-urlencoded", 400),
+    ):
+        answer = await client.post("/admin/stops", content=content, headers={"content-type": kind})
+        assert answer.status_code == status
+
+
+# --------------------------------------------------------------------------- what goes wrong
+
+
+async def test_refusals_stand_where_the_audit_does_not(page: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a refused try cannot be written into the audit, it is refused all the same, and the log says so."""
+    assert page.control is not None
+    await page.control.aclose()
+    with caplog.at_level(logging.WARNING, "asgi_llm_guard"):
+        answer = await page.client(headers={"x-api-key": CALLER_KEY}).get("/admin/")
+    assert answer.status_code == 403
+    assert [record.getMessage() for record in caplog.records if "not in the audit" in record.getMessage()]
+
+
+class _Strange:
+    """A resolver that does what the request says."""
+
+    def __call__(self, scope: Scope, /) -> Identity | None:
+        wanted = dict(scope["headers"]).get(b"x-who", b"")
+        if wanted == b"malformed":
+            raise IdentityError("The header is malformed.")
+        if wanted == b"broken":
+            raise KeyError("session")
+        return Identity(caller=wanted.decode()) if wanted else None
+
+
+async def test_resolvers_that_fail_open_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A resolver that refuses the request, or breaks because its middleware is elsewhere, lets nobody in and breaks no page."""
+    made = desk(tmp_path, identity=_Strange())
+    for who, status in (("malformed", 401), ("broken", 401), ("mia", 403)):
+        assert (await made.client(headers={"x-who": who}).get("/admin/api/v1/health")).status_code == status
+    assert (await made.client("viewer", headers={"x-who": "broken"}).get("/admin/api/v1/health")).status_code == 200
+    assert (await made.client(headers={"x-who": "malformed"}).get("/usage/v1/usage")).status_code == 400
+    assert "the resolver failed" in caplog.text
+    await made.aclose()
+
+
+async def test_headers_of_two_tokens(page: Desk) -> None:
+    """Another scheme, or two Authorization headers, are refused before a token is looked at."""
+    client = page.client()
+    assert (await client.get("/admin/", headers={"authorization": "Basic eA=="})).status_code == 403
+    twice = [("authorization", "Bearer a"), ("authorization", "Bearer b")]
+    assert (await client.get("/admin/", headers=twice)).status_code == 403
+    assert (await client.get("/admin/", headers={"cookie": "\x00=;;llm_guard_admin"})).status_code == 303
+
+
+class _Broken(Guard):
+    """A guard with a mistake in it."""
+
+    def health(self) -> dict[str, object]:
+        raise RuntimeError("canary of an error")
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/v1/health"])
+async def test_what_breaks_says_nothing(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An error that nobody expected is a 500, which says nothing of it; the log says all."""
+    guard = _Broken()
+    async with asgi_client(guard.admin_app(options())) as client:
+        answer = await client.get(path, headers={"authorization": f"Bearer {TOKENS['viewer']}"})
+    assert (answer.status_code, "Something went wrong here" in answer.text) == (500, True)
+    assert "canary" not in answer.text
+    assert "canary of an error" in caplog.text
+    await guard.aclose()
+
+
+async def test_callers_pages_while_the_store_is_away() -> None:
+    """While the store is away, a caller is told to come back, with no word of the store."""
+    from asgi_llm_guard import Budget
+    from asgi_llm_guard.storage.memory import MemoryStorage
+
+    storage = OutageStorage(MemoryStorage())
+    guard = Guard([Budget("$5/1d", per="caller")], storage=storage, identity=_Strange())
+    async with asgi_client(guard.usage_app()) as client:
+        assert (await client.get("/v1/usage", headers={"x-who": "mia"})).status_code == 200
+        storage.down()
+        answer = await client.get("/v1/usage", headers={"x-who": "mia"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        storage.up()
+        head = await client.head("/", headers={"x-who": "mia", "accept": "text/html"})
+        assert (head.status_code, head.content) == (200, b"")
+        assert (await client.get("/static/admin.css")).status_code == 200
+    await guard.aclose()
+
+
+@pytest.mark.parametrize("kind", ["admin", "usage"])
+async def test_lifespan_and_sockets(kind: str) -> None:
+    """Served alone, both apps start and stop in order, and close a WebSocket."""
+    guard = Guard(identity=_Strange())
+    app: Any = guard.admin_app(options()) if kind == "admin" else guard.usage_app()
+    sent: list[str] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    told = iter(["lifespan.startup", "lifespan.shutdown", "websocket.connect"])
+
+    async def receive() -> Any:
+        return {"type": next(told)}
+
+    await app({"type": "lifespan"}, receive, send)
+    await app({"type": "websocket", "path": "/", "headers": []}, receive, send)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete", "websocket.close"]
+    await guard.aclose()
+
+
+async def test_nothing_to_reset_without_administration_data(tmp_path: Path) -> None:
+    """Without administration data nothing is changed, since nothing could be audited; what is read is read."""
+    made = desk(tmp_path, control=False, ledger=None, storage="memory://")
+    client = made.client("admin")
+    for path in ("departments", "keys", "audit"):
+        answer = await client.get(f"/admin/api/v1/{path}")
+        assert (answer.status_code, "control=" in answer.json()["detail"]) == (409, True)
+    assert (await client.post("/admin/api/v1/stops", json={"scope": "all", "reason": "r"})).status_code == 409
+    assert (await client.get("/admin/api/v1/health")).status_code == 200
+    async with made.guard.open(Context(caller="a")):
+        pass
+    await made.aclose()
