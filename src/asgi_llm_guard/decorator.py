@@ -29,7 +29,7 @@ from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.marks import mark
 from asgi_llm_guard.policies.base import Policy
 
-__all__ = ["guarded"]
+__all__ = ["guarded", "policies_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -280,8 +280,8 @@ class _Inside:
 
 # ------------------------------------------------------------------------------------ wrappers
 
-_wrappers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-"""Every guarded function."""
+_wrappers: weakref.WeakKeyDictionary[Callable[..., Any], tuple[Policy, ...]] = weakref.WeakKeyDictionary()
+"""Every guarded function, and its policies."""
 
 _Start = Callable[[tuple[Any, ...], dict[str, Any]], _Run]
 
@@ -309,8 +309,13 @@ def _wrap(function: Callable[..., Any], work: _Work) -> Callable[..., Any]:
     functools.update_wrapper(wrapper, function)
     _keep_signature(function, wrapper)
     mark(function, wrapper)
-    _wrappers.add(wrapper)
+    _wrappers[wrapper] = work.policies
     return wrapper
+
+
+def policies_of(function: object) -> tuple[Policy, ...]:
+    """The policies that `@guarded` adds to a function; none to others."""
+    return _wrappers.get(function, ()) if callable(function) else ()
 
 
 def _coroutine(function: Callable[..., Any], start: _Start) -> Callable[..., Any]:

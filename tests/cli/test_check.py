@@ -21,7 +21,7 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.routing import Route as Endpoint
 from tests.cli.kit import call, document, fill, process, settings
 
-from asgi_llm_guard import Budget, Guard, GuardMiddleware, Iterations, RateLimit, Route
+from asgi_llm_guard import Budget, Guard, GuardMiddleware, Iterations, RateLimit, Route, guarded
 from asgi_llm_guard.doctor import (
     Finding,
     Severity,
@@ -34,6 +34,7 @@ from asgi_llm_guard.doctor import (
     models_named,
     worst,
 )
+from asgi_llm_guard.gateway import Gateway
 from asgi_llm_guard.identity import ApiKeys, ScopeUser, TrustedHeaders
 from asgi_llm_guard.policies import ModelAllow
 from asgi_llm_guard.pricing import PriceBook
@@ -138,6 +139,32 @@ def test_applications_without_a_guard() -> None:
     assert {path.path: path.state for path in paths}[f"/llm{CHAT}"] == "guarded"
     assert {path.path: path.state for path in paths}["/open"] == "unguarded"
     assert guards_of(outer) == [guard]
+
+
+def test_mounted_gateways_and_own_pages() -> None:
+    """S20: a mounted gateway admits by itself, and the guard's own pages and probes are no one's to guard."""
+    guard = Guard([Iterations(5)], identity=ScopeUser())
+    deployment = {"provider": "openai", "model_name": "gpt-4o-mini", "api_key": "key-of-nobody"}
+    gateway = Gateway(guard, [deployment])
+    outer = Starlette(routes=[Mount("/ops", guard.health_app(at="/ops")), Mount("/llm", gateway.app())])
+    findings, paths = examine_application(outer)
+    assert findings == []
+    assert {path.path: path.state for path in paths}["/ops"] == "own"
+    assert [(path.state, path.policies) for path in paths if path.path == f"/llm{CHAT}"] == [
+        ("guarded", ("iterations",))
+    ]
+    assert guards_of(outer) == [guard]
+    assert examine_application(gateway.app())[0] == []
+
+
+def test_policies_of_marked_functions() -> None:
+    """S20: the policies that `@guarded` adds to an endpoint are listed with its route."""
+    made = Starlette(
+        routes=[Endpoint("/agent", guarded(RateLimit("1/minute", name="own"))(endpoint), methods=["POST"])]
+    )
+    made.add_middleware(GuardMiddleware, guard=Guard([Iterations(5)]))
+    _, (path,) = examine_application(made)
+    assert path.policies == ("iterations", "own")
 
 
 def test_guarded_twice() -> None:

@@ -7,7 +7,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from asgi_llm_guard.decorator import policies_of
 from asgi_llm_guard.doctor.findings import Finding
+from asgi_llm_guard.gateway.app import GatewayApp
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.identity.scope_user import ScopeUser
 from asgi_llm_guard.marks import unwrapped
@@ -17,6 +19,7 @@ from asgi_llm_guard.routes import RouteTable
 __all__ = ["GuardedPath", "examine_application", "guards_of"]
 
 _DEPTH: Final = 16
+_OURS: Final = "asgi_llm_guard."
 _AUTHENTICATION: Final = frozenset({"AuthenticationMiddleware", "SessionMiddleware"})
 _REDIRECTING: Final = frozenset({"HTTPSRedirectMiddleware", "TrustedHostMiddleware"})
 _COMPRESSING: Final = frozenset({"BrotliMiddleware", "CompressMiddleware", "GZipMiddleware"})
@@ -30,7 +33,8 @@ class GuardedPath(msgspec.Struct, frozen=True, kw_only=True):
     methods: tuple[str, ...]
     """Empty: WebSocket handshakes, or all."""
     state: str
-    """`guarded`, `passes`, `refused` (it is not listed and must be), or `unguarded`: no middleware is around it."""
+    """`guarded`, `passes`, `refused` (it is not listed and must be), `own` (the guard's own pages and probes, which no
+    limit blocks), or `unguarded`: no middleware is around it."""
     policies: tuple[str, ...] = ()
     """By name, in the order in which they are asked."""
 
@@ -48,9 +52,9 @@ def examine_application(app: object) -> tuple[list[Finding], list[GuardedPath]]:
     """What is wrong with the middleware and routes of `app`, and what becomes of each of its routes."""
     layers, inner = _layers(app)
     findings = _order(layers)
-    paths = list(_paths(inner, layers, ""))
+    paths = list(_gateway_paths(inner, "") if isinstance(inner, GatewayApp) else _paths(inner, layers, ""))
     guards = [layer for layer in layers if layer.guard is not None]
-    if not guards and not any(path.state != "unguarded" for path in paths):
+    if not guards and all(path.state in {"own", "unguarded"} for path in paths):
         findings.append(
             Finding(
                 severity="error",
@@ -89,6 +93,8 @@ def guards_of(app: object) -> list[Guard]:
 def _every_layer(app: object, depth: int) -> Iterator[_Layer]:
     layers, inner = _layers(app)
     yield from layers
+    if isinstance(inner, GatewayApp):
+        yield _Layer(type(inner), inner.guard, None, "gateway")
     for route in getattr(inner, "routes", None) or ():
         mounted = getattr(route, "app", None)
         if mounted is not None and getattr(route, "endpoint", None) is None and depth < _DEPTH:
@@ -199,10 +205,25 @@ def _paths(app: object, around: Sequence[_Layer], prefix: str, depth: int = 0) -
             continue
         layers, inner = _layers(getattr(route, "app", None))
         known = [*around, *layers]
+        if isinstance(inner, GatewayApp):
+            yield from _gateway_paths(inner, path)
+            continue
+        if type(inner).__module__.startswith(_OURS):
+            yield GuardedPath(path=path or "/", methods=(), state="own")
+            continue
         if getattr(inner, "routes", None):
             yield from _paths(inner, known, path, depth + 1)
         else:
             yield _path(path, route, known)
+
+
+def _gateway_paths(app: GatewayApp, prefix: str) -> Iterator[GuardedPath]:
+    """A mounted gateway admits by itself what nobody around it has."""
+    policies = tuple(policy.name for policy in app.guard.policies)
+    for route in app.routes:
+        yield GuardedPath(
+            path=prefix + route.path, methods=tuple(route.methods or ()), state="guarded", policies=policies
+        )
 
 
 def _path(path: str, route: object, around: Sequence[_Layer]) -> GuardedPath:
@@ -219,7 +240,8 @@ def _path(path: str, route: object, around: Sequence[_Layer]) -> GuardedPath:
                 states.append("refused" if found == "deny" else "passes")
                 continue
             states.append("guarded")
-            policies += [policy.name for policy in (*layer.guard.policies, *found.extra)]
+            own = policies_of(getattr(route, "endpoint", None))
+            policies += [policy.name for policy in (*layer.guard.policies, *found.extra, *own)]
     state = next((each for each in ("refused", "guarded") if each in states), "passes" if guards else "unguarded")
     return GuardedPath(path=path, methods=methods, state=state, policies=tuple(dict.fromkeys(policies)))
 

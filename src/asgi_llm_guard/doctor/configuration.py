@@ -32,7 +32,7 @@ __all__ = [
 
 _MOST_SKEW_MS: Final = 2_000
 _DAY_MS: Final = 86_400_000
-_BY_PERSON: Final = frozenset({"user", "caller", "session", "department:user", "caller:model", "user:model"})
+_BY_PERSON: Final = frozenset({"user", "caller", "department:user", "caller:model", "user:model"})
 _MONEY: Final = frozenset({"Budget", "ProviderBudget", "Quota"})
 
 

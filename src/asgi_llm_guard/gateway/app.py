@@ -83,8 +83,9 @@ class GatewayApp:
         self.gateway = gateway
         self.guard = gateway.guard
         self.expose = expose
-        routes = [Route(path, ["POST"], dialect=dialect, calls="hooked") for path, dialect in _DIALECTS.items()]
-        self._guarded = _Admitting(self._serve, gateway, routes)
+        self.routes = tuple(Route(path, ["POST"], dialect=each, calls="hooked") for path, each in _DIALECTS.items())
+        """What asks for a model, and is admitted here unless it was before."""
+        self._guarded = _Admitting(self._serve, gateway, self.routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
