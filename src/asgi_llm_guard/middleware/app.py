@@ -44,6 +44,7 @@ from asgi_llm_guard.middleware.request import (
     is_opaque,
 )
 from asgi_llm_guard.middleware.serving import Serving
+from asgi_llm_guard.replays import Replays
 from asgi_llm_guard.routes import Route, normalise, route_path
 from asgi_llm_guard.wire import dialect_for, dialect_named
 from asgi_llm_guard.wire.base import Dialect
@@ -95,6 +96,8 @@ class GuardMiddleware:
         self._routes = routes
         self._exempt = exempt
         self._unlisted: Literal["deny", "pass"] = unlisted
+        self.replays: Replays | None = None
+        """Where answers are kept for their idempotency keys; `None`: no route keeps any."""
         self._serving = self._serve_by(guard.configuration)
         self.sends_fields = rate_limit_headers
         self._dialects: dict[str, Dialect | None] = {}
@@ -117,13 +120,16 @@ class GuardMiddleware:
 
     def _serve_by(self, configuration: Configuration) -> Serving:
         own = configuration.routes is None or not self.follows_routes
-        return Serving(
+        serving = Serving(
             self.guard,
             configuration,
             self._routes if own else configuration.routes,
             exempt=self._exempt,
             unlisted=self._unlisted,
         )
+        if self.replays is None and serving.replays:
+            self.replays = Replays(self.guard.engine.storage, self.guard.engine.new_id)
+        return serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]

@@ -31,7 +31,7 @@ from asgi_llm_guard.middleware.answers import (
 from asgi_llm_guard.middleware.ending import Ending
 from asgi_llm_guard.middleware.relay import CutOff, Relay, is_cut_off, say_last
 from asgi_llm_guard.policies.base import Policy
-from asgi_llm_guard.replays import Lead, Replays
+from asgi_llm_guard.replays import Lead
 from asgi_llm_guard.routes import Route
 from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
@@ -70,8 +70,6 @@ class Plan(msgspec.Struct, frozen=True):
     watches: bool
     """`StreamRules.watches`, looked up for every request."""
     configuration: Configuration
-    replays: Replays | None
-    """Where answers are kept for their idempotency keys; `None`: no route keeps any."""
 
 
 class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
@@ -210,7 +208,7 @@ class GuardedRequest:
 
     async def _repeated(self, context: Context) -> Lead | KeptResponse | Refusal | None:
         """What an `Idempotency-Key` makes of the request."""
-        replays, replay_ms = self.plan.replays, self.plan.replay_ms
+        replays, replay_ms = self.middleware.replays, self.plan.replay_ms
         if replays is None or replay_ms is None:
             return None
         try:

@@ -9,7 +9,6 @@ from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.idempotency import ttl_ms
 from asgi_llm_guard.middleware.request import Plan
-from asgi_llm_guard.replays import Replays
 from asgi_llm_guard.routes import Route, RouteTable
 
 __all__ = ["Serving"]
@@ -22,7 +21,7 @@ class Serving:
         ConfigurationError: a route is wrong.
     """
 
-    __slots__ = ("_guard", "_plans", "configuration", "replays", "table")
+    __slots__ = ("_guard", "_plans", "configuration", "table")
 
     def __init__(
         self,
@@ -36,12 +35,14 @@ class Serving:
         self._guard = guard
         self.configuration = configuration
         self.table = RouteTable(routes, exempt=exempt, unlisted=unlisted)
-        self.replays: Replays | None = None
-        if any(route.idempotency for route in self.table.routes or ()):
-            self.replays = Replays(guard.engine.storage, guard.engine.new_id)
         self._plans: dict[int, Plan] = {}
         for route in self.table.routes or ():
             self.plan(route)
+
+    @property
+    def replays(self) -> bool:
+        """Whether a route keeps answers for their idempotency keys."""
+        return any(route.idempotency for route in self.table.routes or ())
 
     def plan(self, route: Route) -> Plan:
         """What a route means for its requests."""
@@ -57,7 +58,6 @@ class Serving:
                 streams,
                 streams.watches,
                 configuration,
-                self.replays,
             )
             self._plans[id(route)] = plan
             self._guard.know_route(route.path, plan.extra)
