@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import httpx2
 import pytest
 from tests.admin.kit import CALLER_KEY, NOW_MS, TOKENS, Desk, desk, hidden, options
 
-from asgi_llm_guard import Context, Guard
+from asgi_llm_guard import Budget, Context, Guard, RateLimit
+from asgi_llm_guard.control import Actor, Control, ControlState, NewerRelease
 from asgi_llm_guard.identity.base import Identity, IdentityError, Scope
+from asgi_llm_guard.ledger import RefusalCount
+from asgi_llm_guard.storage.limits import LimitsStorage
+from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import OutageStorage, asgi_client
 
 pytestmark = pytest.mark.anyio
@@ -274,9 +279,6 @@ async def test_what_breaks_says_nothing(path: str, caplog: pytest.LogCaptureFixt
 
 async def test_callers_pages_while_the_store_is_away() -> None:
     """While the store is away, a caller is told to come back, with no word of the store."""
-    from asgi_llm_guard import Budget
-    from asgi_llm_guard.storage.memory import MemoryStorage
-
     storage = OutageStorage(MemoryStorage())
     guard = Guard([Budget("$5/1d", per="caller")], storage=storage, identity=_Strange())
     async with asgi_client(guard.usage_app()) as client:
@@ -324,3 +326,93 @@ async def test_nothing_to_reset_without_administration_data(tmp_path: Path) -> N
     async with made.guard.open(Context(caller="a")):
         pass
     await made.aclose()
+
+
+async def test_storages_that_tell_less(tmp_path: Path) -> None:
+    """Over a storage that keeps no records and cannot list its calls the pages say what they do not know, and never zero."""
+    made = desk(tmp_path, storage=LimitsStorage("memory://"), policies=[RateLimit("60/minute", per="caller")])
+    client = made.client("admin")
+    assert made.guard.ledger is None
+    overview = (await client.get("/admin/")).text
+    for told in (
+        "No ledger is configured",
+        "this storage cannot list open calls",
+        '<span class="unknown">unknown</span>',
+    ):
+        assert told in overview
+    assert "$0.00" not in overview.partition("Budgets")[0]
+    for path, told in (
+        ("/department?name=research", "Limits"),
+        ("/departments", "No department has a quota or has called yet"),
+        ("/sessions", "cannot list open calls"),
+        ("/refusals", "No ledger is configured"),
+        ("/health", "none is configured"),
+    ):
+        assert told in (await client.get(f"/admin{path}")).text, path
+    for path in ("usage", "calls"):
+        assert (await client.get(f"/admin/api/v1/{path}")).status_code == 409
+    assert (await client.get("/admin/api/v1/refusals")).json() == {"counts": [], "latest": []}
+    await made.aclose()
+
+
+async def test_refusals_of_all_processes(page: Desk) -> None:
+    """What the ledger has counted is summed up by policy and code, on the pages and by the API."""
+    assert page.guard.ledger is not None
+    hour_ms = NOW_MS - 3_600_000
+    counts = [
+        RefusalCount(
+            hour_ms=hour_ms - each * 3_600_000, policy="quota", scope="department", code="quota_exceeded", count=each
+        )
+        for each in (1, 2, 3)
+    ]
+    await page.guard.ledger.add_refusals(counts)
+    assert "quota exceeded" in (await page.client("viewer").get("/admin/refusals")).text
+    told = (await page.client("viewer").get("/admin/api/v1/refusals", params={"policy": "quota"})).json()
+    assert sum(each["count"] for each in told["counts"]) == 6
+    ended = await page.client("operator").delete("/admin/api/v1/raises/nobody")
+    assert ended.status_code == 404
+
+
+class _Newer(Control):
+    """Administration data that a newer release has written."""
+
+    async def state(self) -> ControlState:
+        raise NewerRelease("control: there are entries of a kind that this release does not know")
+
+
+async def test_data_of_a_newer_release(tmp_path: Path) -> None:
+    """Administration data that this release cannot read are said to be that, with 503, and not shown as empty."""
+    made = desk(tmp_path, control=False)
+    made.guard.control = _Newer(f"sqlite:///{tmp_path}/newer.db")
+    answer = await made.client("viewer").get("/admin/agents")
+    assert (answer.status_code, "does not know" in answer.text) == (503, True)
+    await made.guard.control.aclose()
+    made.guard.control = None
+    await made.aclose()
+
+
+async def test_files_and_pages_that_there_are_not(page: Desk) -> None:
+    """A file that there is not, a department without a name, and limits of nothing lead somewhere."""
+    client = page.client("viewer")
+    assert (await client.get("/admin/static/passwd")).status_code == 404
+    assert (await client.get("/admin/static/..%2Foptions.py")).status_code == 404
+    assert (await client.get("/admin/department")).headers["location"] == "/admin/departments"
+    stale = await client.get("/admin/static/admin.css?v=old")
+    assert stale.headers["cache-control"] == "no-cache"
+
+
+async def test_the_audit_is_read_to_its_beginning(page: Desk) -> None:
+    """The audit is shown a page at a time, down to its first row."""
+    assert page.control is not None
+    actor = Actor(name="mia", role="admin")
+    for number in range(150):
+        await page.control.note("try", f"target-{number}", actor=actor)
+    client = page.client("operator")
+    first = (await client.get("/admin/audit?actor=mia")).text
+    older = re.search(r'href="([^"]+)">Older', first)
+    assert older is not None
+    second = (await client.get(html.unescape(older[1]))).text
+    assert ("target-149<" in first, "target-0<" in first) == (True, False)
+    assert ("target-149<" in second, "target-0<" in second, "Older" in second) == (False, True, False)
+    rows = (await client.get("/admin/api/v1/audit", params={"before": "3"})).json()
+    assert [row["seq"] for row in rows] == [2, 1]

@@ -11,12 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.admin.kit import HOSTILE, NOW_MS, SECRET, TOKENS, options
 
-from asgi_llm_guard import Guard
+from asgi_llm_guard import Context, Guard
 from asgi_llm_guard.admin import AdminCredential, AdminOptions, charts, shown
 from asgi_llm_guard.admin.budgets import forecast, window_told
 from asgi_llm_guard.admin.periods import read_period, slots
+from asgi_llm_guard.admin.recent import RecentRefusals
+from asgi_llm_guard.admin.sessions import Failures, Sessions
 from asgi_llm_guard.claims import Reading
+from asgi_llm_guard.decision import Refusal
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.events import Refused
+from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 
 _DAY_MS = 86_400_000
@@ -213,3 +218,70 @@ def test_a_callers_page_needs_an_identity() -> None:
     """Without an identity everybody would be shown what all have used together."""
     with pytest.raises(ConfigurationError, match="usage_app: the guard has no identity"):
         Guard().usage_app()
+
+
+def test_wrong_tokens_take_a_bounded_memory() -> None:
+    """Addresses are remembered up to a bound, and tries are noted up to a bound: a flood fills neither memory nor audit."""
+    failures = Failures(10)
+    noted = [failures.add(f"2001:db8::{number:x}", NOW_MS) for number in range(6_000)]
+    assert sum(noted) == 1_000
+    assert failures.wait_s("2001:db8::1", NOW_MS) is None
+    assert failures.note(NOW_MS + 300_000)
+
+
+def test_logged_out_sessions_take_a_bounded_memory() -> None:
+    """Ended sessions are remembered up to a bound, the latest of them."""
+    made = Sessions(options())
+    credential = options().credentials[0]
+    ended = [made.begin(credential, NOW_MS) for _ in range(10_010)]
+    for session, _ in ended:
+        made.end(session)
+    assert made.read(ended[-1][1], NOW_MS) is None
+    assert made.read(ended[0][1], NOW_MS) is not None  # until it is idle
+
+
+def test_what_else_was_signed_is_no_session() -> None:
+    """A cookie that is signed and says something else, a session of a credential that was changed, and one that has
+    expired are none."""
+    made = Sessions(options())
+    login = made.login_token(NOW_MS)
+    assert made.read(login, NOW_MS) is None
+    assert made.login_token_holds(login, login, NOW_MS)
+    assert not made.login_token_holds(login, login, NOW_MS + 3_600_000)
+    assert not made.login_token_holds("a.b", "a.b", NOW_MS)
+    _, cookie = made.begin(options().credentials[0], NOW_MS)
+    assert not made.login_token_holds(cookie, cookie, NOW_MS)
+    changed = options(
+        credentials=[AdminCredential(name="viewer", role="viewer", digest=AdminCredential.hash("z" * 40, SECRET))]
+    )
+    assert Sessions(changed).read(cookie, NOW_MS) is None
+    assert made.read(cookie, NOW_MS) is not None
+
+
+@pytest.mark.parametrize("token", ["", "short", "x" * 513])
+def test_tokens_have_a_length(token: str) -> None:
+    """A token that is short enough to be guessed is not made into a credential, and none of a silly length is looked at."""
+    with pytest.raises(ConfigurationError, match="32 to 512"):
+        AdminCredential.hash(token, SECRET)
+    assert options().find(token, NOW_MS) is None
+
+
+def test_the_latest_refusals_come_first() -> None:
+    """Of refusals so many are kept as was said, and given the newest first, as many as were asked for."""
+    guard = Guard()
+    recent = RecentRefusals(3, FrozenClock(NOW_MS))
+    for number in range(5):
+        refusal = Refusal(policy=f"p{number}", code="stopped", message="m")
+        recent(Refused(Context(), None, guard.engine.refused(Context(), None, refusal)))
+    assert [told.policy for told in recent.latest(10)] == ["p4", "p3", "p2"]
+    assert [told.policy for told in recent.latest(1)] == ["p4"]
+
+
+def test_unknown_is_said() -> None:
+    """What is not known is said to be unknown, in every form."""
+    assert (shown.exact_usd(None), shown.count(None), shown.quantity(None, "tokens"), shown.instant(None, "UTC")) == (
+        "unknown",
+        "unknown",
+        "unknown",
+        "",
+    )

@@ -195,6 +195,7 @@ async def audit(asked: Asked) -> Response:
         lambda: AuditQuery(
             actor=asked.query.get("actor") or None,
             target=asked.query.get("target") or None,
+            before=_number(asked, "before", 2**53 - 1, 0, 2**53 - 1),
             limit=_number(asked, "limit", 100, 1, 1_000),
         ),
         "target",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Bar", "bars", "gauge", "ticks"]
+__all__ = ["Bar", "bars", "gauge", "top_of"]
 
 
 class Bar(NamedTuple):
@@ -24,21 +24,17 @@ class Bar(NamedTuple):
     """Its time is not over yet."""
 
 
-def ticks(most: int) -> tuple[int, int]:
-    """The top of the axis (1, 2 or 5 times a power of ten), and the step of its lines."""
+def top_of(most: int) -> int:
+    """The top of the axis: 1, 2, 5 or 10 times a power of ten, and never 0."""
     if most <= 0:
-        return 1, 1
-    step = 10 ** (len(str(most)) - 1)
-    for factor in (1, 2, 5, 10):
-        if factor * step >= most:
-            top = factor * step
-            return top, max(1, top // 4)
-    raise AssertionError("ten times the power of ten below a number is above it")
+        return 1
+    step: int = 10 ** (len(str(most)) - 1)
+    return next(factor * step for factor in (1, 2, 5, 10) if factor * step >= most)
 
 
 def bars(series: Sequence[Bar], *, identity: str, title: str, description: str) -> str:
     """Upright bars over the whole width, each with a title of its own."""
-    top, _ = ticks(max((bar.value for bar in series), default=0))
+    top = top_of(max((bar.value for bar in series), default=0))
     width = max(1, len(series)) * 10
     shapes = [f'<line class="rule" x1="0" x2="{width}" y1="{y}" y2="{y}"/>' for y in (0, 25, 50, 75, 100)]
     for place, bar in enumerate(series):

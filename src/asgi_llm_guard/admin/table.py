@@ -96,7 +96,7 @@ def _api() -> Iterator[Verb]:
     yield Verb(
         method="GET", path="/api/v1/audit", role="operator", kind="api", run=api.audit, gives=bodies.AuditRow, gives_list=True,
         told="What was done and tried, the newest first.", conflicts=True,
-        params=(_LIMIT, Param("actor", "Only by them."), Param("target", "Only of this: `department:research`, or `department:` for all.")),
+        params=(_LIMIT, Param("before", "Only entries with a lower `seq`.", _WHOLE), Param("actor", "Only by them."), Param("target", "Only of this: `department:research`, or `department:` for all.")),
     )  # fmt: skip
     yield Verb(
         method="GET", path="/api/v1/health", role="viewer", kind="api", run=api.health, gives=bodies.HealthRow,

@@ -153,11 +153,10 @@ async def audit(asked: Asked) -> Response:
     desk = asked.desk
     entries = None
     actor, target = asked.query.get("actor") or None, asked.query.get("target") or None
+    before = asked.query.get("before", "")
+    seq = int(before) if before.isascii() and before.isdecimal() and len(before) < 16 else None
     if desk.control is not None:
-        try:
-            entries = await desk.control.audit(AuditQuery(actor=actor, target=target, limit=_AUDIT_PAGE))
-        except ConfigurationError as error:
-            raise ProblemError(422, str(error), field="target") from None
+        entries = await desk.control.audit(AuditQuery(actor=actor, target=target, before=seq, limit=_AUDIT_PAGE))
     return page(
         asked,
         "audit.html",
