@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 from tests.cli.kit import call, document, fill, settings
 
-from asgi_llm_guard import Budget, Iterations
+from asgi_llm_guard import Budget, Context, Guard, Iterations, Usage
 from asgi_llm_guard.control import Control
 
 T = TypeVar("T")
@@ -70,6 +70,38 @@ def test_resets_are_audited(tmp_path: Path) -> None:
     entry = in_control(tmp_path, lambda control: control.audit())[0]
     assert (entry.verb, entry.target, entry.reason) == ("reset", "user:user-1", "wrong price")
     assert '"used"' in (entry.old or "")
+
+
+def test_resets_that_cannot_be_audited_are_not_made(tmp_path: Path) -> None:
+    """S6: while administration data cannot be reached, nothing is set back: exit 4."""
+    fill(tmp_path, [Budget("$5/1d", per="user", name="budget")], calls=8)
+    arguments = ("reset", "user", "user-1", "--reason", "x", "--config")
+    away = settings(tmp_path, BUDGET + '[control]\nurl = "postgresql://nobody@127.0.0.1:1/none"\n')
+    assert call(*arguments, away, "--yes").exit_code == 4
+    here = settings(tmp_path, BUDGET)
+    assert document(*arguments, here, "--dry-run")["meters"][0]["used"] > 0
+
+
+def test_reset_knows_quotas_of_administration_data(tmp_path: Path) -> None:
+    """S12: what only administration data limit is set back, too: the program goes by them as the service does."""
+    quota = '[[policies]]\nkind = "quota"\n[control]\n'
+    file = settings(tmp_path, quota)
+
+    async def spent() -> None:
+        from asgi_llm_guard.control.changes import Actor
+
+        guard = Guard.from_file(file)
+        assert guard.control is not None
+        await guard.control.put("department", "research", {"daily_cost": 5}, actor=Actor(name="test"))
+        await guard.chores.run("control")
+        context = Context(caller="c", departments=("research",))
+        async with guard.open(context), guard.call(model="openai/gpt-4o", input_tokens=9, max_output_tokens=9) as made:
+            made.record(Usage(input_tokens=9, output_tokens=9))
+        await guard.aclose()
+
+    asyncio.run(spent())
+    told = document("reset", "department", "research", "--reason", "x", "--yes", "--config", file)["meters"]
+    assert [(meter["scope"], meter["used"] > 0) for meter in told] == [("department", True)]
 
 
 @pytest.mark.parametrize("arguments", [("global", "x"), ("user",), ("galaxy", "x")])
@@ -156,6 +188,16 @@ def test_stops_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...]) -> Non
     more = ("--config", settings(tmp_path, BUDGET), "--control", control_url(tmp_path), "--yes")
     assert call("kill", *arguments, *more).exit_code in {2, 3}
     assert not in_control(tmp_path, lambda control: control.state()).stops
+
+
+def test_administration_data_may_be_the_first_in_the_storages_file(tmp_path: Path) -> None:
+    """S8: where administration data are in the storage's file, a change that comes before the service's first start makes
+    a file that the service takes."""
+    file = settings(tmp_path, BUDGET + "[control]\n")
+    document("kill", "user", "mia", "--reason", "x", "--yes", "--config", file)
+    assert fill(tmp_path, calls=2) > 0
+    assert [stop["subject"] for stop in document("kill", "--list", "--config", file)["stops"]] == ["mia"]
+    assert document("usage", "--config", file, "--since", "1d")["total"]["calls"] == 2
 
 
 def test_changes_need_administration_data(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from asgi_llm_guard.cli.changing import actor, administered
+from asgi_llm_guard.cli.changing import actor, administered, follow
 from asgi_llm_guard.cli.common import Tool, command_options, confirm, control_option, reason_option, run
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.periods import end_of
@@ -79,6 +79,7 @@ async def _reset(
 ) -> list[dict[str, Any]]:
     guard = tool.guard()
     try:
+        await follow(guard)
         found = [
             (meter, reading)
             for meter, reading in await guard.meters_of(scope, subject, caller=caller)

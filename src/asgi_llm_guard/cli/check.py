@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from asgi_llm_guard.cli.changing import follow
 from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, missing_file, run
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.tables import Column, safe, table, terminal_width
@@ -82,6 +83,8 @@ async def _examine(
         guards = [own]
     try:
         for guard in guards:
+            if not offline and not missing:
+                findings += await _ask_control(guard)
             extra = [policy for route in _routes(settings) for policy in route.extra] if settings is not None else []
             findings += examine_guard(
                 guard,
@@ -101,7 +104,6 @@ async def _examine(
             elif not offline:
                 findings += await _ask_store(guard)
                 findings += await _ask_ledger(guard)
-                findings += await _ask_control(guard)
         if application is None and settings is not None and own is not None:
             paths = _listed(settings, own)
     finally:
@@ -160,10 +162,8 @@ async def _ask_ledger(guard: Guard) -> list[Finding]:
 async def _ask_control(guard: Guard) -> list[Finding]:
     from asgi_llm_guard.doctor import examine_store
 
-    if guard.control is None:
-        return []
     try:
-        await guard.control.version()
+        await follow(guard)
     except StorageError as error:
         return [examine_store(error)]
     return []

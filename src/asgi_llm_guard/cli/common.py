@@ -59,11 +59,6 @@ class Tool:
             return False
         return self.storage_url(settings).startswith("memory:")
 
-    @property
-    def names_control(self) -> bool:
-        """Whether the command line or the settings say where administration data is."""
-        return self.settings().control is not None
-
     def settings(self) -> GuardSettings:
         """What the file, the environment and secret files say, with the URLs of the command line in place of theirs.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from asgi_llm_guard.cli.booked import ledger_of, with_ledger
+from asgi_llm_guard.cli.changing import follow
 from asgi_llm_guard.cli.common import Tool, command_options, confirm, ledger_option, progress, run
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.periods import Period, period_options
@@ -238,8 +239,10 @@ async def _reprice(tool: Tool, period: Period, version: str, *, dry_run: bool, t
 
     guard = tool.guard()
     try:
+        book = ledger_of(tool, guard)
+        await follow(guard)
         return await price(
-            ledger_of(tool, guard),
+            book,
             guard.prices,
             since_ms=period[0],
             until_ms=period[1],
