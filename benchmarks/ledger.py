@@ -267,7 +267,7 @@ def _call(guard: Guard) -> Callable[[], Awaitable[object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["reports", "overhead"], nargs="?")
-    parser.add_argument("--records", type=int, default=10_000_000)
+    parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--file", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()

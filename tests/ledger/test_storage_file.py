@@ -108,6 +108,18 @@ async def test_a_file_of_the_release_before(tmp_path: Path, ledger_first: bool) 
         assert connection.execute("PRAGMA user_version").fetchone() == (4,)
 
 
+async def test_the_ledger_may_make_the_file(tmp_path: Path) -> None:
+    """A file that a ledger has made first, on the command line say, takes a storage afterwards, and they share records."""
+    path, clock = tmp_path / "guard.db", FrozenClock(START)
+    early = Ledger.open(f"sqlite:///{path}", clock=clock)
+    await early.append([draft("before", clock, 1)])
+    await early.aclose()
+    async with opened(path, clock) as (storage, ledger):
+        await storage.settle([Settlement("after", (), draft("after", clock, 2))])
+        assert await roll_all(ledger) == 2
+        assert (await ledger.usage(ALL)).total.cost_nanousd == 3
+
+
 async def test_two_open_an_old_file_at_once(tmp_path: Path) -> None:
     """Of two storages on an old file each finds it as the other left it."""
     path = tmp_path / "guard.db"

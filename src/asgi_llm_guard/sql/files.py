@@ -14,7 +14,10 @@ from asgi_llm_guard.errors import ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["QueueLock", "check_file_system", "check_sqlite", "file_system", "mounts"]
+__all__ = ["APPLICATION_ID", "QueueLock", "check_file_system", "check_sqlite", "file_system", "mounts"]
+
+APPLICATION_ID: Final = 0x4C4C4D47
+"""`LLMG`, in the header of every file of ours."""
 
 _OLDEST_SQLITE: Final = (3, 35, 0)
 

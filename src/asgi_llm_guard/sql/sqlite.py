@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.sql.base import Connection, Dialect
-from asgi_llm_guard.sql.files import QueueLock, check_file_system, check_sqlite, file_system, mounts
+from asgi_llm_guard.sql.files import APPLICATION_ID, QueueLock, check_file_system, check_sqlite, file_system, mounts
 from asgi_llm_guard.sql.threads import Threads
 
 __all__ = ["SqliteDatabase"]
@@ -160,6 +160,11 @@ class SqliteDatabase:
         try:
             connection = sqlite3.connect(path, timeout=_TIMEOUT_S, isolation_level=None)
             try:
+                if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    connection.execute("BEGIN IMMEDIATE")
+                    if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    connection.execute("COMMIT")
                 connection.execute("PRAGMA journal_mode = WAL")
             finally:
                 connection.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.sql.files import QueueLock, check_file_system, check_sqlite, file_system, mounts
+from asgi_llm_guard.sql.files import APPLICATION_ID, QueueLock, check_file_system, check_sqlite, file_system, mounts
 from asgi_llm_guard.usage_rows import create_ledger
 
 __all__ = [
@@ -30,9 +30,6 @@ SCHEMA_VERSION: Final = 4
 
 _UPGRADED: Final = 3
 """Files of this version get what is new in the next one when they are opened."""
-
-APPLICATION_ID: Final = 0x4C4C4D47
-"""`LLMG`, in the header of the file."""
 
 
 # While a file is opened, SQLite waits for others this long; switching to WAL alone needs its exclusive lock.
@@ -83,9 +80,10 @@ def _make_tables(connection: sqlite3.Connection, path: Path) -> None:
     application, version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if tables and application != APPLICATION_ID:
+    if application != APPLICATION_ID and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
         raise ConfigurationError(f"{path}: is the database of another program; give another path")
+    # A ledger, or administration data, may have made the file before there was a storage.
+    tables = version or connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'cells'").fetchone()
     if tables and version not in {SCHEMA_VERSION, _UPGRADED}:
         raise ConfigurationError(
             f"{path}: its tables have version {version}, this release works with version {SCHEMA_VERSION}; "
