@@ -91,7 +91,8 @@ def test_serve_answers_settles_and_ends(tmp_path: Path, workers: int) -> None:
         gateway(tmp_path, provider)
         key = (tmp_path / "key").read_text("utf-8")
         with serving(tmp_path, "--workers", str(workers)) as (url, running):
-            assert asked(f"{url}/readyz")[0] == 200
+            status, health = asked(f"{url}/readyz")
+            assert (status, health["checks"]["storage"]) == (200, "ok")
             status, answer = asked(f"{url}/v1/chat/completions", CHAT, key=key)
             assert (status, answer["object"]) == (200, "chat.completion")
             assert asked(f"{url}/v1/chat/completions", CHAT, key="lg-wrong-key-of-nobody")[0] == 403

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from asgi_llm_guard.cli.common import Tool, actor_name
 from asgi_llm_guard.cli.failures import Exit, Failure
@@ -13,13 +12,10 @@ from asgi_llm_guard.errors import ConfigurationError
 if TYPE_CHECKING:
     from asgi_llm_guard.control.changes import Actor
     from asgi_llm_guard.guard import Guard
-    from asgi_llm_guard.settings import GuardSettings
 
 __all__ = ["Administered", "actor", "administered", "follow"]
 
 T = TypeVar("T")
-
-_SQLITE: Final = "sqlite:///"
 
 
 class Administered:
@@ -68,9 +64,7 @@ def administered(tool: Tool, *, needed: bool = True) -> Administered | None:
     """
     settings = tool.settings()
     if settings.control is not None:
-        # A file that both are in has to be the storage's before administration data come into it.
-        shared = _is_own(settings)
-        return Administered(tool, tool.guard(settings, new=shared, apart=not shared))
+        return Administered(tool, tool.guard(settings, apart=True))
     if needed:
         raise Failure(
             f"{tool.path}: no administration data is configured; set `control` in the settings, or name it with "
@@ -78,19 +72,6 @@ def administered(tool: Tool, *, needed: bool = True) -> Administered | None:
             Exit.CONFIGURATION,
         )
     return None
-
-
-def _is_own(settings: GuardSettings) -> bool:
-    """Whether administration data are in the file of the storage."""
-    own, control = settings.own_database, settings.control
-    if own is None or control is None:
-        return False
-    url = own if control.url is None else control.url.get_secret_value()
-    return url.startswith(_SQLITE) and _file(url) == _file(own)
-
-
-def _file(url: str) -> Path:
-    return Path(url.removeprefix(_SQLITE).partition("?")[0]).resolve()
 
 
 async def follow(guard: Guard) -> None:
