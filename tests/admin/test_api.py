@@ -177,6 +177,7 @@ async def test_stops_raises_and_resets(page: Desk) -> None:
         json={"policy": "user_budget", "unit": "usd", "amount": "5", "lasts": "1d", "subject": "mia", "reason": "r"},
     )
     assert raised.status_code == 201, raised.text
+    assert (await client.delete(f"/admin/api/v1/raises/{raised.json()['id']}")).status_code == 204
     wrong = await client.post(
         "/admin/api/v1/raises",
         json={"policy": "iterations", "unit": "usd", "amount": "5", "lasts": "1d", "reason": "r"},
@@ -188,7 +189,7 @@ async def test_stops_raises_and_resets(page: Desk) -> None:
     assert max(each["used"] for each in done.json()) > 0
     after = await client.get("/admin/api/v1/limits", params={"scope": "user", "subject": "mia"})
     assert {each["used"] for each in after.json()} == {"0.00"}
-    assert [row.verb for row in await page.audit(actor="operator")] == ["reset", "put", "remove", "put"]
+    assert [row.verb for row in await page.audit(actor="operator")] == ["reset", "remove", "put", "remove", "put"]
 
 
 async def test_keys_are_shown_once(page: Desk) -> None:

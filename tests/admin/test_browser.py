@@ -136,7 +136,7 @@ def shown(
 ) -> Iterator[tuple[Page, list[str]]]:
     """A page, logged in by the form; and what the browser complained about."""
     context: BrowserContext = browser.new_context(base_url=f"{service.urls[0]}/admin/", **how)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     complaints: list[str] = []
     page = context.new_page()
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -297,7 +297,8 @@ def test_the_keyboard_is_enough(browser: Browser, service: Service) -> None:
     the order in which it stands."""
     with shown(browser, service, None) as (page, _):
         page.goto("./login")
-        page.keyboard.type(TOKENS["admin"])  # the field has the focus from the start
+        expect(page.get_by_label("Token")).to_be_focused()
+        page.keyboard.type(TOKENS["admin"])
         page.keyboard.press("Enter")
         page.wait_for_url("**/admin/")
         page.keyboard.press("Tab")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import httpx2
 import pytest
 from tests.admin.kit import CALLER_KEY, NOW_MS, TOKENS, Desk, desk, hidden, options
 
-from asgi_llm_guard import Budget, Context, Guard, RateLimit
+from asgi_llm_guard import Budget, Guard, RateLimit
 from asgi_llm_guard.control import Actor, Control, ControlState, NewerRelease
 from asgi_llm_guard.identity.base import Identity, IdentityError, Scope
 from asgi_llm_guard.ledger import RefusalCount
@@ -192,6 +194,7 @@ async def test_keys(page: Desk) -> None:
         ).status_code == status
     assert (await _fill_in(client, "/keys", "/keys/rotate", id="nobody", reason="r")).status_code == 404
     assert (await _fill_in(client, "/keys", "/keys/revoke", id=key.id, reason="leak")).status_code == 303
+    assert (await _fill_in(client, "/keys", "/keys/revoke", id=key.id, reason="again")).status_code in {303, 422}
     assert (await _fill_in(client, "/keys", "/keys/revoke", id="nobody", reason="leak")).status_code == 404
     assert (await _fill_in(client, "/keys", "/keys/revoke", id=key.id, reason="")).status_code == 422
     assert (await _fill_in(client, "/keys", "/keys", caller="", reason="r")).status_code == 422
@@ -271,6 +274,7 @@ async def test_what_breaks_says_nothing(path: str, caplog: pytest.LogCaptureFixt
     guard = _Broken()
     async with asgi_client(guard.admin_app(options())) as client:
         answer = await client.get(path, headers={"authorization": f"Bearer {TOKENS['viewer']}"})
+        assert (await client.get("/api/v1/keys")).status_code == 401  # nobody is a caller without an identity
     assert (answer.status_code, "Something went wrong here" in answer.text) == (500, True)
     assert "canary" not in answer.text
     assert "canary of an error" in caplog.text
@@ -323,9 +327,47 @@ async def test_nothing_to_reset_without_administration_data(tmp_path: Path) -> N
         assert (answer.status_code, "control=" in answer.json()["detail"]) == (409, True)
     assert (await client.post("/admin/api/v1/stops", json={"scope": "all", "reason": "r"})).status_code == 409
     assert (await client.get("/admin/api/v1/health")).status_code == 200
-    async with made.guard.open(Context(caller="a")):
-        pass
+    assert (await made.client(headers={"x-api-key": CALLER_KEY}).get("/admin/")).status_code == 403
     await made.aclose()
+
+
+async def test_clients_that_leave_while_they_send(page: Desk) -> None:
+    """A client that leaves in the middle of its body is no error of the service."""
+    app = page.guard.admin_app(options())
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    headers = [(b"authorization", f"Bearer {TOKENS['operator']}".encode()), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/api/v1/stops", "headers": headers, "query_string": b""}
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 400
+
+
+async def test_cookies_of_other_applications(page: Desk) -> None:
+    """A cookie of another application with a name that is none hides no session."""
+    client = await page.browser("viewer")
+    kept = client.cookies["llm_guard_admin"]
+    odd = page.client(headers={"cookie": f"a:b[c]=d; llm_guard_admin={kept}; e=f"})
+    assert (await odd.get("/admin/health")).status_code == 200
+
+
+def test_without_the_extra() -> None:
+    """Without jinja2, what is missing is said, and how to install it."""
+    program = (
+        "import sys; sys.modules['jinja2'] = None\n"
+        "from asgi_llm_guard import Guard\n"
+        "from asgi_llm_guard.errors import NotInstalledError\n"
+        "for make in (lambda g: g.admin_app(None), lambda g: g.usage_app()):\n"
+        "    try: make(Guard())\n"
+        "    except NotInstalledError as error: print(error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told.count("pip install 'asgi-llm-guard[admin]'") == 2
 
 
 async def test_storages_that_tell_less(tmp_path: Path) -> None:

@@ -189,6 +189,8 @@ async def test_live_sessions(page: Desk) -> None:
     """Sessions with open calls come first, with what they hold; each has a button that stops it, for operators."""
     await fill(page.guard, [record(1), record(2, session="old", at_ms=NOW_MS - 2 * 3_600_000)])
     async with (
+        page.guard.open(Context(caller="without")),
+        page.guard.call(model="openai/gpt-4o-mini", max_output_tokens=100),
         page.guard.open(Context(caller="service-a", session="busy")),
         page.guard.call(model="openai/gpt-4o-mini", max_output_tokens=100),
     ):

@@ -201,8 +201,6 @@ async def revoke(asked: Asked, name: str, *, reason: str) -> None:
         await control.revoke_key(name, actor=actor_of(asked), reason=reason)
     except NotThere:
         raise ProblemError(404, "There is no such key.") from None
-    except ConfigurationError as error:
-        raise _malformed(error, {}) from None
 
 
 def field_in(message: str, known: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ class AdminApp:
             if not isinstance(found, tuple):
                 found = await self._missing(asked, found)
             verb, asked.params = found
-            await gate.admit(verb, asked)
+            await gate.admit(asked, verb.role)
             await self._read(verb, asked)
             response: Response = await verb.run(asked)
             # What a page asks for by itself keeps nobody logged in who has left.
@@ -113,7 +113,7 @@ class AdminApp:
 
     async def _missing(self, asked: Asked, allowed: Any) -> tuple[Verb, dict[str, str]]:
         """Raises `ProblemError`, to strangers the same for what is there and for what is not."""
-        await gate.admit(_ANY, asked)
+        await gate.admit(asked, "viewer")
         if allowed:
             names = sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])})
             raise ProblemError(405, f"This takes {', '.join(names)}.", headers={"Allow": ", ".join(names)})
@@ -149,13 +149,6 @@ def _check_query(verb: Verb, asked: Asked) -> None:
             raise ProblemError(422, f"There is no parameter {shown!r} here; there is {there}.", field=shown)
         if not value:
             raise ProblemError(422, f"{name}: is empty; leave it out.", field=name)
-
-
-async def _nothing(asked: Asked) -> Response:
-    raise ProblemError(404, f"There is nothing at {asked.request.url.path}.")
-
-
-_ANY: Final = Verb(method="GET", path="/{rest:path}", role="viewer", kind="api", run=_nothing)
 
 
 def _problem(asked: Asked, problem: ProblemError, *, api: bool) -> Response:

@@ -57,7 +57,7 @@ async def login_page(asked: Asked) -> Response:
 async def login(asked: Asked) -> Response:
     desk, request = asked.desk, asked.request
     if not desk.sessions.login_token_holds(
-        gate.cookie(request, LOGIN_COOKIE), asked.form.get("login_token", ""), asked.now_ms
+        request.cookies.get(LOGIN_COOKIE, ""), asked.form.get("login_token", ""), asked.now_ms
     ):
         return _login_form(asked, 403, "This form is too old, or cookies are switched off. Try again.")
     try:

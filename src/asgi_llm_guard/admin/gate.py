@@ -10,23 +10,21 @@ Rule 3: a form is taken only from a page of this session: by its token, and by t
 from __future__ import annotations
 
 import logging
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
 from asgi_llm_guard.admin.asked import Asked, ProblemError
-from asgi_llm_guard.admin.options import ROLES, AdminCredential
+from asgi_llm_guard.admin.options import ROLES, AdminCredential, Role
 from asgi_llm_guard.admin.sessions import SESSION_COOKIE, Session
 from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.identity.base import IdentityError
 
 if TYPE_CHECKING:
     from asgi_llm_guard.admin.desk import Desk
-    from asgi_llm_guard.admin.verbs import Verb
 
-__all__ = ["admit", "check_origin", "cookie", "identify", "log_in"]
+__all__ = ["admit", "check_origin", "identify", "log_in"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -50,18 +48,18 @@ async def identify(desk: Desk, request: Request) -> tuple[AdminCredential | None
             caller = _caller(desk, request)
             raise await (_failed(desk, request, _UNKNOWN) if caller is None else _refused_caller(desk, request, caller))
         return found, None
-    value = cookie(request, SESSION_COOKIE)
+    value = request.cookies.get(SESSION_COOKIE)
     known = desk.sessions.read(value, desk.now_ms) if value else None
     return (known[1], known[0]) if known is not None else (None, None)
 
 
-async def admit(verb: Verb, asked: Asked) -> None:
-    """Let whoever asks do this.
+async def admit(asked: Asked, role: Role | None) -> None:
+    """Let whoever asks do what takes this role.
 
     Raises:
         ProblemError: they may not (403), or nobody is logged in (401).
     """
-    if verb.role is None:
+    if role is None:
         return
     desk, request, credential = asked.desk, asked.request, asked.credential
     if credential is None:
@@ -71,16 +69,16 @@ async def admit(verb: Verb, asked: Asked) -> None:
         raise ProblemError(
             401, "Log in, or send the token of an administrator.", headers={"WWW-Authenticate": 'Bearer realm="admin"'}
         )
-    if ROLES[credential.role] < ROLES[verb.role]:
+    if ROLES[credential.role] < ROLES[role]:
         await desk.note_refused(
             verb=request.method,
             target=_target(request),
             name=credential.name,
             role=credential.role,
             address=asked.address,
-            why=f"needs the role {verb.role}",
+            why=f"needs the role {role}",
         )
-        raise ProblemError(403, f"This needs the role {verb.role}; {credential.name} is {credential.role}.")
+        raise ProblemError(403, f"This needs the role {role}; {credential.name} is {credential.role}.")
 
 
 def check_origin(asked: Asked) -> None:
@@ -113,15 +111,6 @@ async def log_in(desk: Desk, request: Request, token: str) -> AdminCredential:
     if found is None:
         raise await _failed(desk, request, _UNKNOWN)
     return found
-
-
-def cookie(request: Request, name: str) -> str:
-    """The value of a cookie; empty: it is not there."""
-    try:
-        jar = SimpleCookie(request.headers.get("cookie", ""))
-    except CookieError:
-        return ""
-    return jar[name].value if name in jar else ""
 
 
 def _patience(desk: Desk, request: Request) -> None:

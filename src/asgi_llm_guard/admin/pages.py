@@ -123,15 +123,13 @@ def done(asked: Asked, path: str, word: str, **query: object) -> Response:
 # ------------------------------------------------------------------------------------- filters
 
 
-def _money(nanousd: int | None) -> Markup:
+def _money(nanousd: int) -> Markup:
     """With the exact amount beside it, where the page shows less."""
     text, exact = shown.money(nanousd), shown.exact_usd(nanousd)
-    if nanousd is None:
-        return Markup('<span class="unknown" title="No price is known for it">unknown</span>')
     return escape(text) if text == exact else Markup('<span title="{}">{}</span>').format(exact, text)
 
 
-def _quantity(amount: int | None, unit: str) -> Markup:
+def _quantity(amount: int, unit: str) -> Markup:
     return _money(amount) if unit == "nanousd" else escape(shown.quantity(amount, unit))
 
 
