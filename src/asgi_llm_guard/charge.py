@@ -76,7 +76,7 @@ def charge_of(
         if answer.text_bytes and usage.output_tokens == 0 and not _in_units(usage):
             pass  # text that cost no tokens: some servers fill in zeros where they do not count
         elif tokens is not None or usage.reported_nanousd is not None or _in_units(usage):
-            return _measured(call, usage, tokens, price(usage))
+            return _measured(usage, tokens, price(usage))
         elif not _can_be(usage):
             return Charge(outcome="unmetered", doubted=usage)
     if released and answer is None:
@@ -131,17 +131,17 @@ def believed(charge: Charge, most: Call) -> Charge:
     )
 
 
-def _measured(call: Call | None, usage: Usage, tokens: int | None, cost: Cost) -> Charge:
+def _measured(usage: Usage, tokens: int | None, cost: Cost) -> Charge:
     if not _can_be(usage):  # a known cost does not say so: it may be reported, or be nothing for any model
         return Charge(outcome="unmetered", doubted=usage)
-    if cost.nanousd is None and (call is None or call.cost_nanousd is not None):
-        # Its price is not known: tokens as measured, money as held.
+    if cost.nanousd is None:
+        # Its price is not known: tokens as measured, money as held; where none was, what it cost stays unknown.
         return Charge(outcome="measured", usage=usage, tokens=tokens)
     return Charge(
         outcome="measured",
         usage=usage,
         tokens=tokens,
-        cost_nanousd=cost.nanousd or 0,
+        cost_nanousd=cost.nanousd,
         price_source=cost.source,
         billed_model=cost.billed_model,
     )

@@ -116,14 +116,13 @@ def test_text_for_no_tokens_is_not_believed() -> None:
 
 
 def test_no_price() -> None:
-    """Money is charged as held where no price is known; where none was held, the cost is 0."""
+    """C10: Money is charged as held where no price is known; where none was held, the cost is unknown, and not 0."""
     usage = Usage(input_tokens=3, output_tokens=4)
     as_held = Charge(outcome="measured", usage=usage, tokens=7)
     assert became(success(usage), cost=None) == as_held
     assert became(success(usage), cost=None, call=None) == as_held
-    assert became(success(usage), cost=None, call=UNPRICED) == Charge(
-        outcome="measured", usage=usage, tokens=7, cost_nanousd=0, price_source="list", billed_model="billed"
-    )
+    assert became(success(usage), cost=None, call=UNPRICED) == as_held
+    assert written(as_held, UNPRICED).cost_nanousd is None
 
 
 # ---------------------------------------------------------------------------------------- what cannot be
