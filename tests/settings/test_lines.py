@@ -78,6 +78,26 @@ def test_line(path: tuple[str | int, ...], line: int | None) -> None:
     assert line_in(TEXT, path) == line
 
 
+@pytest.mark.parametrize(
+    "text, path, line",
+    [
+        ("# said \u2028 and \x85\n[a]\nb = 1\n", ("a", "b"), 3),
+        ("a = 1  # '''\nb = 2\n", ("b",), 2),
+        ('# it says """\nb = 2\n', ("b",), 2),
+        ("a = \"x ''' y\"\nb = 2\n", ("b",), 2),
+        ('a = """x\\"""\nb = 1\n"""\nb = 2\n', ("b",), 4),
+        ('a = [ """\n[x]\n""", 1 ]\nb = 2\n', ("b",), 4),
+        ('"a=b" = 1\n["c]d"]\ne = 2\n', ("a=b",), 1),
+        ('"a=b" = 1\n["c]d"]\ne = 2\n', ("c]d", "e"), 3),
+        ('[agents."caf\\u00e9"]\nx = 1\n', ("agents", "café", "x"), 2),
+    ],
+)
+def test_line_in_odd_files(text: str, path: tuple[str | int, ...], line: int) -> None:
+    """Lines are counted as TOML does, whatever stands in comments, strings and quoted keys."""
+    tomllib.loads(text)
+    assert line_in(text, path) == line
+
+
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict):
         for key, item in value.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Sequence
 from typing import Final
 
 __all__ = ["line_in"]
 
-_PART: Final = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([A-Za-z0-9_-]+))\s*""")
-_HEADER: Final = re.compile(r"\s*(\[\[?)(.+?)\]\]?\s*(?:#.*)?$")
-_LONG: Final = re.compile(r'"""|' + r"'''")
+_PART: Final = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*")|'([^']*)'|([A-Za-z0-9_-]+))\s*""")
+_HEADER: Final = re.compile(r"\s*\[\[?")
+_STRING: Final = r'"(?:[^"\\\n]|\\.)*"|' + r"'[^'\n]*'"
+_LONG: Final = r'"""(?:[^\\]|\\.)*?"{3,5}|' + r"'''.*?'{3,5}"
+_TEXT: Final = re.compile(f"(?P<long>{_LONG})|(?P<comment>#[^\n]*)|{_STRING}", re.DOTALL)
+_SHORT_TEXT: Final = re.compile(_STRING)
 
 _Path = tuple[str | int, ...]
 
@@ -34,48 +38,50 @@ def _keys(text: str) -> list[tuple[int, _Path]]:
     keys: list[tuple[int, _Path]] = []
     counts: dict[_Path, int] = {}
     table: _Path = ()
-    inside = ""
-    """What ends the long string that a line is in; empty: it is in none."""
     depth = 0
-    for number, line in enumerate(text.splitlines(), 1):
-        if inside:
-            if line.count(inside) % 2:
-                inside = ""
-            continue
+    # By line feeds alone, as TOML counts: other characters that end lines elsewhere may stand in its strings.
+    for number, line in enumerate(_TEXT.sub(_short, text).split("\n"), 1):
         if not depth and (header := _HEADER.match(line)) is not None:
-            parts = _parts(header[2])
-            if parts is None:
-                continue
-            table = _placed(parts, counts, opens=header[1] == "[[")
-            keys.append((number, table))
+            parts = _parts(line, header.end(), "]")
+            if parts:
+                table = _placed(parts, counts, opens=header[0].endswith("[["))
+                keys.append((number, table))
             continue
-        if not depth and (key := line.partition("=")[0]).strip() and "=" in line:
-            parts = _parts(key)
-            if parts is not None:
-                keys += [(number, table + parts[:length]) for length in range(1, len(parts) + 1)]
-        bare = re.sub(r'"(?:[^"\\]|\\.)*"|' + r"'[^']*'|#.*", "", _LONG.split(line)[0])
+        if not depth:
+            parts = _parts(line, 0, "=")
+            keys += [(number, table + parts[:length]) for length in range(1, len(parts) + 1)]
+        bare = _SHORT_TEXT.sub("", line)
         depth = max(0, depth + bare.count("[") + bare.count("{") - bare.count("]") - bare.count("}"))
-        for mark in ('"""', "'''"):
-            if line.count(mark) % 2:
-                inside = mark
     return keys
 
 
-def _parts(text: str) -> tuple[str, ...] | None:
-    """The parts of a dotted key; `None`: it is none."""
+def _short(match: re.Match[str]) -> str:
+    """What the text stands for while lines are counted: nothing of a comment, and the line feeds of a long string."""
+    if match["comment"] is not None:
+        return ""
+    return match[0] if match["long"] is None else '""' + "\n" * match[0].count("\n")
+
+
+def _parts(line: str, at: int, end: str) -> tuple[str, ...]:
+    """The parts of the dotted key from there to `end`; empty: there is none."""
     parts: list[str] = []
-    at = 0
-    while True:
-        match = _PART.match(text, at)
-        if match is None:
-            return None
-        parts.append(next(part for part in match.groups() if part is not None))
+    while (match := _PART.match(line, at)) is not None:
+        quoted, literal, bare = match.groups()
+        parts.append(_unquoted(quoted) if quoted is not None else bare if literal is None else literal)
         at = match.end()
-        if at == len(text):
+        if line[at : at + 1] == end:
             return tuple(parts)
-        if text[at] != ".":
-            return None
+        if line[at : at + 1] != ".":
+            break
         at += 1
+    return ()
+
+
+def _unquoted(quoted: str) -> str:
+    try:
+        return str(tomllib.loads(f"key = {quoted}")["key"])
+    except tomllib.TOMLDecodeError:
+        return quoted  # of a text that is no TOML; it is the name of nothing
 
 
 def _placed(parts: tuple[str, ...], counts: dict[_Path, int], *, opens: bool) -> _Path:
