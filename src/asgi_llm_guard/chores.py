@@ -29,6 +29,8 @@ _log = logging.getLogger("asgi_llm_guard")
 
 _END_S: Final = 5.0
 """How long a chore that is running is waited for when chores stop."""
+_random: Final = random.SystemRandom()
+"""Of its own: an application that seeds the module's generator must not be disturbed from another thread."""
 _SPREAD: Final = 0.1
 """Pauses are up to so much longer or shorter, so that processes that began together do not stay together."""
 
@@ -237,4 +239,4 @@ def _cancel(chore: _Chore) -> None:
 
 
 def _spread() -> float:
-    return random.uniform(1 - _SPREAD, 1 + _SPREAD)  # noqa: S311 - spreads load; nothing secret
+    return _random.uniform(1 - _SPREAD, 1 + _SPREAD)

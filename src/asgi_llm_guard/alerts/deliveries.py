@@ -27,6 +27,7 @@ from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Alert
 from asgi_llm_guard.storage.shared import Shared
 
+_random: Final = random.SystemRandom()  # of its own: the module's may be seeded by the application
 __all__ = ["Deliveries", "Due"]
 
 _log = logging.getLogger("asgi_llm_guard")
@@ -197,4 +198,4 @@ class Deliveries:
 
 
 def _spread() -> float:
-    return random.uniform(0.5, 1)  # noqa: S311 - spreads load; nothing secret
+    return _random.uniform(0.5, 1)

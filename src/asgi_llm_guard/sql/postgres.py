@@ -25,6 +25,7 @@ try:
 except ImportError as error:
     raise NotInstalledError("PostgreSQL", "postgres") from error
 
+_random: Final = random.SystemRandom()  # of its own: the module's may be seeded by the application
 __all__ = ["PostgresDatabase"]
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ class PostgresDatabase:
                 self._returned(connection, broken=not undone)
                 if unknown or attempt == _TRIES or not (undone or connection.broken or connection.closed):
                     raise self._failure(error, sent=unknown) from error
-                time.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - not a secret
+                time.sleep(_random.uniform(0, 0.02 * 2**attempt))
             except psycopg.Error as error:
                 self._returned(connection)
                 raise self._failure(error, sent=False) from error
