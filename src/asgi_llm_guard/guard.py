@@ -197,7 +197,7 @@ class Guard(Operated):
         self.hooked = False
         """A client hook is installed: every call is seen."""
         self.own_paths: frozenset[str] = frozenset()
-        """Paths that `GuardMiddleware` leaves to the application, whatever its routes say: those of `health_app`."""
+        """Paths at which `GuardMiddleware` lets probes pass, unless another route takes them: those of `health_app`."""
         self._routes: dict[str, tuple[Policy, ...]] = {}
         self._names: list[Callable[[str], Sequence[Target]]] = []
         self._draining = False

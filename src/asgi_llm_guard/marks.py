@@ -67,27 +67,50 @@ def own_mounts(app: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.partition("{")[0].rstrip("/") for path in _own_paths(app, "", 0)))
 
 
-def is_own(app: object, scope: Mapping[str, Any]) -> bool:
-    """Whether the router of `app` would send the request to one of the guard's own applications.
+def is_own(app: object, scope: Mapping[str, Any]) -> bool | None:
+    """Whether the router of `app` would send the request to one of the guard's own applications; `None`: it cannot be
+    told, because whoever takes the request shows no routes, or no route takes it.
 
     A route that stands before the mount, and takes the request, is not the guard's.
     """
     for _ in range(_DEPTH):
-        taken = next((found for route in _routes(app) if (found := _taken(route, scope)) is not None), None)
+        taken = _taken(app, scope)
         if taken is None:
-            return False
-        app, scope = taken
-        if getattr(app, _OWN, False):
+            return None
+        route, app, scope = taken
+        if _leads_to_own(app):
             return True
+        if getattr(route, "endpoint", None) is not None:
+            return False
     return False
 
 
-def _taken(route: object, scope: Mapping[str, Any]) -> tuple[object, Mapping[str, Any]] | None:
-    matches = getattr(route, "matches", None)
-    if matches is None:
-        return None
-    found, child = matches(scope)
-    return (getattr(route, "app", None), {**scope, **child}) if found.value else None
+def _taken(app: object, scope: Mapping[str, Any]) -> tuple[object, object, Mapping[str, Any]] | None:
+    """The route that takes a request, what it leads to, and the scope there. As routers do: the first one that takes it
+    altogether, else the first one that only lacks its method."""
+    partly = None
+    for route in _routes(app):
+        matches = getattr(route, "matches", None)
+        if matches is None:
+            continue
+        found, child = matches(scope)
+        taken = route, getattr(route, "app", None), {**scope, **child}
+        if found.value > 1:
+            return taken
+        if found.value and partly is None:
+            partly = taken
+    return partly
+
+
+def _leads_to_own(app: object) -> bool:
+    """Whether it is one of the guard's own applications, perhaps with middleware around it."""
+    for _ in range(_DEPTH):
+        if getattr(app, _OWN, False):
+            return True
+        if app is None or getattr(app, "routes", None):
+            return False
+        app = getattr(app, "app", None)
+    return False
 
 
 def _own_paths(app: object, prefix: str, depth: int) -> Iterator[str]:
@@ -95,7 +118,7 @@ def _own_paths(app: object, prefix: str, depth: int) -> Iterator[str]:
         return
     for route in _routes(app):
         path = prefix + str(getattr(route, "path", ""))
-        if getattr(getattr(route, "app", None), _OWN, False):
+        if _leads_to_own(getattr(route, "app", None)):
             yield path
         elif getattr(route, "endpoint", None) is None:
             yield from _own_paths(route, path, depth + 1)

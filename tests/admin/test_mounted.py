@@ -30,6 +30,14 @@ async def _work(request: Request) -> JSONResponse:
     return JSONResponse({"path": request.url.path})
 
 
+class _Around:
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
 class _Everybody:
     def __call__(self, scope: Any, /) -> Identity | None:
         return Identity(caller="service-a", user="mia") if b"x-api-key" in dict(scope["headers"]) else None
@@ -87,6 +95,24 @@ async def test_routes_before_the_mount_stay_guarded() -> None:
         assert (await client.post("/administrator")).status_code == 429
         assert (await client.post("/admin/chatter", headers=_AUTH)).status_code == 404
         assert (await client.get("/admin/api/v1/health", headers=_AUTH)).status_code == 200
+    await guard.aclose()
+
+
+@pytest.mark.parametrize("methods", [["POST"], ["GET", "POST"]])
+async def test_middleware_and_routes_around_the_pages(methods: list[str]) -> None:
+    """M16: pages with middleware of their own around them are the guard's all the same, also behind a route that lacks
+    the method of a request; what such a route takes is guarded."""
+    guard, _ = _guard()
+    app = Starlette(
+        routes=[
+            StarletteRoute("/{one}/{two}", _work, methods=methods),
+            Mount("/admin", guard.admin_app(options()), middleware=[Middleware(_Around)]),
+        ]
+    )
+    async with asgi_client(GuardMiddleware(app, guard, routes=[Route("/{rest:path}")])) as client:
+        assert (await client.post("/admin/login")).status_code == 429
+        assert (await client.get("/admin/api/v1/health", headers=_AUTH)).status_code == 200
+        assert (await client.get("/admin/login")).status_code == (429 if "GET" in methods else 200)
     await guard.aclose()
 
 

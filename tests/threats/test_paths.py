@@ -251,3 +251,60 @@ async def test_exemption_holds_for_its_very_path(path: str) -> None:
 
     await request("/health").run(app)
     assert reached.unguarded == [("POST", "/health")]
+
+
+@pytest.mark.parametrize("root_path", ["", "/behind/proxy"])
+async def test_paths_of_probes_free_nobody_else(root_path: str) -> None:
+    """T24, M16: the two paths of `health_app` free its own answers, and no handler that takes them in its place."""
+    reached = Reached()
+    guard = Guard([Iterations(5)])
+    app = Starlette(
+        routes=[
+            Path("/{tenant}/{action}", reached.http, methods=["POST"]),
+            Mount("/ops", guard.health_app(at="/ops")),
+        ]
+    )
+    app.add_middleware(GuardMiddleware, guard=guard, routes=[Route("/{rest:path}", dialect=None)])
+    for method in METHODS:
+        await request(f"{root_path}/ops/healthz", method=method, root_path=root_path).run(app)
+    assert reached.count == 1
+    assert reached.unguarded == []
+    for method, status in (("GET", 200), ("HEAD", 200)):
+        answer = await request(f"{root_path}/ops/healthz", method=method, root_path=root_path).run(app)
+        assert answer.status == status
+        assert not any(name.startswith("ratelimit") for name in answer.headers)
+
+
+async def test_paths_of_probes_in_front_of_an_unknown_application() -> None:
+    """T24: where nobody can tell who answers there, the paths of `health_app` are free for probes and for nothing else."""
+    reached = Reached()
+    guard = Guard()
+    guard.health_app(at="/ops")
+    app = GuardMiddleware(reached.raw, guard=guard, routes=[Route("/{rest:path}", dialect=None)])
+    for method in METHODS:
+        await request("/ops/readyz", method=method).run(app)
+    await websocket("/ops/readyz").run(app)
+    assert reached.count == len(METHODS) + 1
+    assert sorted(reached.unguarded) == [("GET", "/ops/readyz"), ("HEAD", "/ops/readyz")]
+
+
+async def test_own_pages_free_nothing_that_is_written_like_them() -> None:
+    """T24: the pages of a guard, in an application with a root path of its own, free no path that begins like theirs."""
+    reached = Reached()
+    guard = Guard(identity=lambda scope: None)
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and in use
+        inner = FastAPI(root_path="/usage")
+
+    @inner.post("/usages/complete")
+    async def complete(request: FastAPIRequest) -> str:
+        reached.note(request.scope)
+        return "an answer"
+
+    inner.mount("/usage", guard.usage_app())
+    app = GuardMiddleware(inner, guard=guard)
+    for path in ("/usage/usages/complete", "/usages/complete", "/usage//usages/complete"):
+        await request(path).run(app)
+    assert reached.count == 2
+    assert reached.unguarded == []
+    answer = await request("/usage/usage/v1/usage", method="PUT").run(app)
+    assert answer.status == 405

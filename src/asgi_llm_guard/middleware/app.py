@@ -57,6 +57,7 @@ __all__ = ["GuardMiddleware"]
 _log = logging.getLogger("asgi_llm_guard")
 
 _PATHS_KEPT: Final = 200
+_PROBES: Final = frozenset({"GET", "HEAD"})
 _CLOSES: Final = frozenset({"websocket.close", "websocket.http.response.start"})
 
 
@@ -148,7 +149,7 @@ class GuardMiddleware:
         if not self._checked:
             self._check_late(scope)
         path = route_path(scope, self._root_path)
-        if path in self.guard.own_paths or (self._own_mounts and self._is_own(scope, path)):
+        if (self._own_mounts or path in self.guard.own_paths) and self._is_own(scope, path):
             await self.app(scope, receive, send)
             return
         serving = self.serving
@@ -375,7 +376,12 @@ class GuardMiddleware:
 
     def _is_own(self, scope: Scope, path: str) -> bool:
         """Whether the request is for the guard's own pages: they are neither counted nor refused."""
-        return any(path.startswith(mount) for mount in self._own_mounts) and is_own(self.app, scope)
+        told = path in self.guard.own_paths
+        if not told and not any(path == mount or path.startswith(f"{mount}/") for mount in self._own_mounts):
+            return False
+        own = is_own(self.app, {**scope, "root_path": self._root_path} if self._root_path else scope)
+        # Where nobody can say who answers there, what was told is believed as far as probes need it.
+        return told and scope["method"] in _PROBES if own is None else own
 
     def _check_late(self, scope: Scope) -> None:
         # No lifespan event reached us (a mounted application): too late to refuse the start, so say it.
