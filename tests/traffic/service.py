@@ -112,7 +112,7 @@ class Service:
             await self._until_waiting(waiting)
             self.clock.advance(seconds=_LATE_S)
             await self.guard.heartbeat()  # whoever is thought dead is charged what it holds
-            self.provider.late.release(late)
+            self.provider.late.release(sum(not task.done() for task in waiting))  # the others were refused
         await asyncio.gather(*tasks)
         await self.provider.idle()
         await self._over(late=late > 0)
