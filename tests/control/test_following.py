@@ -38,6 +38,7 @@ from asgi_llm_guard.control.state import ControlState, encode
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.identity import ApiKeys
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.pricing.snapshot import Snapshot
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.storage.redis import RedisStorage
 from asgi_llm_guard.storage.sqlite import SqliteStorage
@@ -700,6 +701,19 @@ async def test_a_new_database_is_ahead(
     await turn(other)
     assert await code(other) == BLOCKED
     await replaced.aclose()
+
+
+async def test_prices_that_administered_ones_do_not_go_with(control: Away, make: Callable[..., Guard]) -> None:
+    """Prices of code over which an administered one cannot be laid are refused, with all that was to change beside them."""
+    guard = make(Iterations(50))
+    await control.put("price", MODEL, {"entry": {"input": 1}}, actor=ANNA)  # the output as the list says
+    await turn(guard)
+    before, prices = guard.configuration, guard.prices
+    empty = PriceBook(Snapshot(b'{"schema": 1, "date": "2027-01-01", "sources": {}, "providers": {}}'))
+    with pytest.raises(ConfigurationError, match="output missing"):
+        guard.replace(policies=[Iterations(9)], prices=empty)
+    assert guard.configuration is before
+    assert guard.prices is prices
 
 
 async def test_a_url_is_enough(clock: FrozenClock, tmp_path: Path) -> None:

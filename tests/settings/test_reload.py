@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from asgi_llm_guard import Context, Guard, GuardMiddleware
+from asgi_llm_guard.control import Actor
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.events import ConfigurationChanged, ConfigurationRejected, Event
 from asgi_llm_guard.gateway import Gateway
@@ -112,7 +113,11 @@ async def test_a_mistake_changes_nothing(file: Path, opened: Open, caplog: pytes
         assert await admitted(guard, "two") == 3
 
 
-@pytest.mark.parametrize("broken", ["[[policies", "\udcff", None], ids=["not TOML", "not text", "gone"])
+@pytest.mark.parametrize(
+    "broken",
+    ["[[policies", "\udcff", f"max_waiting = {'1' * 5_000}", f"gateway = {'[' * 5_000}{']' * 5_000}", None],
+    ids=["not TOML", "not text", "a long number", "deep", "gone"],
+)
 async def test_a_file_that_cannot_be_read_changes_nothing(file: Path, opened: Open, broken: str | None) -> None:
     """A file that is half written, or is gone for a moment, changes nothing."""
     async with opened(LIMIT.format(limit=2)) as (guard, reload, _):
@@ -123,6 +128,96 @@ async def test_a_file_that_cannot_be_read_changes_nothing(file: Path, opened: Op
         write(file, LIMIT.format(limit=2))
         assert await reload.check()
         assert reload.error is None
+
+
+async def test_a_file_that_is_named_before_it_is_there(
+    file: Path, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Settings that name a file which comes later hold as soon as it is there; what is wrong until then is told once."""
+    async with opened(LIMIT.format(limit=2)) as (guard, reload, events):
+        write(file, LIMIT.format(limit=3) + '[identity]\nkind = "api_keys"\nfile = "keys.toml"\n')
+        with caplog.at_level(logging.ERROR):
+            assert [await reload.check() for _ in range(3)] == [False] * 3
+        assert f"{file}, line 4: identity: " in caplog.records[0].message
+        assert len(events) == len(caplog.records) == 1
+        file.with_name("keys.secret").write_text(SECRET, encoding="utf-8")
+        file.with_name("keys.toml").write_text('secret_file = "keys.secret"\n', encoding="utf-8")
+        assert await reload.check()
+        assert reload.error is None
+        assert await admitted(guard, "one") == 3
+
+
+async def test_a_change_between_reading_and_following(file: Path) -> None:
+    """What changes after the settings were read, and before anybody follows them, holds with the first look."""
+    write(file, LIMIT.format(limit=2))
+    settings = load_settings(file)
+    write(file, LIMIT.format(limit=3))
+    async with Guard(**build_guard_arguments(settings)) as guard:
+        reload = watch(guard, settings)
+        assert await reload.check()
+        assert await admitted(guard, "one") == 3
+        assert not await reload.check()
+
+
+async def test_a_change_while_another_is_taken_over(file: Path) -> None:
+    """What changes while an earlier change is read and put in force holds with the next look."""
+
+    class Slow(Guard):
+        """Somebody writes while it changes."""
+
+        def replace(self, **changes: Any) -> None:
+            super().replace(**changes)
+            if reload.version == settings.content:
+                write(file, LIMIT.format(limit=4))
+
+    write(file, LIMIT.format(limit=2))
+    settings = load_settings(file)
+    async with Slow(**build_guard_arguments(settings)) as guard:
+        reload = watch(guard, settings)
+        write(file, LIMIT.format(limit=3))
+        assert await reload.check()
+        assert await admitted(guard, "one") == 3
+        assert await reload.check()
+        assert await admitted(guard, "two") == 4
+
+
+async def test_a_long_file(file: Path, opened: Open) -> None:
+    """A change far behind the beginning of a long file is seen, too."""
+    comment = "# " + "x" * 100 + "\n"
+    async with opened(comment * 50_000 + LIMIT.format(limit=2)) as (guard, reload, _):
+        write(file, comment * 50_000 + LIMIT.format(limit=3))
+        assert await reload.check()
+        assert await admitted(guard, "one") == 3
+
+
+async def test_keys_beside_those_that_are_administered(file: Path, opened: Open) -> None:
+    """T25: a key that was taken out of the file beside the administered keys ends, and administered ones stay."""
+    plain, record = ApiKeys.generate("acme", secret=SECRET)
+    keys = file.with_name("keys.toml")
+    keys.write_text(record.to_toml(), encoding="utf-8")
+    text = f"""
+        [control]
+        url = "sqlite:///{file.with_name("control.db")}"
+        secret = "{SECRET}"
+        [identity]
+        kind = "control"
+        file = "keys.toml"
+        secret = "{SECRET}"
+    """
+    async with opened(text) as (guard, reload, _):
+        assert guard.control is not None
+        administered, _ = await guard.control.new_key("zoe", actor=Actor(name="anna"))
+        await guard.chores.run("control")
+        transport = httpx2.ASGITransport(app=GuardMiddleware(_echo, guard=guard))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def status(key: str) -> int:
+                return (await client.post("/", headers={"authorization": f"Bearer {key}"})).status_code
+
+            assert (await status(plain), await status(administered)) == (200, 200)
+            keys.write_text("", encoding="utf-8")
+            assert await reload.check()
+            assert (await status(plain), await status(administered)) == (403, 200)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ class ControlKeys:
         """Resolve by `table` from now on."""
         self._ask = table
 
+    def ask_then(self, then: Resolver | None) -> None:
+        """Have `then` be asked in place of the one before."""
+        self._then = then
+
     def load(self, keys: Mapping[str, Key] | Iterable[Key]) -> None:
         """Resolve these keys from now on, and no others.
 

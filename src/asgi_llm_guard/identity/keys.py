@@ -307,6 +307,12 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{file}: is not valid TOML: {str(error).replace('at end of document', end)}"
         ) from None
+    except ValueError:  # Python reads no longer ones
+        found = re.search("[0-9_]{4000,}", text)
+        line = text.count("\n", 0, found.start() if found else 0) + 1
+        raise ConfigurationError(f"{file}, line {line}: a number of too many digits") from None
+    except RecursionError:
+        raise ConfigurationError(f"{file}: is nested too deep") from None
 
 
 def _hash(key: bytes, pepper: bytes) -> bytes:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
+
+from pydantic_core import PydanticCustomError
 
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.clock import SystemClock
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION
 from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.settings.identity import ControlKeysSettings
+from asgi_llm_guard.settings.lines import line_in
 from asgi_llm_guard.settings.load import GuardSettings
 from asgi_llm_guard.settings.parts import extractor_of
 from asgi_llm_guard.stream_rules import StreamRules
@@ -21,6 +26,7 @@ __all__ = [
     "build_guard_arguments",
     "build_middleware_arguments",
     "build_replacement",
+    "build_then",
 ]
 
 
@@ -74,6 +80,18 @@ def build_replacement(settings: GuardSettings, *, identity: bool = True) -> dict
     if not identity:
         del usual["identity"]
     return {**usual, **_changing(settings, identity=identity)}
+
+
+def build_then(settings: GuardSettings) -> Resolver | None:
+    """Who is asked about keys that are not administered: the keys file beside them, read now.
+
+    Raises:
+        ConfigurationError: the file is wrong; names the settings file, the key and that file.
+    """
+    if not isinstance(settings.identity, ControlKeysSettings):
+        return None
+    with _named(settings, "identity"):
+        return settings.identity.build_then(settings.directory)
 
 
 def _changing(settings: GuardSettings, *, identity: bool) -> dict[str, Any]:
@@ -158,4 +176,16 @@ def _named(settings: GuardSettings, key: str) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f"{settings.origin}: {key}: {error}") from None
+        raise ConfigurationError(f"{_place(settings, key)}: {key}: {error}") from None
+    except PydanticCustomError as error:  # of a table that is no more than names until it is built
+        inside = str((error.context or {}).get("key", ""))
+        raise ConfigurationError(f"{_place(settings, key, inside)}: {key}.{inside}: {error.message()}") from None
+
+
+def _place(settings: GuardSettings, *path: str) -> str:
+    """The file that the settings come from, and the line of a key where it has one."""
+    line = None
+    if settings.file is not None:
+        with suppress(OSError, UnicodeDecodeError):
+            line = line_in(settings.file.read_text(encoding="utf-8"), path)
+    return settings.origin if line is None else f"{settings.origin}, line {line}"

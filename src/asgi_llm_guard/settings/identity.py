@@ -140,12 +140,14 @@ class ControlKeysSettings(Table):
         """The resolver, with the keys file read."""
         if control is None:
             raise ConfigurationError("there is no [control] whose keys it could know")
-        options = given(self, "file", "secret")
-        then = None
-        if self.file is not None:
-            secret = None if self.secret is None else self.secret.get_secret_value()
-            then = ApiKeys.from_file(directory / self.file, secret=secret, **options)
-        return control.keys(then=then, **options)
+        return control.keys(then=self.build_then(directory), **given(self, "file", "secret"))
+
+    def build_then(self, directory: Path) -> Resolver | None:
+        """The resolver of the keys file, read now; `None`: there is none."""
+        if self.file is None:
+            return None
+        secret = None if self.secret is None else self.secret.get_secret_value()
+        return ApiKeys.from_file(directory / self.file, secret=secret, **given(self, "file", "secret"))
 
 
 IdentitySettings = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.keys import read_toml
 from asgi_llm_guard.policies import QuotaBook
 from asgi_llm_guard.routes import RouteTable
+from asgi_llm_guard.settings.files import content_of
 from asgi_llm_guard.settings.identity import IdentitySettings
 from asgi_llm_guard.settings.operations import AdminSettings, AlertSettings, ControlSettings, LedgerSettings
 from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, problem
@@ -85,6 +87,7 @@ class GuardSettings(BaseSettings):
     """A folder of secret files: `llm_guard_identity__secret`, `llm_guard_storage`, …; relative to the file."""
 
     _file: Path | None = PrivateAttr(default=None)
+    _content: str = PrivateAttr(default="")
     _book: QuotaBook | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -105,6 +108,11 @@ class GuardSettings(BaseSettings):
         """The same, where they were."""
         assert self._file is not None  # noqa: S101 - asked of settings that were loaded
         return self._file
+
+    @property
+    def content(self) -> str:
+        """Names the content of all files that they were read from, as it was before; see `files`."""
+        return self._content
 
     @property
     def directory(self) -> Path:
@@ -170,15 +178,25 @@ def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
             value (never a secret) and what is allowed; the line, and the column where the file is not TOML.
     """
     file = Path(path)
+    # Twice, and named in between: whatever changes from then on has another name, and is read once more.
+    content = content_of(_read(file))
+    settings = _read(file)
+    settings._content = content  # noqa: SLF001 - our own class
+    return settings
+
+
+def _read(file: Path) -> GuardSettings:
     content = read_toml(file)
     folder = os.environ.get(f"{ENV_PREFIX}SECRETS_DIR") or content.get("secrets_dir")
     secrets_dir = file.parent / folder if isinstance(folder, str) else None
     if secrets_dir is not None and not secrets_dir.is_dir():
         raise ConfigurationError(f"{file}: secrets_dir: expected a folder, got {str(secrets_dir)!r}")
+    text = ""
+    with suppress(OSError, UnicodeDecodeError):  # it changes while it is read: what is wrong has no line then
+        text = file.read_text(encoding="utf-8")
     try:
         settings = _FileSettings(_secrets_dir=secrets_dir, **content)  # type: ignore[call-arg]  # BaseSettings takes it
     except ValidationError as error:
-        text = file.read_text(encoding="utf-8")
         details = error.errors(include_url=False)
         problems = dict.fromkeys([problem_of(file, text, detail, GuardSettings) for detail in details])
         raise ConfigurationError("\n".join(problems)) from None
@@ -186,5 +204,8 @@ def load_settings(path: str | os.PathLike[str]) -> GuardSettings:
         named = re.search(r'field "(\w+)"', str(error))
         variable = f"{ENV_PREFIX}{named[1].upper()}" if named else ENV_PREFIX
         raise ConfigurationError(f"environment variable or secret file {variable}: is not valid JSON") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise ConfigurationError(f"{file}: secrets_dir: a file in {secrets_dir} cannot be read: {reason}") from None
     settings._file = file  # noqa: SLF001 - our own class
     return settings

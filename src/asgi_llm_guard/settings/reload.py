@@ -1,7 +1,7 @@
 """A guard follows the files that its settings were read from.
 
 Rule 1: whatever changed is read, checked and built as a whole before any of it holds. With a mistake in it, everything
-stays as it was, and the mistake is told once, with its line.
+stays as it was, and the mistake is told once, with its line. It is looked at again each second: what was missing may come.
 
 Rule 2: what cannot change while the service runs (the storage, for example) is such a mistake: the file would else say
 one thing and the service do another.
@@ -13,17 +13,17 @@ point to another folder, and costs a second at most.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from asgi_llm_guard.control.keys import ControlKeys
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import ConfigurationChanged, ConfigurationRejected, emit
-from asgi_llm_guard.identity.keys import read_toml
-from asgi_llm_guard.settings.build import build_gateway_arguments, build_replacement
+from asgi_llm_guard.identity.base import Resolver
+from asgi_llm_guard.settings.build import build_gateway_arguments, build_replacement, build_then
+from asgi_llm_guard.settings.files import content_of
+from asgi_llm_guard.settings.identity import ControlKeysSettings
 from asgi_llm_guard.settings.load import GuardSettings, load_settings
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ EVERY_S: Final = 1.0
 _CHANGING: Final = frozenset({
     "policies", "agents", "departments", "identity", "session", "streams", "prices", "statuses", "routes", "gateway",
 })  # fmt: skip
-_LONGEST: Final = 4 * 1024 * 1024
-"""Of a larger file only so much is compared; settings are not that long."""
 
 
 class Reload:
@@ -56,7 +54,7 @@ class Reload:
     def __init__(self, guard: Guard, settings: GuardSettings, *, gateway: Gateway | None = None) -> None:
         if settings.file is None:
             raise ConfigurationError("watch: these settings were read from no file; use load_settings(path)")
-        self.version = _digest(settings)
+        self.version = settings.content
         """What names the content that holds: the same in every process that goes by the same files."""
         self.error: str | None = None
         """Why what is in the files now does not hold; `None`: it does."""
@@ -67,15 +65,17 @@ class Reload:
 
     async def check(self) -> bool:
         """Look at the files now; whether something else holds since. One turn of the chore."""
-        digest = await asyncio.to_thread(_digest, self._settings)
-        if digest == self._seen:
+        content = await asyncio.to_thread(content_of, self._settings)
+        if content == self._seen and self.error is None:
             return False
-        self._seen = digest
+        self._seen = content
         try:
-            settings, replacement = await asyncio.to_thread(self._read)
+            settings, replacement, then = await asyncio.to_thread(self._read)
             added, removed = self._deployments(settings)
             self._guard.replace(**replacement)
         except ConfigurationError as error:
+            if self.error == str(error):
+                return False
             self.error = str(error)
             _log.error("the configuration was changed, and is not taken over; the last good one holds: %s", error)
             emit(self._guard.engine.observers, ConfigurationRejected(self.version, str(error)))
@@ -85,15 +85,18 @@ class Reload:
                 self._gateway.remove(name)
             for deployment in added:
                 self._gateway.add(deployment)
+        resolver = self._guard.configuration.identity
+        if isinstance(settings.identity, ControlKeysSettings) and isinstance(resolver, ControlKeys):
+            resolver.ask_then(then)
         self._settings = settings
-        self.version = self._seen = _digest(settings)
+        self.version = self._seen = settings.content
         self.error = None
         _log.info("the configuration was changed, and holds from now on: version %s", self.version)
         emit(self._guard.engine.observers, ConfigurationChanged(self.version))
         return True
 
-    def _read(self) -> tuple[GuardSettings, dict[str, Any]]:
-        """The files as they are now, as what the guard is to go by."""
+    def _read(self) -> tuple[GuardSettings, dict[str, Any], Resolver | None]:
+        """The files as they are now, as what the guard is to go by; and who is asked after administered keys."""
         now = self._settings
         settings = load_settings(now.path)
         fixed = [name for name in GuardSettings.model_fields if _differs(name, now, settings)]
@@ -109,8 +112,7 @@ class Reload:
                 f"{settings.origin}: {', '.join(fixed)}: cannot change while the service runs; start it again, or take "
                 "the change back"
             )
-        replacement = build_replacement(settings, identity=not kept)
-        return settings, replacement
+        return settings, build_replacement(settings, identity=not kept), build_then(settings)
 
     def _deployments(self, settings: GuardSettings) -> tuple[list[Deployment], list[str]]:
         """Which deployments come, and which go; a changed one does both."""
@@ -155,43 +157,3 @@ def _differs(name: str, one: GuardSettings, other: GuardSettings) -> bool:
 
 def _is_control(settings: GuardSettings) -> bool:
     return settings.identity is not None and settings.identity.kind == "control"
-
-
-def _digest(settings: GuardSettings) -> str:
-    """Names the content of all files that the settings come from."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in _files(settings):
-        try:
-            with path.open("rb") as file:
-                content = file.read(_LONGEST)
-        except OSError as error:
-            content = f"\0{error.errno}".encode()
-        digest.update(f"{path}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _files(settings: GuardSettings) -> Iterator[Path]:
-    yield settings.path
-    folder = settings.secrets_dir
-    if folder is not None:
-        for root, folders, names in os.walk(settings.directory / folder, followlinks=True):
-            folders.sort()
-            yield from (Path(root) / name for name in sorted(names))
-    for named in (settings.identity, settings.prices):
-        for key in ("file", "key_file"):
-            path = getattr(named, key, None)
-            if path is not None:
-                yield settings.directory / path
-    keys = getattr(settings.identity, "file", None)
-    if keys is not None:
-        yield from _secret_of(settings.directory / keys)
-
-
-def _secret_of(keys: Path) -> Iterator[Path]:
-    try:
-        named = read_toml(keys).get("secret_file")
-    except ConfigurationError:
-        return  # told when it is read
-    if isinstance(named, str):
-        yield keys.parent / named
