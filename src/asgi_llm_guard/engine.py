@@ -178,6 +178,9 @@ class Engine:
         """Limits that are higher for a while; `None`: none is."""
         self.stops: Stops | None = None
         """What may call no more; `None`: nothing is stopped."""
+        self._raises: list[Sequence[Raise]] = [(), ()]
+        self._stops: list[Sequence[Stop]] = [(), ()]
+        """By code, and as administration data: both hold together."""
         self.seen: dict[tuple[str, str], Policy] = {}
         """Policies that were bound, by their kind and name: those of routes and functions among them."""
         self.stopping: list[Callable[[Stops], object]] = []
@@ -217,8 +220,11 @@ class Engine:
         self._alive = False
         self.chores.forked()
 
-    def set_raises(self, raises: Sequence[Raise], policies: Sequence[Policy] = ()) -> None:
-        """From now on these limits are higher, each until it ends, and no others. From any thread.
+    def set_raises(
+        self, raises: Sequence[Raise], policies: Sequence[Policy] = (), *, administered: bool = False
+    ) -> None:
+        """From now on these limits are higher, each until it ends, and no others but those that were set the other way:
+        by code, or as administration data. From any thread.
 
         Raises:
             ConfigurationError: one of them cannot be, for one of the `policies`; nothing was changed.
@@ -226,16 +232,22 @@ class Engine:
         laid = Raises(raises)
         for each in laid.raises:
             each.check(policies)
-        self.raises = laid or None
+        with self._state_lock:
+            self._raises[administered] = laid.raises
+            self.raises = Raises((*self._raises[False], *self._raises[True])) or None
 
-    def set_stops(self, stops: Sequence[Stop]) -> None:
-        """From now on these may call no more, each until it ends, and no others. What is running ends. From any thread.
+    def set_stops(self, stops: Sequence[Stop], *, administered: bool = False) -> None:
+        """From now on these may call no more, each until it ends, and no others but those that were set the other way: by
+        code, or as administration data. What is running ends. From any thread.
 
         Raises:
             ConfigurationError: one of them is no `Stop`; nothing was changed.
         """
         stopped = Stops(stops)
-        self.stops = stopped or None
+        with self._state_lock:
+            self._stops[administered] = stopped.stops
+            stopped = Stops((*self._stops[False], *self._stops[True]))
+            self.stops = stopped or None
         for tell in self.stopping:
             tell(stopped)
 
@@ -278,6 +290,25 @@ class Engine:
         Raises:
             ConfigurationError: something else is among them, or one that the storage cannot keep.
         """
+        bound = self._bound(policies)
+        if self._selective is None and self._leasing is None and _lease(bound):
+            self.storage = self._leasing = self._with_leases(self.storage)
+            self.measure(self._around)
+        self.know(bound)
+        return bound
+
+    def bind_later(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+        """As `bind`, while calls are admitted. Nothing is changed by it: `know` those that come to be in force.
+
+        Raises:
+            ConfigurationError: as `bind`; or they are the first that lease, which cannot begin with calls that are open.
+        """
+        bound = self._bound(policies)
+        if self._leasing is None and _lease(bound):
+            raise ConfigurationError("lease: no policy had any when the service was started; start it again")
+        return bound
+
+    def _bound(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
         if isinstance(policies, Policy) or not isinstance(policies, Sequence):
             raise ConfigurationError(f"policies: expected a list such as [Iterations(25)], got {policies!r}")
         bound: list[Policy] = []
@@ -289,27 +320,22 @@ class Engine:
                 known = known.with_agents(self._agents)
             if isinstance(known, SessionAware):
                 known = known.with_sources(self._sources)
-            if self._follower is not None:
-                self._follower.bound(known)
             bound.append(known)
-            if len(self.seen) < _MOST_SEEN:  # names may be made up for each job
-                self.seen[type(known).__name__, known.name] = known
         if bound and self._selective is not None:
             self._selective.check(bound)
-        elif self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in bound):
-            self.storage = self._leasing = self._with_leases(self.storage)
-            self.measure(self._around)
         return tuple(bound)
 
-    def bind_later(self, policies: Sequence[Policy]) -> tuple[Policy, ...]:
-        """As `bind`, while calls are admitted.
-
-        Raises:
-            ConfigurationError: as `bind`; or they are the first that lease, which cannot begin with calls that are open.
-        """
-        if self._leasing is None and any(isinstance(policy, Leased) and policy.leased for policy in policies):
-            raise ConfigurationError("lease: no policy had any when the service was started; start it again")
-        return self.bind(policies)
+    def know(self, policies: Sequence[Policy], *, instead_of: Sequence[Policy] = ()) -> None:
+        """These that were bound are in force, and those that they replace are not any more."""
+        for policy in instead_of:
+            key = type(policy).__name__, policy.name
+            if self.seen.get(key) is policy:
+                del self.seen[key]
+        for policy in policies:
+            if self._follower is not None:
+                self._follower.bound(policy)
+            if len(self.seen) < _MOST_SEEN:  # names may be made up for each job
+                self.seen[type(policy).__name__, policy.name] = policy
 
     # ------------------------------------------------------------------------------ reserve
 
@@ -1058,6 +1084,10 @@ class Engine:
 
     def _cancel(self, bundles: Sequence[Bundle]) -> None:
         self.settle([Settlement(bundle.call_id, ()) for bundle in bundles])
+
+
+def _lease(policies: Sequence[Policy]) -> bool:
+    return any(isinstance(policy, Leased) and policy.leased for policy in policies)
 
 
 def _drafted(hold: Hold, context: Context, call: Call | None, attempt: Attempt) -> Hold:

@@ -137,6 +137,8 @@ class Operated:
             for policy in bound:
                 if isinstance(policy, AgentAware):
                     policy.with_agents(agents)
+        if prices is not None:
+            self._set_prices(prices)  # the last that may refuse
         self.configuration = Configuration(
             bound,
             now.identity if isinstance(identity, Unset) else identity,
@@ -145,15 +147,15 @@ class Operated:
             streams or now.streams,
             now.routes if routes is None else tuple(routes),
         )
+        engine.know(bound, instead_of=now.policies)
         if agents is not None:
             self._agents.replace(agents)
-        if prices is not None:
-            self._set_prices(prices)
         if checked is not None:
             engine.statuses = checked
 
     def set_raises(self, raises: Sequence[Raise]) -> None:
-        """From now on these limits are higher, each until it ends, and no others (`docs/operations.md`).
+        """From now on these limits are higher, each until it ends, and no others but administered ones
+        (`docs/operations.md`).
 
         Raises:
             ConfigurationError: one of them cannot be: of a bucket, or in a unit that its policy does not count.
@@ -161,7 +163,8 @@ class Operated:
         self._engine.set_raises(raises, self._known_policies())
 
     def set_stops(self, stops: Sequence[Stop]) -> None:
-        """From now on these may call no more, each until it ends, and no others; what is running of theirs ends.
+        """From now on these may call no more, each until it ends, and no others but those that administration data stop;
+        what is running of theirs ends.
 
         New requests and calls are refused (`stopped`, 403). Streams get their dialect's last event, their connections
         to providers are closed, and what they used is charged.

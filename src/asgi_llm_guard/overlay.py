@@ -137,6 +137,20 @@ class Raise(msgspec.Struct, frozen=True, kw_only=True):
 _SAID: Final = {**{unit: name for name, unit in _UNITS.items()}, Unit.IDS: "ids"}
 
 
+class _Between:
+    """What was worked out for meters between two ends of raises: the same at each instant. Emptied when it is full.
+
+    Threads may be at different instants: one that is late keeps nothing for those that are past an end.
+    """
+
+    __slots__ = ("raised", "since_ms", "until_ms")
+
+    def __init__(self, since_ms: int, until_ms: int) -> None:
+        self.since_ms = since_ms
+        self.until_ms = until_ms
+        self.raised: dict[str, tuple[Meter, Meter]] = {}
+
+
 class Raises:
     """Several raises, to be laid over what policies claim. Raises of one meter add up.
 
@@ -144,7 +158,7 @@ class Raises:
         ConfigurationError: something else is among them.
     """
 
-    __slots__ = ("_by_policy", "_ends_ms", "_raised", "raises")
+    __slots__ = ("_between", "_by_policy", "raises")
 
     def __init__(self, raises: Iterable[Raise]) -> None:
         self.raises: Sequence[Raise] = tuple(raises)
@@ -155,9 +169,7 @@ class Raises:
                     f"raises: expected Raise(policy=…, unit=…, amount=…, until_ms=…), got {each!r}"
                 )
             self._by_policy.setdefault(each.policy, []).append(each)
-        # What was worked out for a meter, until a raise ends. Emptied when it is full.
-        self._raised: dict[str, tuple[Meter, Meter]] = {}
-        self._ends_ms = 0
+        self._between = _Between(0, 0)
 
     def __bool__(self) -> bool:
         return bool(self.raises)
@@ -170,20 +182,27 @@ class Raises:
         """The meter under its raised limit; the same one where nothing raises it."""
         if meter.policy not in self._by_policy:
             return meter
-        if now_ms >= self._ends_ms:
-            self._raised.clear()
-            self._ends_ms = min((each.until_ms for each in self.raises if now_ms < each.until_ms), default=2**62)
-        known = self._raised.get(meter.key)
+        between = self._between
+        if not between.since_ms <= now_ms < between.until_ms:
+            between = self._between = self._around(now_ms)
+        known = between.raised.get(meter.key)
         if known is not None and known[0] is meter:
             return known[1]
         more = sum(each.more for each in self.of(meter, now_ms))
         raised = meter
         if more and meter.limit is not None:
             raised = msgspec.structs.replace(meter, limit=min(meter.limit + more, MAX_AMOUNT))
-        if len(self._raised) >= _KEPT:
-            self._raised.clear()
-        self._raised[meter.key] = (meter, raised)
+        if len(between.raised) >= _KEPT:
+            between.raised.clear()
+        between.raised[meter.key] = (meter, raised)
         return raised
+
+    def _around(self, now_ms: int) -> _Between:
+        ends = [each.until_ms for each in self.raises]
+        return _Between(
+            max([end for end in ends if end <= now_ms], default=0),
+            min([end for end in ends if end > now_ms], default=2**62),
+        )
 
     def meters(self, meters: Sequence[Meter], now_ms: int) -> tuple[Meter, ...]:
         """Each meter under its raised limit."""

@@ -251,3 +251,17 @@ def test_nothing_costs_nothing(clock: FrozenClock) -> None:
     assert [a is b for a, b in zip(guard.raised(meters), meters, strict=True)] == [True]
     laid = Raises([raise_of("another", "usd", 1)])
     assert laid.meter(meters[0], START_MS) is meters[0]
+
+
+async def test_threads_at_different_instants(clock: FrozenClock) -> None:
+    """A thread that looks at a limit a moment before the end of a raise, and is overtaken by one that is past it, does
+    not make the raise last."""
+    guard = guard_of(MemoryStorage(clock=clock), clock, Budget("$1/1d", per="user"))
+    raises = Raises(
+        [raise_of("user_budget", "usd", 1, until_ms=1000), raise_of("user_budget", "usd", 2, until_ms=9000)]
+    )
+    meters = [meter for meter, _ in await guard.meters_of("user", "mia")]
+    for meter in meters:
+        assert meter.limit == 1_000_000_000
+        for now_ms, more in ((999, 3), (1000, 2), (999, 3), (1000, 2), (8999, 2), (9000, 0), (8999, 2), (9001, 0)):
+            assert raises.meter(meter, now_ms).limit == (1 + more) * 1_000_000_000, now_ms

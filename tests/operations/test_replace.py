@@ -124,6 +124,38 @@ async def test_a_mistake_changes_nothing(wrong: dict[str, Any]) -> None:
     assert await count(guard, Context(session="t", agent="other")) == 9
 
 
+async def test_a_mistake_makes_nothing_known() -> None:
+    """What a configuration with a mistake in it counts is counted, shown and reset nowhere."""
+    guard = Guard([Iterations(1)])
+    fine = RateLimit("1/hour", per="user", name="fine")
+    for wrong in ({"policies": [fine, "no policy"]}, {"routes": [Route("/a", extra=[fine]), Route("/a")]}):
+        with pytest.raises(ConfigurationError):
+            guard.replace(**wrong)
+        with pytest.raises(ConfigurationError, match="no policy counts per 'user'"):
+            await guard.meters_of("user", "mia")
+    with pytest.raises(ConfigurationError):
+        guard.replace(routes=[Route("/a", extra=[fine]), Route("/b", extra=["no policy"])])  # type: ignore[list-item]
+    with pytest.raises(ConfigurationError, match="no policy counts per 'user'"):
+        await guard.meters_of("user", "mia")
+
+
+async def test_what_was_replaced_is_known_no_more() -> None:
+    """Policies that are not in force any more are none of the meters of a subject; those of functions stay."""
+    guard = Guard([Iterations(3, name="old"), Iterations(5, name="kept")])
+
+    @guarded(Iterations(9, name="inner"), guard=guard, context=MIA)
+    async def work() -> None:
+        pass
+
+    await work()
+    guard.replace(policies=[Iterations(7, name="kept"), Iterations(8, name="new")])
+    meters = await guard.meters_of("session", "s", caller="k")
+    assert sorted((meter.policy, meter.limit) for meter, _ in meters) == [("inner", 9), ("kept", 7), ("new", 8)]
+    guard.replace(policies=[])
+    meters = await guard.meters_of("session", "s", caller="k")
+    assert [meter.policy for meter, _ in meters] == ["inner"]
+
+
 def application(guard: Guard, seen: asyncio.Event, gate: asyncio.Event) -> Starlette:
     async def answer(request: Request) -> Response:
         seen.set()
