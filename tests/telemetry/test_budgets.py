@@ -12,7 +12,7 @@ import pytest
 from tests.gateway.kit import CONTEXT, PRICES
 from tests.telemetry.kit import Telemetry
 
-from asgi_llm_guard import Guard, ProviderBudget, Usage
+from asgi_llm_guard import Budget, Guard, Iterations, ProviderBudget, Usage
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
@@ -129,3 +129,19 @@ async def test_no_budgets_no_gauge(clock: FrozenClock, told: Telemetry) -> None:
     async with Guard([ProviderBudget({"openai": "1_000_000 tokens/1d"})], clock=clock) as guard:
         told.instrument(guard)
         assert [name for name in told.collect() if "budget" in name] == []
+
+
+async def test_policies_that_were_replaced(clock: FrozenClock, told: Telemetry) -> None:
+    """B7: after `guard.replace` the gauges are those of the policies in force, also where there were none before."""
+    async with Guard([Iterations(5)], clock=clock, prices=PRICES) as guard:
+        told.instrument(guard)
+        assert await anyio.to_thread.run_sync(told.remaining) == {}
+        guard.replace(policies=[ProviderBudget(BUDGETS), Budget("$3/1d", per="global")])
+        clock.advance(seconds=5)
+        assert await anyio.to_thread.run_sync(told.remaining) == {"openai": 1.0, "azure": 20.0}
+        (point,) = (await anyio.to_thread.run_sync(told.collect))["llm_guard.budget.limit"]
+        assert (point.value, point.attributes["llm_guard.scope"]) == (3.0, "global")
+        guard.replace(policies=[ProviderBudget({"openai": "$7/1d"})])
+        clock.advance(seconds=5)
+        assert await anyio.to_thread.run_sync(told.remaining) == {"openai": 7.0}
+        assert "llm_guard.budget.limit" not in await anyio.to_thread.run_sync(told.collect)

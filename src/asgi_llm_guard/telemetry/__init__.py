@@ -134,7 +134,7 @@ def instrument(
     meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
     tracer = trace.get_tracer(_SCOPE, tracer_provider=tracer_provider)
     conventions, labels, open_calls = Conventions.chosen(), Labels(), OpenCalls()
-    budgets = RemainingBudgets(guard.policies, guard.raised, guard.begin_reading, guard.clock, meter)
+    budgets = RemainingBudgets(lambda: guard.policies, guard.raised, guard.begin_reading, guard.clock, meter)
     state = GuardState(guard, meter)
     everything = _Everything(
         AttemptObserver(tracer, meter, guard.clock, conventions, labels),

@@ -54,6 +54,7 @@ class _Read(NamedTuple):
 
     meter: Meter
     limit: int
+    of_provider: bool
     reading: Reading
 
     def value(self, kind: str) -> int:
@@ -71,32 +72,32 @@ class RemainingBudgets:
     The storage is read when somebody collects, and at most every 5 seconds, in one batch. Whoever collects waits for it,
     for up to a second; on the thread of an event loop nobody waits, and what the collection before has begun to read is
     given. A storage that does not answer leaves no points.
+
+    Args:
+        policies: gives those that are in force: they may be replaced while the service runs.
     """
 
     def __init__(
-        self, policies: Iterable[Policy], raised: Raised, read: Read, clock: Clock, instruments: Instruments
+        self,
+        policies: Callable[[], Iterable[Policy]],
+        raised: Raised,
+        read: Read,
+        clock: Clock,
+        instruments: Instruments,
     ) -> None:
-        policies = tuple(policies)
-        self._providers = tuple(policy for policy in policies if isinstance(policy, ProviderLimits))
-        self._configured = tuple(
-            policy for policy in policies if isinstance(policy, Configured) and not isinstance(policy, ProviderLimits)
-        )
+        self._policies = policies
         self._raised = raised
         self._begin = read
         self._latest: Latest[tuple[_Read, ...]] = Latest(self._ask, clock)
         self._first = True
-        if any(_counts(meter, Unit.NANOUSD) for policy in self._providers for meter in _of(policy)):
-            for name, kind, said in (
-                (names.REMAINING, "remaining", "What is left of a provider's budget in its current window."),
-                (names.PROVIDER_LIMIT, "limit", "A provider's budget."),
-            ):
-                self._gauge(instruments, name, "{USD}", said, self._of_providers(kind))
-        if self._configured:  # what they limit may change while the service runs
-            for unit, (name, suffix, scale) in _UNITS.items():
-                for kind, said in _SAID.items():
-                    self._gauge(
-                        instruments, f"llm_guard.{name}.{kind}", suffix, said, self._of_others(unit, kind, scale)
-                    )
+        for name, kind, said in (
+            (names.REMAINING, "remaining", "What is left of a provider's budget in its current window."),
+            (names.PROVIDER_LIMIT, "limit", "A provider's budget."),
+        ):
+            self._gauge(instruments, name, "{USD}", said, _of_providers(kind))
+        for unit, (name, suffix, scale) in _UNITS.items():
+            for kind, said in _SAID.items():
+                self._gauge(instruments, f"llm_guard.{name}.{kind}", suffix, said, _of_others(unit, kind, scale))
 
     def close(self) -> None:
         """Give no more points: a gauge cannot be taken back from its meter."""
@@ -118,10 +119,17 @@ class RemainingBudgets:
         instruments.create_observable_gauge(name, [observe], unit=unit, description=description)
 
     def _ask(self) -> Future[tuple[_Read, ...]]:
-        """Read what is limited now: quotas may have been changed."""
-        meters = [meter for policy in self._providers for meter in _of(policy)]
-        meters += [meter for policy in self._configured for meter in policy.configured()]
-        asked = self._raised([meter for meter in meters if meter.enforce and meter.limit is not None][:_MOST])
+        """Read what is limited now: quotas, and policies, may have been changed."""
+        policies = tuple(self._policies())
+        meters = [(meter, True) for policy in policies if isinstance(policy, ProviderLimits) for meter in _of(policy)]
+        meters += [
+            (meter, False)
+            for policy in policies
+            if isinstance(policy, Configured) and not isinstance(policy, ProviderLimits)
+            for meter in policy.configured()
+        ]
+        limited = [each for each in meters if each[0].enforce and each[0].limit is not None][:_MOST]
+        asked = self._raised([meter for meter, _ in limited])
         told: Future[tuple[_Read, ...]] = Future()
 
         def done(reading: Future[tuple[Reading, ...]]) -> None:
@@ -132,50 +140,47 @@ class RemainingBudgets:
             if error is not None:
                 told.set_exception(error)
                 return
-            read = zip(asked, reading.result(), strict=True)
-            told.set_result(tuple([_Read(meter, meter.limit or 0, state) for meter, state in read]))
+            read = zip(asked, limited, reading.result(), strict=True)
+            told.set_result(
+                tuple([_Read(meter, meter.limit or 0, of_provider, state) for meter, (_, of_provider), state in read])
+            )
 
-        self._begin(asked).add_done_callback(done)
+        if asked:
+            self._begin(asked).add_done_callback(done)
+        else:
+            told.set_result(())
         return told
 
-    def _of_providers(self, kind: str) -> Callable[[Sequence[_Read]], list[Observation]]:
-        policies = {policy.name for policy in self._providers}
 
-        def points(read: Sequence[_Read]) -> list[Observation]:
-            return [
-                Observation(
-                    each.value(kind) / _NANO, {names.PROVIDER: each.meter.subject, names.POLICY: each.meter.policy}
-                )
-                for each in read
-                if each.meter.policy in policies and each.meter.unit is Unit.NANOUSD
-            ]
+def _of_providers(kind: str) -> Callable[[Sequence[_Read]], list[Observation]]:
+    def points(read: Sequence[_Read]) -> list[Observation]:
+        return [
+            Observation(each.value(kind) / _NANO, {names.PROVIDER: each.meter.subject, names.POLICY: each.meter.policy})
+            for each in read
+            if each.of_provider and each.meter.unit is Unit.NANOUSD
+        ]
 
-        return points
+    return points
 
-    def _of_others(self, unit: Unit, kind: str, scale: int) -> Callable[[Sequence[_Read]], list[Observation]]:
-        policies = {policy.name for policy in self._configured}
 
-        def points(read: Sequence[_Read]) -> list[Observation]:
-            return [
-                Observation(
-                    each.value(kind) / scale if scale > 1 else each.value(kind),
-                    {
-                        names.POLICY: each.meter.policy,
-                        names.SCOPE: each.meter.scope,
-                        names.SUBJECT: each.meter.subject,
-                        names.WINDOW: each.meter.window.code,
-                    },
-                )
-                for each in read
-                if each.meter.policy in policies and each.meter.unit is unit
-            ]
+def _of_others(unit: Unit, kind: str, scale: int) -> Callable[[Sequence[_Read]], list[Observation]]:
+    def points(read: Sequence[_Read]) -> list[Observation]:
+        return [
+            Observation(
+                each.value(kind) / scale if scale > 1 else each.value(kind),
+                {
+                    names.POLICY: each.meter.policy,
+                    names.SCOPE: each.meter.scope,
+                    names.SUBJECT: each.meter.subject,
+                    names.WINDOW: each.meter.window.code,
+                },
+            )
+            for each in read
+            if not each.of_provider and each.meter.unit is unit
+        ]
 
-        return points
+    return points
 
 
 def _of(policy: ProviderLimits) -> Iterable[Meter]:
     return policy.meters(policy.providers).values()
-
-
-def _counts(meter: Meter, unit: Unit) -> bool:
-    return meter.unit is unit and meter.limit is not None
