@@ -615,6 +615,12 @@ async def test_alerts_without_a_guard() -> None:
         await Alerts().turn()
 
 
+def test_alerts_without_rules() -> None:
+    """Alerts that could never tell anything are refused."""
+    with pytest.raises(ConfigurationError, match="at least one rule"):
+        Alerts([])
+
+
 def test_two_webhooks_of_one_name() -> None:
     """Two webhooks that could not be told apart are refused."""
     receiver = Receiver()

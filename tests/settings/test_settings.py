@@ -265,6 +265,70 @@ def test_variable_that_is_not_json(tmp_path: Path, environ: pytest.MonkeyPatch) 
     assert problem(write(tmp_path, "")) == "environment variable or secret file LLM_GUARD_POLICIES: is not valid JSON"
 
 
+@pytest.mark.parametrize("variable", ["LLM_GUARD_STORAGE__URL", "LLM_GUARD_DISCLOSE__TO", "LLM_GUARD_HOLD_WAIT_S__MAX"])
+def test_keys_in_what_is_no_table(tmp_path: Path, environ: pytest.MonkeyPatch, variable: str) -> None:
+    """A variable of a key inside of what is a single value would be ignored, and is refused."""
+    environ.setenv(variable, "canary")
+    text = problem(write(tmp_path, ""))
+    assert text.startswith(f"environment variable {variable}: ")
+    assert text.endswith(f"is no table; set {variable.partition('__')[0]}")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("llm_guard_storge", b"canary", "secret file llm_guard_storge: unknown; known are LLM_GUARD_STORAGE, "),
+        ("LLM_GUARD_STORAGE__URL", b"canary", "secret file LLM_GUARD_STORAGE__URL: storage is no table"),
+        ("llm_guard_policies__0__limit", b"canary", "an entry of a list cannot be set"),
+        ("llm_guard_control__secrt", b"canary", "control.secrt: unknown key; expected one of url, secret, old_secret"),
+        ("llm_guard_storage", b"\xff", "cannot be read: is not UTF-8"),
+    ],
+)
+def test_wrong_secret_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """A secret file that would be ignored, or cannot be read, is refused like a variable; its content is not shown."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(content)
+    text = problem(write(tmp_path, 'secrets_dir = "run"'))
+    assert message in text
+    assert "canary" not in text
+
+
+def test_other_secret_files(tmp_path: Path) -> None:
+    """Files of others, as in a folder that services share, are passed over."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "database_password").write_text("canary", encoding="utf-8")
+    load_settings(write(tmp_path, 'secrets_dir = "run"'))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[admin]\ntitel = "x"', "line 2: admin.titel: unknown key; expected one of credentials, secret, "),
+        (f'[control]\nold_secret = "{SECRET}"', "line 2: control.old_secret: goes with secret, which is missing"),
+        (f'[admin]\nold_secret = "{SECRET}"', "line 2: admin.old_secret: goes with secret, which is missing"),
+        ("[alerts]\nthresholds = []", "line 1: alerts: Alerts: expected at least one rule"),
+        ('[alerts]\npatience = "1s"', "line 1: alerts: Alerts.patience: "),
+        (
+            '[[alerts.webhooks]]\nurl = "https://a.example"\nsecrt = 1',
+            "line 3: alerts.webhooks[0].secrt: unknown key; expected one of url, secret, allow, ",
+        ),
+        ('[control]\nurl = "sqlite:///x.db?y=1"', "line 1: control: "),
+    ],
+)
+def test_wrong_tables_of_operations(tmp_path: Path, text: str, message: str) -> None:
+    """What nobody would read, and what would do nothing, is told at the start, with its line."""
+    assert f"{tmp_path / 'guard.toml'}, {message}" in problem(write(tmp_path, text))
+
+
+def test_secrets_of_webhooks_of_another_type(tmp_path: Path) -> None:
+    """T15: a secret that is no text is not shown, wherever it stands."""
+    hook = '[[alerts.webhooks]]\nurl = "https://a.example"\nsecret = {}'
+    for secret in ("987654321987654321", '["env:X", 987654321987654321]'):
+        text = problem(write(tmp_path, hook.format(secret)))
+        assert "line 3: alerts.webhooks[0].secret" in text
+        assert "98765" not in text
+
+
 def test_settings_in_code(environ: pytest.MonkeyPatch) -> None:
     """In code, what is passed wins over the environment, which fills in the rest."""
     environ.setenv("LLM_GUARD_STORAGE", "sqlite:///env.db")

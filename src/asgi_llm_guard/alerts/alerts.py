@@ -41,12 +41,12 @@ class Alerts:
     """`Guard(alerts=Alerts([Threshold(), BurnRate(times=10)], webhooks=[Webhook(url, secret="env:…")]))`.
 
     Args:
-        rules: what is worth an alert; without any, `Threshold()`: 50, 80, 95 and 100 % of every budget and quota.
+        rules: what is worth an alert; unless given, `Threshold()`: 50, 80, 95 and 100 % of every budget and quota.
         webhooks: who is told; none: only observers are, by `Alert` events.
         patience: how long one process tries to reach a webhook before another one may: from `10s` to `1h`.
 
     Raises:
-        ConfigurationError: an argument is wrong, or two webhooks have the same name.
+        ConfigurationError: there is no rule, an argument is wrong, or two webhooks have the same name.
     """
 
     def __init__(
@@ -54,6 +54,10 @@ class Alerts:
     ) -> None:
         self.rules = tuple(rules)
         self.webhooks = tuple(webhooks)
+        if not self.rules:
+            raise ConfigurationError(
+                "Alerts: expected at least one rule such as Threshold(); without one nothing is told"
+            )
         for rule in self.rules:
             if not isinstance(rule, Threshold | BurnRate):
                 raise ConfigurationError(f"Alerts: expected rules such as Threshold() or BurnRate(), got {rule!r}")

@@ -26,7 +26,7 @@ from asgi_llm_guard.settings.identity import IdentitySettings
 from asgi_llm_guard.settings.operations import AdminSettings, AlertSettings, ControlSettings, LedgerSettings
 from asgi_llm_guard.settings.parts import Agent, Number, Seconds, Sources, Statuses, problem
 from asgi_llm_guard.settings.policies import DepartmentSettings, PolicySettings, RouteSettings, StreamSettings
-from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_environment, problem_of
+from asgi_llm_guard.settings.problems import ENV_PREFIX, NESTED, check_names, problem_of
 from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
 __all__ = ["GuardSettings", "load_settings"]
@@ -148,7 +148,7 @@ class GuardSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What is passed, then the environment, then secret files."""
-        check_environment(os.environ, GuardSettings)
+        check_names(os.environ, GuardSettings)
         return init_settings, env_settings, NestedSecretsSettingsSource(file_secret_settings)
 
 
@@ -191,6 +191,8 @@ def _read(file: Path) -> GuardSettings:
     secrets_dir = file.parent / folder if isinstance(folder, str) else None
     if secrets_dir is not None and not secrets_dir.is_dir():
         raise ConfigurationError(f"{file}: secrets_dir: expected a folder, got {str(secrets_dir)!r}")
+    if secrets_dir is not None:
+        check_names((path.name for path in secrets_dir.iterdir()), GuardSettings, what="secret file")
     text = ""
     with suppress(OSError, UnicodeDecodeError):  # it changes while it is read: what is wrong has no line then
         text = file.read_text(encoding="utf-8")

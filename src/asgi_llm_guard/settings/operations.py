@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
@@ -14,7 +14,7 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.control.store import Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger import Ledger, Retention
-from asgi_llm_guard.settings.parts import Arguments, Table, construct, no_boolean
+from asgi_llm_guard.settings.parts import Arguments, Table, check_keys, construct, no_boolean, problem
 
 __all__ = ["AdminSettings", "AlertSettings", "ControlSettings", "LedgerSettings"]
 
@@ -54,6 +54,11 @@ class ControlSettings(Table):
     old_secret: SecretStr | None = None
     """The one before, while it is replaced."""
 
+    @model_validator(mode="after")
+    def _check(self) -> ControlSettings:
+        _check_secrets(self.secret, self.old_secret)
+        return self
+
     def build(self, own: str | None, clock: Clock) -> Control:
         """The administration data; `own`: the database that the storage brings along.
 
@@ -86,6 +91,16 @@ class _CredentialSettings(Table):
         return AdminCredential(name=self.name, role=self.role, digest=self.digest, expires_at=self.expires_at)
 
 
+_ADMIN_KEYS: Final = ("credentials", "secret", "old_secret", "path")
+
+
+def _check_secrets(secret: SecretStr | None, old_secret: SecretStr | None) -> None:
+    if old_secret is not None and secret is None:
+        raise problem(
+            "goes with secret, which is missing; what is new would else be made with the old one", "old_secret"
+        )
+
+
 class AdminSettings(Arguments):
     """`[admin]`: the arguments of `AdminOptions`. For `serve`, and for `build_admin_options`."""
 
@@ -101,6 +116,8 @@ class AdminSettings(Arguments):
     def _check(self) -> AdminSettings:
         if not self.path.startswith("/") or self.path.endswith("/"):
             raise ValueError("path: expected a path such as '/admin'")
+        check_keys(AdminOptions, self.arguments(), also=_ADMIN_KEYS)
+        _check_secrets(self.secret, self.old_secret)
         if self.credentials and self.secret is not None:
             self.build()
         return self
@@ -113,7 +130,7 @@ class AdminSettings(Arguments):
             construct(
                 AdminOptions,
                 self.arguments(),
-                also=("credentials", "secret", "old_secret", "path"),
+                also=_ADMIN_KEYS,
                 credentials=[credential.build() for credential in self.credentials],
                 secret=secrets,
             ),

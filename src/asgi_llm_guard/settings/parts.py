@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
@@ -22,6 +22,7 @@ __all__ = [
     "Sources",
     "Statuses",
     "Table",
+    "check_keys",
     "construct",
     "extractor_of",
     "problem",
@@ -49,14 +50,22 @@ def construct(
 
     `also`: keys of that table that are no arguments.
     """
+    check_keys(target, arguments, also=also, but=ours)
     parameters = inspect.signature(target).parameters
-    known = [*also, *(name for name in parameters if name not in _NOT_IN_FILES and name not in ours)]
-    for name in sorted(set(arguments).difference(known)):
-        raise problem(f"unknown key; expected one of {', '.join(known)}", name)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments and name not in ours:
             raise problem("is missing", name)
     return target(**arguments, **ours)
+
+
+def check_keys(
+    target: Callable[..., Any], arguments: Iterable[str], *, also: Sequence[str] = (), but: Iterable[str] = ()
+) -> None:
+    """Refuse keys that are no arguments of `target` and not among `also`; nor are those of `but`."""
+    others = {*_NOT_IN_FILES, *but}.difference(also)
+    known = list(dict.fromkeys([*also, *(name for name in inspect.signature(target).parameters if name not in others)]))
+    for name in sorted(set(arguments).difference(known)):
+        raise problem(f"unknown key; expected one of {', '.join(known)}", name)
 
 
 def no_boolean(value: object) -> object:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, get_origin
+from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -14,9 +14,8 @@ from pydantic_core import ErrorDetails
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.settings.identity import IDENTITIES
 from asgi_llm_guard.settings.lines import line_in
-from asgi_llm_guard.settings.tables import CacheSettings, PriceSettings
 
-__all__ = ["ENV_PREFIX", "NESTED", "check_environment", "problem_of"]
+__all__ = ["ENV_PREFIX", "NESTED", "check_names", "problem_of"]
 
 ENV_PREFIX: Final = "LLM_GUARD_"
 NESTED: Final = "__"
@@ -24,23 +23,26 @@ NESTED: Final = "__"
 # The command line's own, and what a cluster sets for a service that happens to be called llm-guard.
 _FOREIGN_VARIABLE: Final = re.compile(r"CONFIG|SERVICE_(HOST|PORT(_.+)?)|PORT(_[0-9]+_(TCP|UDP|SCTP)(_.+)?)?", re.ASCII)
 _SHOWN: Final = 80
-_SECRETS: Final = frozenset({"secret", "old_secret", "key", "storage", "url", "digest"})
+_SECRETS: Final = frozenset({"secret", "old_secret", "key", "storage", "url", "digest", "api_key"})
 _NAMED: Final = re.compile(r"(?:[\w-]+\.)*(\w+): ")
 
 
-def check_environment(environ: Mapping[str, str], settings: type[BaseModel]) -> None:
-    """Refuse variables that would be ignored in silence: of unknown keys, and of entries of lists."""
+def check_names(names: Iterable[str], settings: type[BaseModel], *, what: str = "environment variable") -> None:
+    """Refuse variables, or secret files, that would be ignored in silence: of unknown keys, of keys inside of what is no
+    table, and of entries of lists."""
     fields = settings.model_fields
-    for variable in sorted(environ):
+    for variable in sorted(names):
         name = variable.upper()
         if not name.startswith(ENV_PREFIX) or _FOREIGN_VARIABLE.fullmatch(name, len(ENV_PREFIX)):
             continue
         key, nested, _ = name.removeprefix(ENV_PREFIX).lower().partition(NESTED)
         if key not in fields:
-            raise ConfigurationError(f"environment variable {variable}: unknown; known are {_variables(fields)}")
+            raise ConfigurationError(f"{what} {variable}: unknown; known are {_variables(fields)}")
+        if nested and not _is_list(fields[key].annotation) and not _is_table(fields[key].annotation):
+            raise ConfigurationError(f"{what} {variable}: {key} is no table; set {ENV_PREFIX}{key.upper()}")
         if nested and _is_list(fields[key].annotation):
             raise ConfigurationError(
-                f"environment variable {variable}: an entry of a list cannot be set from the environment; "
+                f"{what} {variable}: an entry of a list cannot be set from the environment; "
                 f"change it in the file, or set the whole list, as JSON, in {ENV_PREFIX}{key.upper()}"
             )
 
@@ -54,7 +56,31 @@ def _is_list(annotation: Any) -> bool:
     return any(get_origin(part) is list or get_origin(getattr(part, "__origin__", None)) is list for part in parts)
 
 
-_TABLES: Final[Mapping[str, type[BaseModel]]] = {"prices": PriceSettings, "cache": CacheSettings}
+def _is_table(annotation: Any) -> bool:
+    return any(get_origin(part) is dict for part in _parts(annotation)) or bool(_models(annotation))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    return [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _table_at(settings: type[BaseModel], path: Iterable[str | int]) -> type[BaseModel] | None:
+    """The table that a path leads to; `None`: one whose keys are not known here."""
+    table = settings
+    for part in path:
+        if isinstance(part, str):
+            field = table.model_fields.get(part)
+            models = [] if field is None else _models(field.annotation)
+            if len(models) != 1:
+                return None
+            (table,) = models
+    return table
 
 
 def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseModel]) -> str:
@@ -64,7 +90,7 @@ def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseM
         tag = loc.pop(1)  # pydantic names the member of the union, which is no key
         table: type[BaseModel] | None = IDENTITIES[str(tag)]
     else:
-        table = _TABLES.get(str(loc[0])) if len(loc) > 1 else settings
+        table = _table_at(settings, loc[:-1])
     context, kind = detail.get("ctx", {}), detail["type"]
     seen = _seen(loc, detail["input"])
     match kind:
@@ -78,8 +104,7 @@ def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseM
         case "missing":
             message = "is missing"
         case "extra_forbidden":
-            known = ", ".join(table.model_fields) if table is not None else ""
-            message = f"unknown key; expected one of {known}"
+            message = "unknown key" + ("" if table is None else f"; expected one of {', '.join(table.model_fields)}")
         case "union_tag_not_found":
             loc.append("kind")
             message = f"is missing; expected one of {', '.join(IDENTITIES)}"
@@ -97,7 +122,7 @@ def problem_of(file: Path, text: str, detail: ErrorDetails, settings: type[BaseM
 
 
 def _seen(loc: Sequence[str | int], value: object) -> str:
-    if loc and loc[-1] in _SECRETS:
+    if not _SECRETS.isdisjoint(loc):
         return ""
     if isinstance(value, (dict, list)):
         return ", got a table" if isinstance(value, dict) else ", got a list"
