@@ -14,7 +14,7 @@ import pytest
 from tests.alerts.kit import PRICES, SECRET, Receiver, alerts_in, hook, receiving, spend
 from tests.storage.values import DOLLAR, HOUR_MS, START, START_MS
 
-from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit
+from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit, Usage
 from asgi_llm_guard.alerts import Alerts, BurnRate, Threshold
 from asgi_llm_guard.alerts.alerts import CHORE, LAST_CHORE, _generation_name
 from asgi_llm_guard.alerts.deliveries import MOST
@@ -221,6 +221,31 @@ async def test_more_than_was_held() -> None:
         assert await watched.percents() == [50]
         await spend(watched.guard, 6, held=1)
         assert await watched.percents() == [100]
+
+
+async def test_policies_that_were_replaced() -> None:
+    """S3: after `guard.replace` what is told goes by the new limit, and nothing is told of a limit that is no more; what
+    calls hold that were admitted before is of the new one, too."""
+    async with Watched(policies=(Budget("$10/daily"), Budget("$20/daily", name="gone"))) as watched:
+        await spend(watched.guard, 4.9)
+        async with (
+            watched.guard.open(Context(caller="ann")),
+            watched.guard.call(model="test/m", input_tokens=4500, max_output_tokens=1) as call,
+        ):
+            assert await watched.told() == []
+            watched.guard.replace(policies=[Budget("$100/daily")])
+            call.record(Usage(input_tokens=5200, output_tokens=0))
+        assert await watched.told() == []
+        watched.guard.replace(policies=[Budget("$20/daily")])
+        (alert,) = await watched.told()
+        assert (alert.policy, alert.threshold, alert.limit, alert.used) == (
+            "user_budget",
+            50,
+            20 * DOLLAR,
+            10 * DOLLAR + DOLLAR // 10,
+        )
+        watched.guard.replace(policies=[])
+        assert await watched.told() == []
 
 
 async def test_shadow_and_other_policies_only_if_asked() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -18,10 +18,12 @@ from asgi_llm_guard.alerts.webhook import Webhook
 from asgi_llm_guard.claims import Meter
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Alert, Event, emit
+from asgi_llm_guard.policies.base import Metered
 from asgi_llm_guard.storage.shared import KeepsShared, Shared
 from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
+    from asgi_llm_guard.configuration import Configuration
     from asgi_llm_guard.guard import Guard
 
 __all__ = ["CHORE", "LAST_CHORE", "Alerts"]
@@ -97,6 +99,7 @@ class Alerts:
         self._deliveries = Deliveries(self._shared, lambda: _now_ms(guard), patience_ms=self._patience_ms)
         self._generations: dict[str, tuple[int, str]] = {}
         self._turn: asyncio.Lock = asyncio.Lock()
+        self._configuration = guard.configuration
 
     def _see(self, event: Event, /) -> None:
         self._here()
@@ -122,7 +125,9 @@ class Alerts:
         guard = self._here()
         async with self._turn:
             now_ms = _now_ms(guard)
-            due = self._watch.due(now_ms)
+            before, self._configuration = self._configuration, guard.configuration
+            changed = before.policies is not self._configuration.policies
+            due = self._watch.due(now_ms, _in_force(guard, before) if changed else None)
             for at in range(0, len(due), _BATCH):
                 meters = due[at : at + _BATCH]
                 readings = await guard.storage.read(meters)
@@ -194,6 +199,26 @@ class Alerts:
         if begun is None or begun.version + crossing.until_ms - now_ms <= now_ms:
             return None
         return _digest(crossing, begun.version), False
+
+
+def _in_force(guard: Guard, before: Configuration) -> Callable[[Meter], Meter | None]:
+    """What has become of meters since that configuration; nothing, of those that no policy limits any more."""
+    replaced = {policy.name for policy in before.policies}
+    policies = {policy.name: policy for policy in guard.policies}
+    others = {name for _, name in tuple(guard.engine.seen)} - set(policies)
+
+    def in_force(meter: Meter) -> Meter | None:
+        policy = policies.get(meter.policy)
+        if meter.policy not in replaced or (policy is None and meter.policy in others):
+            return meter  # of a route, or a function
+        if not isinstance(policy, Metered):
+            return None if policy is None else meter
+        if meter.scope == "session":
+            return meter  # whose it is would have to be known
+        found = [each for each in policy.meters_of(meter.scope, meter.subject) if each.key == meter.key]
+        return guard.raised(found)[0] if found else None
+
+    return in_force
 
 
 def _digest(crossing: Crossing, generation: int) -> str:

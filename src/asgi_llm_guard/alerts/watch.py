@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 import msgspec
@@ -187,8 +187,12 @@ class Watch:
         """How many events are in the queue."""
         return len(self._events)
 
-    def due(self, now_ms: int) -> list[Meter]:
-        """Take the queue, and give the meters that are to be read."""
+    def due(self, now_ms: int, in_force: Callable[[Meter], Meter | None] | None = None) -> list[Meter]:
+        """Take the queue, and give the meters that are to be read.
+
+        `in_force`: other policies have come into force; says what has become of a meter of before: nothing, if it is
+        limited no more.
+        """
         for _ in range(len(self._events)):
             event = self._events.popleft()
             if isinstance(event, Admission):
@@ -200,6 +204,8 @@ class Watch:
         for meter in crowded.values():
             self._entry(meter)
             self._watched.add(meter.key)
+        if in_force is not None:
+            self._revise(in_force)
         keys = set(self._watched)
         for key in self._sampling:
             entry = self._entries[key]
@@ -209,6 +215,26 @@ class Watch:
             self._all = False
             keys.update(self._entries)
         return [self._entries[key].meter for key in sorted(keys)]
+
+    def _revise(self, in_force: Callable[[Meter], Meter | None]) -> None:
+        """Go by other limits, and forget what is not limited any more."""
+        revised = {key: in_force(entry.meter) for key, entry in self._entries.items()}
+        for key, meter in revised.items():
+            rules = None if meter is None else self._rules_of(meter)
+            if meter is None or rules is None:
+                del self._entries[key]
+                self._watched.discard(key)
+                self._sampling.discard(key)
+                self.lowered.pop(key, None)
+                continue
+            entry = self._entries[key]
+            entry.meter, entry.rules = meter, rules
+            self._watched.add(key)  # until it is seen where that stands under its new limit
+            if not rules.burns:
+                self._sampling.discard(key)
+        for call_id, meters in self._calls.items():
+            now = [revised.get(meter.key, meter) for meter in meters]
+            self._calls[call_id] = tuple([meter for meter in now if meter is not None])
 
     def _admitted(self, event: Admission, now_ms: int) -> None:
         meters = []
