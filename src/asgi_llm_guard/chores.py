@@ -63,7 +63,10 @@ class _Chore:
         """Do it, whatever comes of it."""
         try:
             await self.once()
-        except Exception as error:  # noqa: BLE001 - one chore's failure must not end it, nor the others
+        except (Exception, asyncio.CancelledError) as error:  # one chore's failure must not end it, nor the others
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # else it was only something that it waited for
             if self.failing is not type(error):
                 self.failing = type(error)
                 known = isinstance(error, GuardError)
@@ -120,9 +123,11 @@ class Chores:
             raise ConfigurationError(f"chores[{name!r}]: expected a pause in seconds above 0, got {every_s!r}")
         if not callable(work):
             raise ConfigurationError(f"chores[{name!r}]: expected a function without arguments, got {work!r}")
-        self.remove(name)
+        before = self._drop(name)
         chore = _Chore(name, every_s, work, last=last)
         with self._lock:
+            if before is not None:
+                chore.running = before.running  # a turn of the other one may be running
             self._chores[name] = chore
             begun = self._begun
         if begun:
@@ -130,11 +135,15 @@ class Chores:
 
     def remove(self, name: str) -> None:
         """Do it no more; one that is running ends. A name that there is not is no error."""
+        self._drop(name)
+
+    def _drop(self, name: str) -> _Chore | None:
         with self._lock:
             chore = self._chores.pop(name, None)
             begun = self._begun
         if chore is not None and begun:
             background.later(lambda: _cancel(chore))
+        return chore
 
     def begin(self) -> None:
         """Do them from now on; where they are, nothing changes."""

@@ -185,6 +185,8 @@ class Engine:
         """Policies that were bound, by their kind and name: those of routes and functions among them."""
         self.stopping: list[Callable[[Stops], object]] = []
         """Who ends what is running when something is stopped."""
+        self.forking: list[Callable[[], object]] = []
+        """Who is told that this is a child process now."""
         self.gate: Callable[[], Awaitable[Refusal | None]] | None = None
         """Why nothing may be admitted yet; `None`: something may."""
         self._follower: Follows | None = None
@@ -199,6 +201,8 @@ class Engine:
             engine = reference()
             if engine is not None:
                 engine._new_owner()  # noqa: SLF001 - its own method, through a weak reference
+                for tell in engine.forking:
+                    tell()
                 if engine._follower is not None:  # noqa: SLF001 - as above
                     engine._follower.forked()  # noqa: SLF001 - as above
 

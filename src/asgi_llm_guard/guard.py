@@ -245,7 +245,6 @@ class Guard(Operated):
         )
         """What requests, jobs and calls that begin now go by."""
         self._open_admissions = OpenAdmissions(self._engine)
-        self._engine.stopping.append(self._open_admissions.stop)
         self._books: Bookkeeping | None = None
         self._attach(ledger, lazily=True)
         if alerts is not None:

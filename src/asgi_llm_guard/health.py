@@ -18,7 +18,7 @@ import msgspec
 
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.marks import mark_own
+from asgi_llm_guard.marks import mark_own_where_told
 from asgi_llm_guard.routes import route_path
 from asgi_llm_guard.windows import duration_ms
 
@@ -73,7 +73,7 @@ class Probed(Protocol):
     def health(self) -> dict[str, object]: ...
 
 
-@mark_own
+@mark_own_where_told
 class HealthApp:
     """See the top of this file.
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-__all__ = ["is_own", "mark", "mark_own", "own_mounts", "unwrapped"]
+__all__ = ["is_own", "mark", "mark_own", "mark_own_where_told", "own_mounts", "unwrapped"]
 
 _ATTRIBUTE: Final = "__asgi_llm_guard_mark__"
 _OWN: Final = "__asgi_llm_guard_own__"
@@ -62,6 +62,12 @@ def mark_own(app: type[Any]) -> type[Any]:
     return app
 
 
+def mark_own_where_told(app: type[Any]) -> type[Any]:
+    """As `mark_own`, of an application of which only the paths are free that its guard was told (`Guard.own_paths`)."""
+    setattr(app, _OWN, False)
+    return app
+
+
 def own_mounts(app: object) -> tuple[str, ...]:
     """Where the guard's own applications are mounted in `app`: the part of the path before its first parameter."""
     return tuple(dict.fromkeys(path.partition("{")[0].rstrip("/") for path in _own_paths(app, "", 0)))
@@ -78,7 +84,7 @@ def is_own(app: object, scope: Mapping[str, Any]) -> bool | None:
         if taken is None:
             return None
         route, app, scope = taken
-        if _leads_to_own(app):
+        if _own(app) is not None:
             return True
         if getattr(route, "endpoint", None) is not None:
             return False
@@ -102,15 +108,14 @@ def _taken(app: object, scope: Mapping[str, Any]) -> tuple[object, object, Mappi
     return partly
 
 
-def _leads_to_own(app: object) -> bool:
-    """Whether it is one of the guard's own applications, perhaps with middleware around it."""
+def _own(app: object) -> bool | None:
+    """The mark of one of the guard's own applications, perhaps with middleware around it; `None`: it is none."""
     for _ in range(_DEPTH):
-        if getattr(app, _OWN, False):
-            return True
-        if app is None or getattr(app, "routes", None):
-            return False
+        found: bool | None = getattr(app, _OWN, None)
+        if found is not None or app is None or getattr(app, "routes", None):
+            return found
         app = getattr(app, "app", None)
-    return False
+    return None
 
 
 def _own_paths(app: object, prefix: str, depth: int) -> Iterator[str]:
@@ -118,7 +123,7 @@ def _own_paths(app: object, prefix: str, depth: int) -> Iterator[str]:
         return
     for route in _routes(app):
         path = prefix + str(getattr(route, "path", ""))
-        if _leads_to_own(getattr(route, "app", None)):
+        if _own(getattr(route, "app", None)):
             yield path
         elif getattr(route, "endpoint", None) is None:
             yield from _own_paths(route, path, depth + 1)

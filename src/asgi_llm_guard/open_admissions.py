@@ -16,12 +16,18 @@ __all__ = ["OpenAdmissions"]
 class OpenAdmissions:
     """From any thread."""
 
-    __slots__ = ("_admissions", "_emptied", "_engine")
+    __slots__ = ("_admissions", "_engine", "_waiting")
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.forked()
+        engine.stopping.append(self.stop)
+        engine.forking.append(self.forked)
+
+    def forked(self) -> None:
+        """This is a child process now: what is open is its parent's."""
         self._admissions: set[Admission] = set()
-        self._emptied: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     def __len__(self) -> int:
         return len(self._admissions)
@@ -35,17 +41,23 @@ class OpenAdmissions:
     def discard(self, admission: Admission) -> None:
         """It has ended."""
         self._admissions.discard(admission)
-        if self._emptied is not None and not self._admissions:
-            loop, event = self._emptied
-            loop.call_soon_threadsafe(event.set)
+        if self._waiting and not self._admissions:
+            for loop, event in tuple(self._waiting):
+                # A loop that was closed meanwhile has nobody waiting.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(event.set)
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait until there is none, at most so many seconds; whether there is none."""
-        if self._admissions and timeout_s > 0:
-            self._emptied = (asyncio.get_running_loop(), asyncio.Event())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._emptied[1].wait(), timeout_s)
-            self._emptied = None
+        if timeout_s > 0:
+            waiter = (asyncio.get_running_loop(), asyncio.Event())
+            self._waiting.add(waiter)
+            try:
+                if self._admissions:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(waiter[1].wait(), timeout_s)
+            finally:
+                self._waiting.discard(waiter)
         return not self._admissions
 
     # ---------------------------------------------------------------------------------- end

@@ -81,6 +81,40 @@ async def test_a_chore_never_overlaps_with_itself() -> None:
     await chores.stop()
 
 
+async def test_a_chore_in_place_of_another_one_never_overlaps_with_it() -> None:
+    """What takes the place of a chore whose turn is running begins when that has ended."""
+    chores, first, second = Chores(), Count(), Count()
+    chores.begin()
+    first.gate = threading.Event()
+    chores.add("count", 0.001, first)
+    await first.until(1)
+    chores.add("count", 0.001, second)
+    asked = asyncio.create_task(chores.run("count"))
+    await asyncio.sleep(0.02)
+    assert (first.running, second.turns) == (1, 0)
+    first.gate.set()
+    await asked
+    await second.until(3)
+    assert first.turns == 1
+    await chores.stop()
+
+
+async def test_a_chore_outlives_what_it_waits_for() -> None:
+    """Something that a chore waits for is cancelled, and not the chore: it is tried again at its next turn."""
+    chores, turns = Chores(), Count()
+
+    async def work() -> None:
+        await turns()
+        waited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waited.cancel()
+        await waited
+
+    chores.add("count", 0.001, work)
+    chores.begin()
+    await turns.until(3)
+    await chores.stop()
+
+
 async def test_a_stopped_chore_is_waited_for() -> None:
     """`stop` returns when the turn that was running has ended, and `begin` begins again."""
     chores, count = Chores(), Count()

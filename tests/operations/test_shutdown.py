@@ -12,12 +12,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.exits.kit import BILL, CONTEXT, Stage
+from tests.exits.kit import BILL, CONTEXT, MODEL, PRICES, Stage
 from tests.exits.test_shutdown import Service, left_behind, sums
 from tests.operations.kit import CHAT, reading, served
 
-from asgi_llm_guard import Guard, LimitExceeded
+from asgi_llm_guard import Budget, Guard, LimitExceeded, Usage
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import Behaviour, FakeProvider
 
@@ -145,3 +146,56 @@ def test_malformed_times(timeout_s: object) -> None:
     with pytest.raises(ConfigurationError, match="install_signal_handlers"):
         Guard(storage=MemoryStorage()).install_signal_handlers(timeout_s)  # type: ignore[arg-type]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_drains_at_the_same_time_end_together() -> None:
+    """S10: a signal and the end of the lifespan drain at the same time: neither waits longer than what is open lasts."""
+    guard = Guard(storage=MemoryStorage())
+    async with guard.open(CONTEXT):
+        drains = [asyncio.create_task(guard.drain(60)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+    assert await asyncio.wait_for(asyncio.gather(*drains), 5) == [0, 0, 0]
+    await guard.aclose()
+
+
+def test_a_drain_that_was_cancelled_leaves_nothing_behind() -> None:
+    """S10: a drain that its server gave up, whose event loop is gone, is in the way of no request afterwards."""
+    guard = Guard(storage=MemoryStorage())
+
+    async def give_up() -> None:
+        async with guard.open(CONTEXT):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(guard.drain(60), 0.01)
+        guard.resume()
+
+    async def work() -> None:
+        async with guard.open(CONTEXT):
+            pass
+        await guard.aclose()
+
+    asyncio.run(give_up())
+    asyncio.run(work())
+
+
+def test_a_child_leaves_to_its_parent_what_is_open_there(tmp_path: Path) -> None:
+    """S10: a forked child that drains, or stops everything, ends no job of its parent, whose call is charged as it was."""
+    guard = Guard([Budget("$1/1d", per="global")], storage=f"sqlite:///{tmp_path}/guard.db", prices=PRICES)
+
+    async def work() -> None:
+        async with guard.open(CONTEXT), guard.call(model=MODEL, input_tokens=1000, max_output_tokens=1000) as call:
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    code = 0 if (guard.open_admissions, guard.stop(Stop(scope="all"))) == (0, 0) else 2
+                    guard.set_stops([Stop(scope="all")])
+                finally:
+                    os._exit(code)
+            _, status = await asyncio.to_thread(os.waitpid, child, 0)
+            assert os.waitstatus_to_exitcode(status) == 0
+            call.record(Usage(input_tokens=1, output_tokens=1))
+        await guard.aclose()
+
+    asyncio.run(work())
+    holds, records = asyncio.run(left_behind(tmp_path / "guard.db"))
+    assert (holds, [record.outcome for record in records]) == (0, ["measured"])
