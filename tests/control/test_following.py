@@ -684,6 +684,26 @@ async def test_a_database_from_a_backup_is_ahead_with_its_next_change(
     await restored.aclose()
 
 
+async def test_a_database_that_is_replaced_while_it_is_used(
+    control: Away, make: Callable[..., Guard], clock: FrozenClock, tmp_path: Path
+) -> None:
+    """C16: where the file is replaced under a process that runs, what was in force stays, operators are told, and no
+    change goes to a file that nobody else sees."""
+    guard = make(Iterations(50))
+    await control.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    await turn(guard)
+    other = Control(f"sqlite:///{tmp_path}/other.db", secret=SECRET, clock=clock)
+    await other.state()
+    await other.aclose()
+    (tmp_path / "other.db").rename(tmp_path / "control.db")
+    await turn(guard)
+    assert await code(guard) == BLOCKED
+    assert guard.follower is not None
+    assert "was removed or replaced while in use" in guard.follower.why
+    with pytest.raises(StorageError, match="removed or replaced"):
+        await control.put("agent", "writer", {"max_iterations": 9}, actor=ANNA)
+
+
 async def test_a_new_database_is_ahead(
     control: Away, make: Callable[..., Guard], clock: FrozenClock, tmp_path: Path
 ) -> None:

@@ -164,3 +164,24 @@ async def test_a_fork_has_connections_of_its_own(kept_database: Database) -> Non
     _, status = await asyncio.to_thread(os.waitpid, child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert await kept_database.read(count) == 40
+
+
+@pytest.mark.parametrize("put", [False, True], ids=["removed", "replaced"])
+async def test_a_file_that_is_gone(tmp_path: Path, *, put: bool) -> None:
+    """A file that was removed or replaced is neither read nor written any more: nobody else would see it."""
+    path, other = tmp_path / "test.db", tmp_path / "other.db"
+    for each in (path, other):
+        database = open_database(f"sqlite:///{each}")
+        await database.write(make)
+        await database.aclose()
+    database = open_database(f"sqlite:///{path}")
+    assert await database.read(count) == 0
+    if put:
+        other.rename(path)
+    else:
+        path.unlink()
+    for work in (database.read(count), database.write(count)):
+        with pytest.raises(StorageError, match=r"test\.db: was removed or replaced while in use") as caught:
+            await work
+        assert caught.value.sent is False
+    await database.aclose()

@@ -54,6 +54,7 @@ class SqliteDatabase:
         else:
             self._uri = _checked(self.path)
             self._make_file(self.path)
+        self._file = _identity(self.path)
 
     @property
     def place(self) -> str:
@@ -139,6 +140,11 @@ class SqliteDatabase:
             self._idle, self._writer, self._queue = [], None, None
         if self._closed:
             raise _failure(f"{self._name}: is closed", sent=False)
+        if _identity(self.path) != self._file:  # what is written to a file without a name is gone with this process
+            raise _failure(
+                f"{self._name}: was removed or replaced while in use; put it back, or restart every process that uses it",
+                sent=False,
+            )
 
     def _connect(self, *, reading: bool = False) -> sqlite3.Connection:
         try:
@@ -223,6 +229,17 @@ def _checked(path: Path) -> str:
         raise ConfigurationError(f"{path}: is a folder; give the path of a file in it")
     check_file_system(path, file_system(folder.resolve(), mounts()))
     return f"{path.resolve().as_uri()}?mode=rw"  # not rwc: a file that is gone must not come back empty
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    """Which file it is, whatever its name; `None`: there is none."""
+    if path is None:
+        return None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _failure(message: str, *, sent: bool) -> StorageError:
