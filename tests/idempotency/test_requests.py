@@ -19,6 +19,7 @@ from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.idempotency import entry_key, fingerprint
 from asgi_llm_guard.replays import CLAIM_MS, Replays
 from asgi_llm_guard.settings import RouteSettings
+from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.storage.entries import Entries
 from asgi_llm_guard.storage.memory import MemoryStorage
@@ -89,12 +90,49 @@ class Stuck:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.begun = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked += 1
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         await send({"type": "http.response.body", "body": b"the first half", "more_body": True})
+        self.begun.set()
         await asyncio.Event().wait()
+
+
+async def test_a_stream_that_was_stopped_is_not_kept(serve: Serve) -> None:
+    """S8: a stream that a stop has ended is no answer for those who ask again when it is lifted."""
+    provider = Stuck()
+    app = serve(provider, Iterations(9, per="caller"), routes=[Route("/talk", dialect=None, idempotency=True)])
+    running = asyncio.create_task(ask(app, headers=keyed(), path="/talk"))
+    async with asyncio.timeout(10):
+        await provider.begun.wait()
+        app.guard.set_stops([Stop(scope="caller", subject="alice")])
+        first = await running
+        app.guard.set_stops([])
+        provider.begun.clear()
+        running = asyncio.create_task(ask(app, headers=keyed(), path="/talk"))
+        await provider.begun.wait()
+        app.guard.set_stops([Stop(scope="all")])
+        again = await running
+    assert first.body.startswith(b"the first half")
+    assert "idempotency-replayed" not in again.headers
+    assert provider.asked == 2
+
+
+async def test_nothing_is_given_again_to_those_who_are_stopped(serve: Serve) -> None:
+    """S8: a stop refuses repetitions, too, and they have their answer again when it is lifted."""
+    provider = Provider()
+    app = serve(provider)
+    first = await ask(app, headers=keyed())
+    for stop in (Stop(scope="caller", subject="alice"), Stop(scope="model", subject="openai/test-model")):
+        app.guard.set_stops([stop])
+        refused = await ask(app, headers=keyed())
+        assert (refused.status, "idempotency-replayed" in refused.headers) == (403, False)
+    app.guard.set_stops([])
+    again = await ask(app, headers=keyed())
+    assert (body(again), again.headers["idempotency-replayed"]) == (body(first), "true")
+    assert len(provider.bodies) == 1
 
 
 async def test_an_answer_without_a_body_is_repeated_without_one(serve: Serve) -> None:

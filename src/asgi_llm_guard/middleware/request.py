@@ -211,6 +211,8 @@ class GuardedRequest:
         replays, replay_ms = self.middleware.replays, self.plan.replay_ms
         if replays is None or replay_ms is None:
             return None
+        if (stopped := self.guard.engine.stopped(context, self.call)) is not None:
+            return stopped  # nothing is given any more to those who are stopped
         try:
             return await replays.begin(self.scope, context, self._whole_body, replay_ms, self.dialect)
         except BodyError as error:
@@ -508,7 +510,8 @@ class GuardedRequest:
     async def close(self) -> None:
         """Keep the answer for those who send its key again, if there is one."""
         if self.lead is not None:
-            await self.lead.close(cut=self.relay is not None and self.relay.gone)
+            stopped = self.admission is not None and self.admission.stopped is not None
+            await self.lead.close(cut=stopped or (self.relay is not None and self.relay.gone))
 
     # ------------------------------------------------------------------------------- refuse
 
