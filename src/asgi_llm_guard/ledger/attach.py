@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
@@ -24,6 +25,8 @@ ROLL_UP_S: Final = 10.0
 RETAIN_S: Final = 3_600.0
 _STEPS: Final = 25
 """So many steps of a drain follow each other while there is more to take."""
+_PATIENCE: Final = 60
+"""So many times in a row it may be another process's turn."""
 
 
 class Chores(Protocol):
@@ -49,6 +52,12 @@ class Keeping(Protocol):
     def clock(self) -> Clock: ...
 
     @property
+    def beat_ms(self) -> int | None: ...
+
+    @property
+    def skew_ms(self) -> int: ...
+
+    @property
     def chores(self) -> Chores: ...
 
     def observe(self, observer: Observer, /) -> Callable[[], None]: ...
@@ -59,18 +68,27 @@ class Bookkeeping:
 
     Args:
         own: the storage writes its records into the ledger's own tables, so that there is nothing to take over.
+        store_ms: the instant by the storage's clock; `None`: not known yet.
 
     Raises:
         ConfigurationError: the storage has no streams, though it is not the ledger's own.
     """
 
     def __init__(
-        self, ledger: Ledger, storage: Storage, *, own: bool, clock: Clock, observers: Sequence[Observer] = ()
+        self,
+        ledger: Ledger,
+        storage: Storage,
+        *,
+        own: bool,
+        clock: Clock,
+        store_ms: Callable[[], int | None],
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.ledger = ledger
         self.behind = 0
         """How many records were left to take over when this process looked last."""
-        self._clock = clock
+        self._store_ms = store_ms
+        self._passed: Counter[str] = Counter()
         self._shared: Shared | None = storage.shared() if isinstance(storage, KeepsShared) else None
         self._drain = None if own else Drain(storage, ledger, observers=observers)
         self.tally = None if self._shared is None else RefusalTally(self._shared, clock=clock)
@@ -116,11 +134,18 @@ class Bookkeeping:
             pass
 
     async def _turn(self, what: str, every_s: float) -> bool:
-        """Whether it is this process's turn: one of them is enough."""
-        if self._shared is None:
+        """Whether it is this process's turn: one of them is enough, and in doubt two do no harm."""
+        now_ms = self._store_ms()
+        if self._shared is None or now_ms is None:
             return True
-        until_ms = self._clock.now_ms() + round(every_s * 900)  # a little less than the pause
-        return await self._shared.mark(f"ledger {what}", until_ms=until_ms)
+        until_ms = now_ms + round(every_s * 900)  # a little less than the pause
+        if not await self._shared.mark(f"ledger {what}", until_ms=until_ms):
+            self._passed[what] += 1
+            # A clock that was set may have made the mark, or what is known of it.
+            if self._passed[what] <= _PATIENCE:
+                return False
+        del self._passed[what]
+        return True
 
 
 def open_ledger(given: Ledger | Retention | str | None, storage: Storage, *, clock: Clock) -> Ledger | None:
@@ -155,7 +180,10 @@ def attach(guard: Keeping, ledger: Ledger, storage: Storage) -> Bookkeeping:
     def tell(event: Event) -> None:
         emit(guard.engine.observers, event)
 
-    books = Bookkeeping(ledger, storage, own=own, clock=guard.clock, observers=(tell,))
+    def store_ms() -> int | None:
+        return None if guard.beat_ms is None else guard.clock.now_ms() + guard.skew_ms
+
+    books = Bookkeeping(ledger, storage, own=own, clock=guard.clock, store_ms=store_ms, observers=(tell,))
     if books.tally is not None:
         guard.observe(books.tally)
         guard.chores.add("refusals", FLUSH_S, books.flush, last=True)
