@@ -50,7 +50,9 @@ def lines(guard: Guard) -> Iterator[Lines]:
     handler.setFormatter(JsonLines())
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+    logger.propagate = False  # what the tests log can be neither printed nor sent to another process
     yield Lines(handler)
+    logger.propagate = True
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
 
