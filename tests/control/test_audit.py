@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tests.control.kit import ANNA, BEN, CLOCK_MS, SECRET, run_sql
@@ -245,6 +246,15 @@ async def test_rows_have_no_digest_of_a_key(control: Control) -> None:
 
 def test_an_actor_has_a_name() -> None:
     """Nobody changes anything without a name."""
-    for name in ("", "  ", None):
+    for name in ("", "  ", None, "\x00", "\u200b", "\u202e \n"):
         with pytest.raises(ConfigurationError, match="actor"):
             Actor(name=name)  # type: ignore[arg-type]  # the point
+
+
+@pytest.mark.parametrize("field", ["since_ms", "until_ms", "before"])
+def test_queries_are_whole_numbers(field: str) -> None:
+    """What no database could compare is refused by its name."""
+    for value in (10**30, -(10**30), 1.5, "1", True):
+        given: dict[str, Any] = {field: value}
+        with pytest.raises(ConfigurationError, match=f"audit: {field}"):
+            AuditQuery(**given)

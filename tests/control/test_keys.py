@@ -102,7 +102,34 @@ async def test_two_keys_are_active_at_most(control: Control, clock: FrozenClock)
     with pytest.raises(ConfigurationError, match="overlap"):
         await control.rotate_key(second.id, overlap="soon", actor=ANNA)
     refused = await control.audit(AuditQuery(refused=True))
-    assert [row.verb for row in refused] == ["rotate_key"] * 3
+    assert [row.verb for row in refused] == ["rotate_key"] * 4
+
+
+async def test_of_three_keys_in_a_row_two_are_active(control: Control, clock: FrozenClock) -> None:
+    """T25: a key whose predecessor is still active is rotated only without an overlap, or when that one is over."""
+    _, first = await control.new_key("svc", actor=ANNA)
+    _, second = await control.rotate_key(first.id, overlap="1d", actor=ANNA)
+    with pytest.raises(ConfigurationError, match=f"'{first.id}', is still active, and two are at most"):
+        await control.rotate_key(second.id, overlap="1d", actor=ANNA)
+    _, third = await control.rotate_key(second.id, overlap="0s", actor=ANNA)
+    keys = (await control.state()).keys
+    assert [key for key, entry in keys.items() if entry.value.is_active(clock.now_ms())] == sorted([first.id, third.id])
+    with pytest.raises(ConfigurationError, match=f"'{first.id}', is still active"):
+        await control.rotate_key(third.id, overlap="1d", actor=ANNA)
+    clock.advance(seconds=86_400)
+    await control.rotate_key(third.id, overlap="1d", actor=ANNA)
+
+
+async def test_a_revoked_key_does_not_come_back(control: Control) -> None:
+    """T25: a key that was revoked stays so, whatever of before is put in its place: a value, or a whole document."""
+    _, key = await control.new_key("svc", actor=ANNA)
+    before, document = (await control.state()).keys[key.id].value, await control.export()
+    await control.revoke_key(key.id, actor=ANNA)
+    for replace in False, True:
+        state = await control.load(document, replace=replace, actor=ANNA)
+        assert state.keys[key.id].value.revoked_ms == CLOCK_MS
+    state = await control.put("key", key.id, before, actor=ANNA)
+    assert state.keys[key.id].value.revoked_ms == CLOCK_MS
 
 
 async def test_a_revoked_key_is_known_no_more(control: Control, clock: FrozenClock) -> None:

@@ -108,6 +108,39 @@ def test_mistakes_are_named(kind: Kind, data: Any, message: str) -> None:
         read(kind, "x", data)
 
 
+@pytest.mark.parametrize("name", [" mia", "mia ", "mia\u200b", "mia\n", "\u202emia"], ids=ascii)
+@pytest.mark.parametrize(
+    "kind, data, field",
+    [
+        ("stop", {"scope": "user"}, "subject"),
+        ("stop", {"scope": "model"}, "subject"),
+        ("stop", {"scope": "session", "subject": "s1"}, "caller"),
+        ("raise", {"policy": "quota", "unit": "usd", "amount": 1, "until_ms": 1}, "subject"),
+        ("raise", {"unit": "usd", "amount": 1, "until_ms": 1}, "policy"),
+    ],
+)
+def test_nobody_is_stopped_in_vain(kind: Kind, data: dict[str, Any], field: str, name: str) -> None:
+    """S8: a stop, or a raise, that could be of nobody is refused: what was typed is not what is called so."""
+    with pytest.raises(ConfigurationError, match=f"{kind} 'x': {field}: expected a name without spaces"):
+        read(kind, "x", {**data, field: name}, ours=False)
+    assert kind_of(read(kind, "x", {**data, field: name})) == kind  # what was kept before goes on being read
+
+
+def test_half_a_character() -> None:
+    """What no JSON can carry is refused where it is said, whether it is a name or a value."""
+    for params in {"x_a": "\ud800"}, {"x_a": {"\ud800": 1}}, {"x_a": ["\ud800"]}:
+        with pytest.raises(ConfigurationError, match="half of a character"):
+            read("agent", "x", {"params": params})
+
+
+def test_documents_that_are_none() -> None:
+    """Whatever was published in the place of a document is refused as such."""
+    deep = b'{"format":1,"entries":{"agent":{"w":[1,{"params":' + b'{"x_a":' * 5_000 + b"1" + b"}" * 5_000 + b"}]}}}"
+    for data in b"", b"\xff", b"[]", b'{"format":1e400}', b'{"format":1,"version":' + b"9" * 5_000 + b"}", deep:
+        with pytest.raises(ConfigurationError, match="what was published"):
+            decode(data)
+
+
 @pytest.mark.parametrize("name", ["", " x", "x ", "a\nb", "a\r\nX: y", "\u202eevil", "n" * 257, None, 5])
 def test_names_are_plain(name: Any) -> None:
     """A name is text that can be shown, in a line of a log as well as in an address."""

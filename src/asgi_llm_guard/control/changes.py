@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from asgi_llm_guard.control.state import Head
-from asgi_llm_guard.control.values import Kind, Value
+from asgi_llm_guard.control.values import MAX_INSTANT_MS, Kind, Value
 from asgi_llm_guard.errors import ConfigurationError, GuardError
 
 __all__ = ["Actor", "AuditEntry", "AuditQuery", "Change", "Conflict", "NotThere", "Verified", "text_of"]
@@ -68,7 +68,7 @@ class Actor(msgspec.Struct, frozen=True, kw_only=True):
     """Where the request came from: an address, or `cli`."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
+        if not isinstance(self.name, str) or not text_of(self.name):
             raise ConfigurationError(f"actor: expected the name of whoever makes the change, got {self.name!r}")
         for name in "name", "role", "address":
             msgspec.structs.force_setattr(self, name, text_of(getattr(self, name)))
@@ -102,7 +102,7 @@ class AuditQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which entries, the newest first.
 
     Raises:
-        ConfigurationError: the limit is not a whole number from 1 to 10,000.
+        ConfigurationError: the limit is not a whole number from 1 to 10,000, or an instant or number is none.
     """
 
     since_ms: int = 0
@@ -123,6 +123,14 @@ class AuditQuery(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(
                 f"audit: limit: expected a whole number from 1 to {_MOST_ROWS}, got {self.limit!r}"
             )
+        for name in "since_ms", "until_ms", "before":
+            value = getattr(self, name)
+            if (value is not None or name == "since_ms") and (
+                isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INSTANT_MS
+            ):
+                raise ConfigurationError(
+                    f"audit: {name}: expected a whole number up to {MAX_INSTANT_MS}, got {value!r}"
+                )
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):

@@ -141,6 +141,8 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
     missing = [field for field in _REQUIRED[kind] if field not in fields]
     if missing:
         raise ConfigurationError(f"{where}: {', '.join(missing)} missing")
+    if not ours:
+        _check_subjects(kind, fields, where)
     try:
         value = made(**fields)
         if isinstance(value, (Raise, Stop)) and value.until_ms is not None:
@@ -149,6 +151,22 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
         text = str(error)
         raise ConfigurationError(text if text.startswith(where) else f"{where}: {text}") from None
     return value
+
+
+def _check_subjects(kind: Kind, fields: Mapping[str, Any], where: str) -> None:
+    """Refuse what would be about nobody: ids have no spaces around them, and no characters that cannot be shown.
+
+    Raises:
+        ConfigurationError: names the entry and the field.
+    """
+    if kind not in ("raise", "stop"):
+        return
+    for field in "policy", "scope", "subject", "caller":
+        text = fields.get(field)
+        if isinstance(text, str) and (text != text.strip() or not text.isprintable()):
+            raise ConfigurationError(
+                f"{where}: {field}: expected a name without spaces around it or characters that cannot be shown, got {text!r}"
+            )
 
 
 def _field(kind: Kind, field: str, item: Any, where: str) -> Any:

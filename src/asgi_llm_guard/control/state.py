@@ -122,7 +122,7 @@ def decode(data: bytes) -> ControlState:
     """
     try:
         document = msgspec.json.decode(data, type=_Document)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"control: what was published cannot be read: {error}") from None
     if document.format != FORMAT:
         raise NewerRelease(f"control: what was published has format {document.format}; this release reads {FORMAT}")

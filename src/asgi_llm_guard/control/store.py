@@ -272,14 +272,15 @@ class Control:
 
         Raises:
             NotThere: there is no such key.
-            ConfigurationError: it is over, or was rotated already (two are active at most); or `overlap` is no duration.
+            ConfigurationError: it is over, was rotated already, or the key before it is still active (two are active at
+                most); or `overlap` is no duration.
             Conflict, StorageError: as `put`.
         """
-        overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
         state = await self.state()
         old = state.keys.get(key_id)
         now_ms = self._clock.now_ms()
         try:
+            overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
             if old is None:
                 raise NotThere("key", key_id)
             if not old.value.is_active(now_ms):
@@ -287,6 +288,11 @@ class Control:
             for other in state.keys.values():
                 if other.value.replaces == key_id and other.value.is_active(now_ms):
                     raise ConfigurationError(f"key {key_id!r}: was rotated already; rotate {other.value.id!r} instead")
+            if overlap_ms and (earlier := _active_before(state, old.value, now_ms)) is not None:
+                raise ConfigurationError(
+                    f"key {key_id!r}: the key before it, {earlier.id!r}, is still active, and two are at most; "
+                    "revoke that one first, or rotate without an overlap ('0s')"
+                )
         except GuardError as error:
             await self.note("rotate_key", f"key:{key_id}", actor=actor, reason=reason, refused=_why(error))
             raise
@@ -349,7 +355,8 @@ class Control:
         return encode(await self.state())
 
     async def load(self, document: bytes, *, actor: Actor, reason: str = "", replace: bool = False) -> ControlState:
-        """Take over what `export` gave, entry by entry, in one transaction. `replace`: remove everything else.
+        """Take over what `export` gave, entry by entry, in one transaction. `replace`: remove everything else. A key that
+        was revoked here since stays revoked.
 
         Raises:
             ConfigurationError: it is no such document, or of a newer release; nothing was changed.
@@ -516,6 +523,9 @@ def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) 
             raise ConfigurationError(f"{kind} {name!r}: expected a {kind}, got a {type(given).__name__}")
         _check_names(given, name)
         new = read(kind, name, written(given))
+        if isinstance(new, Key) and isinstance(old, Key) and old.revoked_ms is not None and new.revoked_ms is None:
+            # As in a document of before, which must not bring a key back that has leaked since.
+            new = msgspec.structs.replace(new, revoked_ms=old.revoked_ms)
     _check_price(new)
     return new
 
@@ -526,6 +536,17 @@ def _check_names(given: Value, name: str) -> None:
     if said in (name, "") or (isinstance(given, Price) and key_of(said) == name):
         return
     raise ConfigurationError(f"{kind_of(given)} {name!r}: the value says {said!r}")
+
+
+def _active_before(state: ControlState, key: Key, now_ms: int) -> Key | None:
+    """The key that it takes the place of, or the one before that, and so on: the first that is still active."""
+    seen = {key.id}
+    while key.replaces is not None and key.replaces not in seen and (entry := state.keys.get(key.replaces)) is not None:
+        key = entry.value
+        seen.add(key.id)
+        if key.is_active(now_ms):
+            return key
+    return None
 
 
 def _check_price(value: Value) -> None:

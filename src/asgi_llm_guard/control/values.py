@@ -362,6 +362,7 @@ def _json(value: object, where: str, depth: int = 0) -> None:
         for name, item in value.items():
             if not isinstance(name, str):
                 raise ConfigurationError(f"{where}: expected texts as names, got {name!r}")
+            _encodable(name, where)
             _json(item, f"{where}.{name}", depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -371,9 +372,18 @@ def _json(value: object, where: str, depth: int = 0) -> None:
             raise ConfigurationError(f"{where}: expected a finite number, got {value!r}")
     elif isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > 2**53 - 1:
-            raise ConfigurationError(f"{where}: numbers are whole up to 2^53 - 1, got {value!r}")
-    elif value is not None and not isinstance(value, (str, bool)):
+            raise ConfigurationError(f"{where}: numbers are whole up to 2^53 - 1, got one of {value.bit_length()} bits")
+    elif isinstance(value, str):
+        _encodable(value, where)
+    elif value is not None and not isinstance(value, bool):
         raise ConfigurationError(f"{where}: expected text, numbers, lists or tables, got a {type(value).__name__}")
+
+
+def _encodable(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{where}: has half of a character in it") from None
 
 
 def _exact(rate: object) -> Any:
