@@ -8,6 +8,7 @@ other models did.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Final, Literal
@@ -20,9 +21,11 @@ __all__ = [
     "LEDGER_COLUMNS",
     "LEDGER_LIST",
     "create_ledger",
+    "is_writable",
     "quoted",
     "record_of_row",
     "row_of_record",
+    "storable",
     "upsert_ledger",
 ]
 
@@ -54,6 +57,42 @@ _USAGE_AT: Final = UsageRecord.__struct_fields__.index("usage")
 _DEPARTMENTS_AT: Final = LEDGER_COLUMNS.index("departments")
 _TAGS_AT: Final = LEDGER_COLUMNS.index("tags")
 _LATE_AT: Final = LEDGER_COLUMNS.index("late")
+
+
+_MAX: Final = 2**53 - 1
+_LONG: Final = re.compile(rb"\d{16}")
+_UNWRITABLE: Final = re.compile("[\0\ud800-\udfff]")
+
+
+def storable(record: UsageRecord) -> UsageRecord:
+    """The record as every database can keep it, so that none holds up those behind it.
+
+    NUL and halves of surrogate pairs, which PostgreSQL or UTF-8 have no place for, become U+FFFD; a count beyond
+    2^53 - 1 is unknown.
+    """
+    try:
+        written = msgspec.json.encode(record)
+    except (UnicodeEncodeError, OverflowError):
+        pass
+    else:
+        if b"\\u0000" not in written and not _LONG.search(written):
+            return record
+    return msgspec.convert(_writable(msgspec.to_builtins(record)), UsageRecord)
+
+
+def is_writable(text: str) -> bool:
+    """Whether every database can keep the text."""
+    return _UNWRITABLE.search(text) is None
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNWRITABLE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {name: _writable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(each) for each in value]
+    return None if isinstance(value, int) and abs(value) > _MAX else value
 
 
 def row_of_record(record: UsageRecord) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from asgi_llm_guard.ledger.tables import lock
 from asgi_llm_guard.ledger.values import OTHER, Page, RecordQuery, RefusalCount, RefusalQuery, SessionUsage
 from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.usage_rows import LEDGER_LIST, record_of_row, row_of_record, upsert_ledger
+from asgi_llm_guard.usage_rows import LEDGER_LIST, record_of_row, row_of_record, storable, upsert_ledger
 
 __all__ = ["ANY", "add_refusals", "append", "batch", "cursor", "last_row", "page", "refusals", "sessions"]
 
@@ -41,6 +41,7 @@ def append(
     lock(connection)
     if not _is_at(connection, source, after):
         return None
+    records = list(map(storable, records))
     ids = {record.call_id for record in records}
     known = 0
     for some in chunks(ids):

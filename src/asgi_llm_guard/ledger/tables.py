@@ -172,14 +172,15 @@ def _statements(dialect: Dialect) -> tuple[str, ...]:
     rowless = " WITHOUT ROWID" if dialect == "sqlite" else ""
     columns = ", ".join(f"{quoted(name)} {'BIGINT' if name in SETS else 'TEXT'}" for name in SERIES_COLUMNS)
     amounts = ", ".join(f"{name} BIGINT NOT NULL" for name in AMOUNTS)
+    of_member = ", PRIMARY KEY (member, id)" if dialect == "sqlite" else ""
     return (
         f"CREATE TABLE ledger_meta (name TEXT NOT NULL PRIMARY KEY, value BIGINT NOT NULL){rowless}",
         f"CREATE TABLE ledger_cursors (source TEXT NOT NULL PRIMARY KEY, cursor TEXT NOT NULL){rowless}",
-        f"CREATE TABLE ledger_sets (id {number}, members TEXT NOT NULL UNIQUE)",
-        f"CREATE TABLE ledger_members (member TEXT NOT NULL, id BIGINT NOT NULL, PRIMARY KEY (member, id)){rowless}",
+        f"CREATE TABLE ledger_sets (id {number}, members TEXT NOT NULL)",
+        f"CREATE TABLE ledger_members (member TEXT NOT NULL, id BIGINT NOT NULL{of_member}){rowless}",
         # Some columns are NULL, so it is the text of all of them that is unique.
-        f"CREATE TABLE ledger_series (id {number}, grain BIGINT NOT NULL, {columns}, name TEXT NOT NULL UNIQUE)",
-        'CREATE INDEX ledger_series_by_user ON ledger_series (grain, "user")',
+        f"CREATE TABLE ledger_series (id {number}, grain BIGINT NOT NULL, {columns}, name TEXT NOT NULL)",
+        *_by_text(dialect),
         # By time first: what is written now lies together, and so does what a report of some days reads.
         *(
             f"CREATE TABLE {grain.table} (series BIGINT NOT NULL, at_ms BIGINT NOT NULL, {amounts},"
@@ -192,4 +193,23 @@ def _statements(dialect: Dialect) -> tuple[str, ...]:
             " code TEXT NOT NULL, route TEXT NOT NULL, count BIGINT NOT NULL,"
             f" PRIMARY KEY (hour_ms, policy, scope, code, route)){rowless}"
         ),
+    )
+
+
+def _by_text(dialect: Dialect) -> tuple[str, ...]:
+    """Indexes on texts of any length. PostgreSQL's usual ones take no text of more than some 2,700 bytes.
+
+    Those that are no unique ones need not be: who adds rows holds the `lock`.
+    """
+    if dialect == "sqlite":
+        return (
+            "CREATE UNIQUE INDEX ledger_sets_by_members ON ledger_sets (members)",
+            "CREATE UNIQUE INDEX ledger_series_by_name ON ledger_series (name)",
+            'CREATE INDEX ledger_series_by_user ON ledger_series (grain, "user")',
+        )
+    return (
+        "CREATE INDEX ledger_sets_by_members ON ledger_sets USING hash (members)",
+        "CREATE INDEX ledger_members_by_member ON ledger_members USING hash (member)",
+        "CREATE INDEX ledger_series_by_name ON ledger_series USING hash (name)",
+        'CREATE INDEX ledger_series_by_user ON ledger_series USING hash ("user")',
     )

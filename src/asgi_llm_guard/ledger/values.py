@@ -8,6 +8,7 @@ from typing import Final, Generic, Literal, TypeVar, get_args
 import msgspec
 
 from asgi_llm_guard.errors import ConfigurationError, GuardError
+from asgi_llm_guard.usage_rows import is_writable
 from asgi_llm_guard.windows import Calendar, duration_ms
 
 __all__ = [
@@ -203,7 +204,7 @@ class RecordQuery(msgspec.Struct, frozen=True, kw_only=True):
         if self.after is None:
             return None
         at, _, row = self.after.partition("-")
-        if not (at.isascii() and at.isdigit() and row.isascii() and row.isdigit() and len(self.after) < 40):
+        if not (at.isascii() and at.isdigit() and row.isascii() and row.isdigit() and max(len(at), len(row)) < 19):
             raise ConfigurationError(f"after: expected what the page before gave as `next`, got {self.after!r}")
         return int(at), int(row)
 
@@ -260,6 +261,8 @@ class RefusalQuery(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _period(self.since_ms, self.until_ms)
+        for name in ("policy", "scope", "route"):
+            _writable(name, getattr(self, name))
         _positive("limit", self.limit)
 
 
@@ -342,6 +345,12 @@ def _filters(where: Mapping[str, str | None]) -> None:
             raise ConfigurationError(f"where: expected some of {', '.join(FILTERS)}, got {name!r}")
         if value is not None and not isinstance(value, str):
             raise ConfigurationError(f"where.{name}: expected text, or None for records without one, got {value!r}")
+        _writable(f"where.{name}", value)
+
+
+def _writable(name: str, value: str | None) -> None:
+    if value is not None and not is_writable(value):
+        raise ConfigurationError(f"{name}: no record has NUL or half of a surrogate pair in it, got {value!r}")
 
 
 def _positive(name: str, value: int) -> None:
