@@ -61,7 +61,7 @@ async def test_nothing_secret_is_kept(control: Control, database_url: str) -> No
     ])  # fmt: skip
 
     assert "svc" in everything
-    for canary in (shown, rotated, shown.rpartition("-")[2], rotated.removeprefix(new.prefix), SECRET):
+    for canary in (shown, rotated, shown.split("-", 2)[2], rotated.removeprefix(new.prefix), SECRET):
         assert canary not in everything
 
 
@@ -103,6 +103,30 @@ async def test_two_keys_are_active_at_most(control: Control, clock: FrozenClock)
         await control.rotate_key(second.id, overlap="soon", actor=ANNA)
     refused = await control.audit(AuditQuery(refused=True))
     assert [row.verb for row in refused] == ["rotate_key"] * 4
+
+
+async def test_a_resolver_that_is_made_later(control: Control) -> None:
+    """A resolver that is made after the keys were loaded, or while they are, resolves by them at once."""
+    shown, _ = await control.new_key("svc", actor=ANNA)
+    await follow(control)
+    assert control.keys()(sent(shown)) == Identity(caller="svc")
+    other, _ = await control.new_key("other", actor=ANNA)
+    use = control.prepare(await control.state())
+    keys = control.keys()
+    use()
+    assert keys(sent(other)) == Identity(caller="other")
+
+
+async def test_a_guard_that_is_slower(control: Control) -> None:
+    """T25: of two guards over one control, the one that comes last with an older state brings no revoked key back."""
+    keys = control.keys()
+    shown, key = await control.new_key("svc", actor=ANNA)
+    slow = control.prepare(await control.state())
+    await control.revoke_key(key.id, actor=ANNA)
+    await follow(control)
+    slow()
+    with pytest.raises(IdentityError):
+        keys(sent(shown))
 
 
 async def test_of_three_keys_in_a_row_two_are_active(control: Control, clock: FrozenClock) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -78,6 +79,9 @@ class Control:
         """The settings of all knowledge bases, as they are now: `CacheScope(settings=control.knowledge_bases)`."""
         self.resolvers: list[ControlKeys] = []
         """What `keys` has given."""
+        self._in_force: tuple[int, Sequence[Key]] | None = None
+        """The version, and its keys, that they resolve by; `None`: nothing was loaded yet."""
+        self._using = threading.Lock()
 
     # ---------------------------------------------------------------------------------- reading
 
@@ -219,7 +223,10 @@ class Control:
         """
         self._secret()
         resolver = ControlKeys(secret=self._secrets, then=then, clock=self._clock, **options)
-        self.resolvers.append(resolver)
+        with self._using:
+            if self._in_force is not None:
+                resolver.load(self._in_force[1])
+            self.resolvers.append(resolver)
         return resolver
 
     async def new_key(
@@ -389,9 +396,15 @@ class Control:
         settings = settings_of(state.knowledge_bases)
 
         def use() -> None:
-            for resolver, table in tables:
-                resolver.use(table)
-            self.knowledge_bases.use(settings)
+            with self._using:
+                if self._in_force is not None and state.version < self._in_force[0]:
+                    return  # of another guard that was slower
+                self._in_force = state.version, keys
+                for resolver, table in tables:
+                    resolver.use(table)
+                for resolver in self.resolvers[len(tables) :]:  # made meanwhile
+                    resolver.load(keys)
+                self.knowledge_bases.use(settings)
 
         return use
 
