@@ -169,6 +169,7 @@ async def test_callers_see_their_own(page: Desk) -> None:
     assert shared["resets_at_ms"] is None or shared["resets_at_ms"] > 0
     assert {shared[name] for name in ("limit", "used", "held", "remaining", "subject", "share")} == {None}
     text = (await client.get("/usage/", headers={"accept": "text/html"})).text
+    assert "$0.00 held" not in text
     assert "What is left" in text
     assert "1,000,000" not in text
     assert "1000000" not in text

@@ -266,3 +266,11 @@ async def test_everything_has_a_label(page: Desk) -> None:
             assert 'type="hidden"' in field or (identity and identity[1] in labelled), (path, field)
         for table in re.findall(r"<table.*?</table>", text, flags=re.DOTALL):
             assert 'scope="col"' in table, path
+
+
+async def test_times_say_their_zone(page: Desk) -> None:
+    """Every page says in which time zone its times are: that of the range, or the one that pages begin with."""
+    client = page.client("viewer")
+    assert "Times are of the zone Asia/Tokyo." in (await client.get("/admin/?range=7d&tz=Asia/Tokyo")).text
+    for path in ("raises", "keys", "sessions", "limits?scope=department&subject=research"):
+        assert "Times are of the zone UTC." in (await client.get(f"/admin/{path}")).text

@@ -158,6 +158,7 @@ async def reset(asked: Asked, wanted: Reset) -> Sequence[ResetMeter]:
     """Set the limits of a subject to unused; gives what was reset."""
     control = control_of(asked)
     actor = actor_of(asked)
+    await control.version()  # what could not be audited is not done
     try:
         done = await asked.desk.guard.reset(
             wanted.scope, wanted.subject, caller=wanted.caller or None, policies=tuple(wanted.policies)

@@ -68,6 +68,7 @@ T = TypeVar("T")
 
 _DAY_MS: Final = 86_400_000
 _MOST_MS: Final = 253_402_300_799_999
+_MOST_REASON: Final = 500
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -195,7 +196,7 @@ async def audit(asked: Asked) -> Response:
         lambda: AuditQuery(
             actor=asked.query.get("actor") or None,
             target=asked.query.get("target") or None,
-            before=_number(asked, "before", 2**53 - 1, 0, 2**53 - 1),
+            before=_number(asked, "before", _MOST_MS, 0, _MOST_MS),
             limit=_number(asked, "limit", 100, 1, 1_000),
         ),
         "target",
@@ -272,7 +273,7 @@ def entry_remove(kind: EditedKind) -> Handler:
             asked,
             kind.kind,
             asked.params["name"],
-            reason=asked.query.get("reason", ""),
+            reason=_reason(asked),
             expected=None if expected < 0 else expected,
         )
         return Response(status_code=204)
@@ -299,7 +300,7 @@ async def stops_new(asked: Asked) -> Response:
 
 
 async def stops_end(asked: Asked) -> Response:
-    await administer.end(asked, "stop", asked.params["name"], reason=asked.query.get("reason", ""))
+    await administer.end(asked, "stop", asked.params["name"], reason=_reason(asked))
     return Response(status_code=204)
 
 
@@ -309,7 +310,7 @@ async def raises_new(asked: Asked) -> Response:
 
 
 async def raises_end(asked: Asked) -> Response:
-    await administer.end(asked, "raise", asked.params["name"], reason=asked.query.get("reason", ""))
+    await administer.end(asked, "raise", asked.params["name"], reason=_reason(asked))
     return Response(status_code=204)
 
 
@@ -353,7 +354,7 @@ async def keys_rotate(asked: Asked) -> Response:
 
 
 async def keys_revoke(asked: Asked) -> Response:
-    await administer.revoke(asked, asked.params["name"], reason=asked.query.get("reason", ""))
+    await administer.revoke(asked, asked.params["name"], reason=_reason(asked))
     return Response(status_code=204)
 
 
@@ -417,6 +418,14 @@ def _number(asked: Asked, name: str, default: int, least: int, most: int) -> int
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
         raise ProblemError(422, f"{name}: expected a whole number from {least} to {most}.", field=name)
     return int(text)
+
+
+def _reason(asked: Asked) -> str:
+    """Why something is taken away, where it is said."""
+    reason = asked.query.get("reason", "")
+    if len(reason) > _MOST_REASON:
+        raise ProblemError(422, f"reason: expected at most {_MOST_REASON} characters.", field="reason")
+    return reason
 
 
 def _checked(make: Callable[[], T], field: str) -> T:

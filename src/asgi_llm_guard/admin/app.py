@@ -142,13 +142,16 @@ class AdminApp:
 def _check_query(verb: Verb, asked: Asked) -> None:
     """Refuse what would else be passed over: a filter that was mistyped answers for everybody."""
     known = [param.name for param in verb.params]
-    for name, value in asked.query.items():
+    given = asked.request.query_params.multi_items()
+    for name, value in given:
         shown = cut(name)
         if name not in known:
             there = ", ".join(known) or "none"
             raise ProblemError(422, f"There is no parameter {shown!r} here; there is {there}.", field=shown)
         if not value:
             raise ProblemError(422, f"{name}: is empty; leave it out.", field=name)
+    if twice := next((name for name in asked.query if sum(name == other for other, _ in given) > 1), None):
+        raise ProblemError(422, f"{twice}: is there twice.", field=twice)
 
 
 def _problem(asked: Asked, problem: ProblemError, *, api: bool) -> Response:

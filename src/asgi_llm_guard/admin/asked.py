@@ -1,7 +1,7 @@
 """What a handler is given, what it answers, and how bodies are read.
 
-Rule 1: a number that is not finite, a number below zero where none can be, and a `null` are refused with the name of
-their field. `null` never stands for "take the limit away".
+Rule 1: a number that is not finite, a number below zero where none can be, a `null`, and text that no store could keep
+are refused with the name of their field. `null` never stands for "take the limit away".
 
 Rule 2: a body is read whole, and no longer than `MAX_BODY_BYTES`.
 """
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
 from starlette.requests import Request
@@ -22,16 +22,29 @@ from starlette.responses import Response
 
 from asgi_llm_guard.admin.options import ROLES, AdminCredential, Role
 from asgi_llm_guard.admin.sessions import Session
+from asgi_llm_guard.admin.shown import cut
 
 if TYPE_CHECKING:
     from asgi_llm_guard.admin.desk import Desk
 
-__all__ = ["MAX_BODY_BYTES", "Asked", "ProblemError", "converted", "fields_of", "json_answer", "read_json"]
+__all__ = [
+    "MAX_BODY_BYTES",
+    "Asked",
+    "ProblemError",
+    "check_told",
+    "converted",
+    "fields_of",
+    "json_answer",
+    "parsed",
+    "read_json",
+]
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES: Final = 262_144
+_SAFE: Final = "/:@!$&'()*+,=~"
 _PATH: Final = re.compile(r" - at `\$\.?(.*?)`$")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _FIELD: Final = re.compile(r"field `(.*?)`")
 
 
@@ -95,8 +108,8 @@ class Asked:
 
     @property
     def root(self) -> str:
-        """The path that the application is mounted at."""
-        return str(self.request.scope.get("root_path", "")).rstrip("/")
+        """The path that the application is mounted at, as browsers write it: cookies are for that path."""
+        return quote(str(self.request.scope.get("root_path", "")).rstrip("/"), safe=_SAFE, errors="replace")
 
     def may(self, role: Role) -> bool:
         """Whether whoever asks has at least this role."""
@@ -150,7 +163,7 @@ async def read_json(request: Request, kind: type[T]) -> T:
     if media != "application/json":
         raise ProblemError(415, "Expected a body of type application/json.")
     try:
-        told = json.loads(await _raw(request), object_pairs_hook=_once)
+        told = parsed(await _raw(request))
     except (ValueError, RecursionError):
         raise ProblemError(400, "The body is not valid JSON, or has a key twice.") from None
     return converted(told, kind)
@@ -162,7 +175,7 @@ def converted(told: object, kind: type[T], *, strict: bool = True) -> T:
     Raises:
         ProblemError: 422; names the field.
     """
-    _finite(told, "")
+    check_told(told, "")
     try:
         return msgspec.convert(told, kind, strict=strict)
     except msgspec.ValidationError as error:
@@ -173,6 +186,16 @@ def converted(told: object, kind: type[T], *, strict: bool = True) -> T:
         raise ProblemError(422, _PATH.sub("", text) + ".", field=place or "body") from None
 
 
+def parsed(raw: str | bytes) -> object:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, or has a key twice.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(raw, object_pairs_hook=_once)
+
+
 def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     told = dict(pairs)
     if len(told) != len(pairs):
@@ -180,7 +203,12 @@ def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     return told
 
 
-def _finite(told: object, place: str) -> None:
+def check_told(told: object, place: str) -> None:
+    """Refuse by rule 1 what was told at this place, and in it.
+
+    Raises:
+        ProblemError: 422.
+    """
     if told is None:
         raise ProblemError(
             422,
@@ -189,12 +217,16 @@ def _finite(told: object, place: str) -> None:
         )
     if isinstance(told, float) and not math.isfinite(told):
         raise ProblemError(422, f"{place or 'body'}: expected a finite number.", field=place or "body")
+    if isinstance(told, str) and not told.isprintable() and _SURROGATE.search(told):
+        where = cut(place) or "body"
+        raise ProblemError(422, f"{where}: has half a character (a lone surrogate) in it.", field=where)
     if isinstance(told, dict):
         for key, value in told.items():
-            _finite(value, f"{place}.{key}" if place else str(key))
+            check_told(key, place)
+            check_told(value, f"{place}.{key}" if place else str(key))
     elif isinstance(told, list):
         for number, value in enumerate(told):
-            _finite(value, f"{place}[{number}]")
+            check_told(value, f"{place}[{number}]")
 
 
 def json_answer(told: object, status: int = 200, *, media: str = "application/json") -> Response:

@@ -113,12 +113,19 @@ class NewStop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reason: Reason
 
 
+Amount = (
+    Whole
+    | Annotated[float, Meta(ge=0, le=_MAX_DOLLARS)]
+    | Annotated[str, Meta(pattern=r"^\$?[0-9]{1,16}(\.[0-9]{1,9})?$", description="`12.50`, or `20000000`.")]
+)
+
+
 class NewRaise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Raises a limit for a while."""
 
     policy: Text
     unit: Literal["usd", "tokens", "calls", "slots"]
-    amount: Dollars
+    amount: Amount
     lasts: Lasting
     scope: Text | UnsetType = UNSET
     subject: Text | UnsetType = UNSET

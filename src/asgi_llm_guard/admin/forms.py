@@ -244,7 +244,7 @@ async def raise_end(asked: Asked) -> Response:
 async def reset(asked: Asked) -> Response:
     wanted = _told(asked, Reset)
     await administer.reset(asked, wanted)
-    return done(asked, "/limits", "reset", scope=wanted.scope, subject=wanted.subject)
+    return done(asked, "/limits", "reset", scope=wanted.scope, subject=wanted.subject, caller=wanted.caller or None)
 
 
 def _told(asked: Asked, kind: type[Any]) -> Any:
@@ -255,10 +255,18 @@ def _told(asked: Asked, kind: type[Any]) -> Any:
         text = asked.form.get(name, "").strip()
         if text:
             told[name] = unquote(text) if quoted and name in _IDS else text
+    if isinstance(amount := told.get("amount"), str):
+        told["amount"] = amount.replace(",", "").replace("\N{NO-BREAK SPACE}", "")  # as pages show them
     for name in ("departments", "tags", "policies"):
         if isinstance(lines := told.get(name), str):
             told[name] = [line.strip() for line in re.split(r"[\n,]", lines) if line.strip()]
-    return converted(told, kind)
+    try:
+        return converted(told, kind)
+    except ProblemError as problem:
+        if problem.field == "amount":
+            problem.detail = "Expected a number such as 12.50 or 20,000,000."
+        problem.detail = f"{problem.field}: {problem.detail}"
+        raise
 
 
 def _back(asked: Asked) -> str:

@@ -37,6 +37,8 @@ __all__ = [
 
 _SINCE_MS: Final = 30 * 86_400_000
 _LIVE_MS: Final = 3_600_000
+_MOST_COUNTS: Final = 1_000_000
+"""Of refusals, each of one hour: what a month has at most, and a year as a rule."""
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -117,11 +119,8 @@ def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Ch
         label = shown.instant(start, period.tz)
         if period.unit == "day":
             label = label[:10]
-        told = shown.money(amounts.cost_nanousd)
-        if amounts.unpriced:
-            told += f" and {amounts.unpriced:,} calls of unknown cost"
         unfinished = start < period.until_ms < end
-        spend.append(Bar(label, amounts.cost_nanousd, told, unfinished))
+        spend.append(Bar(label, amounts.cost_nanousd, _cost_told(amounts), unfinished))
         calls.append(Bar(label, amounts.calls, f"{amounts.calls:,} calls", unfinished))
     names = ("spend", "Spend", shown.money), ("calls", "Calls", shown.count)
     per = "hour" if period.unit == "hour" else "day"
@@ -141,6 +140,11 @@ def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Ch
             )
         )
     return made[0], made[1]
+
+
+def _cost_told(amounts: Amounts) -> str:
+    told = shown.money(amounts.cost_nanousd)
+    return f"{told} and {amounts.unpriced:,} calls of unknown cost" if amounts.unpriced else told
 
 
 def _by_instant(report: UsageReport, period: Period, spans: Sequence[tuple[int, int]]) -> Mapping[int, Amounts]:
@@ -203,7 +207,8 @@ async def refused_by_policy(desk: Desk, period: Period) -> Sequence[tuple[str, s
     if desk.ledger is None:
         return ()
     counts: Counter[tuple[str, str]] = Counter()
-    for each in await desk.ledger.refusals(RefusalQuery(since_ms=period.since_ms, until_ms=period.until_ms)):
+    query = RefusalQuery(since_ms=period.since_ms, until_ms=period.until_ms, limit=_MOST_COUNTS)
+    for each in await desk.ledger.refusals(query):
         counts[each.policy, each.code] += each.count
     return [(policy, code, count) for (policy, code), count in counts.most_common()]
 
@@ -311,7 +316,7 @@ async def by_month(desk: Desk, period: Period, where: Mapping[str, str | None]) 
     while start < period.until_ms:
         label = shown.instant((start + end) // 2, period.tz)[:7]
         amounts = found.get(label, Amounts())
-        series.append(Bar(label, amounts.cost_nanousd, shown.money(amounts.cost_nanousd), period.until_ms < end))
+        series.append(Bar(label, amounts.cost_nanousd, _cost_told(amounts), period.until_ms < end))
         start, end = calendar.bounds(end)
     most = max((bar.value for bar in series), default=0)
     return Chart(

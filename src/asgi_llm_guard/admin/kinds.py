@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from asgi_llm_guard.admin.asked import ProblemError
+from asgi_llm_guard.admin.asked import ProblemError, check_told, parsed
 from asgi_llm_guard.admin.bodies import AgentFields, DepartmentFields, KnowledgeBaseFields, PriceFields
 from asgi_llm_guard.admin.shown import dollars
 from asgi_llm_guard.control.values import UNLIMITED, Kind
@@ -98,11 +98,15 @@ def _number(text: str) -> int | str:
 
 def _table(field: Field, text: str) -> Any:
     try:
-        told = json.loads(text)
+        told = parsed(text)
     except (ValueError, RecursionError):
-        raise ProblemError(422, f"{field.label}: is not valid JSON.", field=field.name) from None
+        raise ProblemError(422, f"{field.label}: is not valid JSON, or has a key twice.", field=field.name) from None
     if not isinstance(told, dict):
         raise ProblemError(422, f"{field.label}: expected a table such as {field.example}.", field=field.name)
+    try:
+        check_told(told, "")
+    except ProblemError as problem:
+        raise ProblemError(422, f"{field.label}: {problem.detail}", field=field.name) from None
     return told
 
 

@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from asgi_llm_guard.admin import charts, shown
 from asgi_llm_guard.admin.asked import Asked
 from asgi_llm_guard.admin.budgets import window_told
+from asgi_llm_guard.admin.periods import Period
 
 __all__ = ["STATIC", "done", "page", "write"]
 
@@ -110,6 +111,7 @@ def page(asked: Asked, template: str, *, active: str, status: int = 200, **value
         form_token="" if session is None else asked.desk.sessions.form_token(session),
         done=DONE.get(asked.query.get("done", "")),
         now_ms=asked.now_ms,
+        zone=period.tz if isinstance(period := values.get("period"), Period) else asked.desk.options.tz,
         **values,
     )
     return Response(text, status, media_type="text/html; charset=utf-8")

@@ -70,9 +70,9 @@ def read_period(query: Mapping[str, str], now_ms: int, *, tz: str, default: str 
         except ValueError:
             problem = "A custom range needs a first and a last moment, such as 2026-05-01T00:00."
         else:
-            if 0 <= since_ms < until_ms <= since_ms + _MOST_MS:
+            if 0 <= since_ms < until_ms <= min(since_ms, now_ms) + _MOST_MS:
                 return Period(name="custom", since_ms=since_ms, until_ms=until_ms, tz=zone, problem=problem)
-            problem = "A range must end after it begins, and be no longer than two years."
+            problem = "A range must end after it begins, be no longer than two years, and not lie far ahead."
     elif name not in RANGES:
         problem = "This range is not known."
     if name not in RANGES:

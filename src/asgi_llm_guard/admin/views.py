@@ -14,11 +14,13 @@ from asgi_llm_guard.admin.pages import STATIC, page
 from asgi_llm_guard.admin.periods import RANGES, Period, read_period
 from asgi_llm_guard.control import AuditQuery
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.windows import Calendar
 
 __all__ = ["audit", "department", "departments", "file", "health", "overview", "refusals", "sessions", "usage_of_all"]
 
 _LATEST: Final = 50
 _AUDIT_PAGE: Final = 100
+_YEAR_MS: Final = 335 * 86_400_000  # with the month that it falls into, the twelve latest
 
 
 def period_of(asked: Asked, default: str = "24h") -> Period:
@@ -62,6 +64,7 @@ async def departments(asked: Asked) -> Response:
     )
     state = None if desk.control is None else await desk.control.state()
     by_name = {group.name: group for group in used}
+    names = sorted({*names, *(name for name in by_name if name is not None)})
     limits = await desk.budgets(("department", name) for name in names)
     return page(
         asked,
@@ -84,9 +87,9 @@ async def department(asked: Asked) -> Response:
         return RedirectResponse(asked.url("/departments"), 303)
     desk, period = asked.desk, period_of(asked, "30d")
     where = {"department": name}
-    months = Period(
-        name="custom", since_ms=max(0, asked.now_ms - 365 * 86_400_000), until_ms=period.until_ms, tz=period.tz
-    )
+    # Whole months, so that each bar is what the month has cost.
+    first_ms, _ = Calendar("month", period.tz).bounds(min(asked.now_ms - _YEAR_MS, period.since_ms))
+    months = Period(name="custom", since_ms=max(0, first_ms), until_ms=period.until_ms, tz=period.tz)
     report, models, users, agents, limits, monthly = await asyncio.gather(
         gathered.over_time(desk, period, where),
         gathered.groups(desk, period, "model", where=where),
@@ -154,7 +157,7 @@ async def audit(asked: Asked) -> Response:
     entries = None
     actor, target = asked.query.get("actor") or None, asked.query.get("target") or None
     before = asked.query.get("before", "")
-    seq = int(before) if before.isascii() and before.isdecimal() and len(before) < 16 else None
+    seq = int(before) if before.isascii() and before.isdecimal() and len(before) < 15 else None
     if desk.control is not None:
         entries = await desk.control.audit(AuditQuery(actor=actor, target=target, before=seq, limit=_AUDIT_PAGE))
     return page(
