@@ -77,3 +77,38 @@ async def test_a_server_that_is_away_is_a_storage_error() -> None:
         await database.write(one)
     assert not caught.value.sent
     await database.aclose()
+
+
+async def test_who_stops_in_the_middle_stops_nobody_for_long(postgres_url: str) -> None:
+    """A process that is paused inside a transaction loses it, with its locks, after a minute; others wait ten seconds for a
+    lock, and then say so. What was lost was not done."""
+    database, other = open_database(postgres_url), open_database(postgres_url)
+    await database.write(lambda connection: connection.execute("CREATE TABLE t (n INT PRIMARY KEY)"))
+    asked = "SELECT current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout')"
+    assert await database.write(lambda connection: connection.execute(asked)) == [("10s", "1min")]
+    assert await other.read(lambda connection: connection.execute(asked)) == [("10s", "1min")]
+    locked, over = threading.Event(), threading.Event()
+
+    def pause(connection: Connection) -> None:
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = '1500ms'")
+        connection.execute("INSERT INTO t VALUES (1)")
+        locked.set()
+        over.wait(30)
+
+    def impatient(connection: Connection) -> None:
+        connection.execute("SET LOCAL lock_timeout = '50ms'")
+        connection.execute("INSERT INTO t VALUES (1)")
+
+    paused = asyncio.ensure_future(database.write(pause))
+    await asyncio.to_thread(locked.wait, 30)
+    with pytest.raises(StorageError, match="lock timeout") as caught:
+        await other.write(impatient)
+    assert not caught.value.sent
+    await other.write(lambda connection: connection.execute("INSERT INTO t VALUES (1)"))  # as soon as the lock is free
+    over.set()
+    with pytest.raises(StorageError) as lost:
+        await paused
+    assert not lost.value.sent
+    assert await database.read(lambda connection: connection.execute("SELECT count(*) FROM t")) == [(1,)]
+    await database.aclose()
+    await other.aclose()

@@ -38,6 +38,9 @@ _DEFAULTS: Final = {
     "application_name": "asgi-llm-guard",
 }
 
+_PATIENCE: Final = "SET LOCAL lock_timeout = '10s'; SET LOCAL idle_in_transaction_session_timeout = '60s'"
+"""A process that stops in the middle of a transaction (SIGSTOP, a paused container) must not stop all others."""
+
 
 class PostgresDatabase:
     """The database that `url` names. It is not asked for anything until the first transaction.
@@ -78,10 +81,10 @@ class PostgresDatabase:
         return await self._threads.run(lambda: self.read_sync(work))
 
     def write_sync(self, work: Callable[[Connection], T]) -> T:
-        return self._retried(work, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+        return self._retried(work, f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {_PATIENCE}")
 
     def read_sync(self, work: Callable[[Connection], T]) -> T:
-        return self._retried(work, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return self._retried(work, f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_PATIENCE}")
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self.close)
