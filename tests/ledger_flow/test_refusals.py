@@ -105,6 +105,24 @@ async def test_several_drains_take_each_refusal_once(make_storage: MakeStorage, 
     assert taken == [0, 0, 0]
 
 
+async def test_an_hour_that_has_not_come_yet_hides_no_other(make_storage: MakeStorage, ledger: Ledger) -> None:
+    """A process whose clock is a year ahead counts under its hour; what all others count goes on being taken, once."""
+    clock = FrozenClock(START)
+    storage = make_storage(clock=clock)
+    right = RefusalTally(shared_of(storage), clock=clock)
+    wrong = RefusalTally(shared_of(storage), clock=FrozenClock(START_MS + 8760 * HOUR_MS))
+    drain = RefusalDrain(shared_of(storage), ledger, source="one", clock=clock)
+    taken = []
+    for tally in (right, wrong, right, wrong, right):
+        tally(refused())
+        await tally.flush()
+        taken.append(await drain.step())
+        clock.advance(seconds=3_600)
+
+    assert taken == [1, 1, 1, 1, 1]
+    assert {key[0]: count for key, count in (await told(ledger)).items()} == {0: 1, 2: 1, 4: 1, 8760: 2}
+
+
 async def test_a_sqlite_storage_tells_its_own_file(tmp_path: object) -> None:
     """Where the storage's file is the ledger, refusals get from one table of it to the other."""
     storage = SqliteStorage(f"{tmp_path}/guard.db")

@@ -92,7 +92,9 @@ class Bookkeeping:
         self._shared: Shared | None = storage.shared() if isinstance(storage, KeepsShared) else None
         self._drain = None if own else Drain(storage, ledger, observers=observers)
         self.tally = None if self._shared is None else RefusalTally(self._shared, clock=clock)
-        self._refusals = RefusalDrain(self._shared, ledger, source="refusals:own") if own and self._shared else None
+        self._refusals = (
+            RefusalDrain(self._shared, ledger, source="refusals:own", clock=clock) if own and self._shared else None
+        )
 
     async def flush(self) -> None:
         """Hand on the refusals that this process has counted."""

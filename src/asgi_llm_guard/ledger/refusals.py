@@ -101,10 +101,11 @@ class RefusalDrain:
     The cursor of `source` in the ledger says what was taken of the latest hours, because these go on.
     """
 
-    def __init__(self, shared: Shared, ledger: Ledger, *, source: str) -> None:
+    def __init__(self, shared: Shared, ledger: Ledger, *, source: str, clock: Clock | None = None) -> None:
         self._shared = shared
         self._ledger = ledger
         self._source = source
+        self._clock = clock or SystemClock()
 
     async def step(self) -> int:
         """Take what is new; how many refusals.
@@ -120,7 +121,7 @@ class RefusalDrain:
         counts = _counts_of(tally for tally in new if tally.count > 0)
         if not counts:
             return 0
-        following = _encode(_following(tallies)).decode()
+        following = _encode(_following(tallies, known.since_ms, self._clock.now_ms())).decode()
         if not await self._ledger.add_refusals(counts, source=self._source, cursor=following, after=cursor):
             return 0  # somebody else was faster
         return sum(count.count for count in counts)
@@ -143,9 +144,13 @@ def _since(tally: Tally, before: int) -> Tally:
     return msgspec.structs.replace(tally, count=tally.count - before if tally.count >= before else tally.count)
 
 
-def _following(tallies: Sequence[Tally]) -> _Known:
-    """Of the latest hours: a process that could not reach the store for some time hands on what it counted then."""
-    since_ms = max(0, max(tally.hour_ms for tally in tallies) - _LATE_MS)
+def _following(tallies: Sequence[Tally], since_ms: int, now_ms: int) -> _Known:
+    """Of the latest hours: a process that could not reach the store for some time hands on what it counted then.
+
+    An hour that has not come yet is told by a clock that is wrong, and ends no other.
+    """
+    latest_ms = max((tally.hour_ms for tally in tallies if tally.hour_ms <= now_ms), default=0)
+    since_ms = max(since_ms, latest_ms - _LATE_MS)
     return _Known(since_ms, [(one.hour_ms, one.key, one.count) for one in tallies if one.hour_ms >= since_ms])
 
 
