@@ -212,8 +212,10 @@ class Follower:
                     newest = await asyncio.to_thread(decode, document.data)
                 answered = True
             except (StorageError, ConfigurationError) as error:
-                wrong = wrong or _sentence(error)
-                answered = answered or isinstance(error, ConfigurationError)
+                refused = isinstance(error, ConfigurationError)
+                # What cannot be put in force is worse than a place that is away.
+                wrong = _sentence(error) if refused or not wrong else wrong
+                answered = answered or refused
         if newest is None and self._reading is not None:  # requests wait for it, and there is nothing else
             await asyncio.wait((self._reading,), timeout=_LOAD_S)
             try:

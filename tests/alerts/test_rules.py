@@ -94,6 +94,7 @@ def test_instances() -> None:
         lambda: Threshold(at=(1001,)),
         lambda: Threshold(at=(True,)),
         lambda: Threshold(at="80"),  # type: ignore[arg-type]
+        lambda: Threshold(at=b"80"),
         lambda: Threshold(at=80),  # type: ignore[arg-type]
         lambda: Threshold(policy=""),
         lambda: Threshold(scope=7),  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def test_instances() -> None:
         lambda: Alerts(webhooks=["https://h.example"]),  # type: ignore[list-item]
         lambda: Alerts(patience="1s"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_rules_that_say_nothing(make: object) -> None:
     """What cannot be is refused at construction."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.alerts.kit import SECRET, hook, receiving
 
@@ -63,6 +65,7 @@ async def test_public_addresses_pass() -> None:
         "http://hooks.example.com/x", "http://8.8.8.8/", "ftp://hooks.example.com/x", "hooks.example.com/x", "https:///x",
         "https://user:canary-password@hooks.example.com/", "https://user@hooks.example.com/", "https://h.example/#canary-f",
         "https://h.example:99999/", "https://h\u00e4.example/", "https://h.example/a b", "https://[::1/", "", 7,
+        "https://h.example:0/",
     ],
 )  # fmt: skip
 def test_urls_that_cannot_be_targets(url: object) -> None:
@@ -97,8 +100,8 @@ async def test_a_listed_network_is_no_more_than_that() -> None:
         await target.addresses(Names([]))
 
 
-@pytest.mark.parametrize("allow", [["10.1.2.3/8"], ["*.example.com"], ["https://h"], [""], [7], "10.0.0.0/8"])
-def test_lists_that_say_nothing(allow: list[str]) -> None:
+@pytest.mark.parametrize("allow", [["10.1.2.3/8"], ["*.example.com"], ["https://h"], [""], [7], "10.0.0.0/8", None, 7])
+def test_lists_that_say_nothing(allow: Any) -> None:
     """An entry that is neither a host, an address nor a network is an error, not a hole."""
     with pytest.raises(ConfigurationError, match="allow"):
         Webhook("https://h.example", secret=Secret(SECRET), allow=allow)

@@ -113,6 +113,8 @@ async def test_two_secrets_while_one_takes_the_others_place(tmp_path: Path, monk
         [],
         ["env:A", "env:B", "env:C"],
         [7],
+        7,
+        None,
         Secret("short"),
     ],
 )

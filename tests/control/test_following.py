@@ -638,6 +638,19 @@ async def test_a_state_of_a_newer_release_is_left_alone(
     assert "a kind that this release does not know: 'moon'" in caplog.text
 
 
+async def test_a_newer_state_while_the_database_is_away(control: Away, make: Callable[..., Guard]) -> None:
+    """That what was published cannot be put in force is told also where the database does not answer."""
+    guard = make(Iterations(50))
+    await turn(guard)
+    assert isinstance(guard.storage, SqliteStorage)
+    await guard.storage.shared().publish("control", 2**51, b'{"format":2}')
+    control.away = True
+    await turn(guard)
+    assert following(guard) == "refused"
+    assert guard.follower is not None
+    assert "format 2" in guard.follower.why
+
+
 async def test_all_of_a_state_or_nothing(control: Away, make: Callable[..., Guard]) -> None:
     """A state of which one entry cannot be put in force here changes nothing at all."""
     guard = make(Iterations(50), Quota(QuotaBook({"research": {}})))

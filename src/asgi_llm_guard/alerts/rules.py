@@ -48,7 +48,7 @@ class Threshold:
         _pattern("Threshold.scope", self.scope)
         if self.of not in ("used", "held"):
             raise ConfigurationError(f"Threshold.of: expected 'used' or 'held', got {self.of!r}")
-        if not isinstance(self.at, Iterable) or isinstance(self.at, str):
+        if not isinstance(self.at, Iterable) or isinstance(self.at, str | bytes):
             raise ConfigurationError(f"Threshold.at: expected percents such as (50, 80, 100), got {self.at!r}")
         percents = sorted({_number("Threshold.at", percent, _MOST_PERCENT) for percent in self.at})
         if not percents:

@@ -54,7 +54,7 @@ class Allowed(msgspec.Struct, frozen=True):
         Raises:
             ConfigurationError: an entry is neither.
         """
-        if isinstance(listed, str):
+        if isinstance(listed, str) or not isinstance(listed, Iterable):
             raise ConfigurationError(f"Webhook.allow: expected a list such as ['10.1.0.0/16'], got {listed!r}")
         hosts, networks = set(), []
         for entry in listed:
@@ -108,6 +108,8 @@ class Target(msgspec.Struct, frozen=True):
             raise ConfigurationError("Webhook: expected a URL such as https://hooks.example.com/guard")
         if parts.username is not None or parts.password is not None:
             raise ConfigurationError(f"Webhook: the URL for {host} has a user or a password in it; take them out")
+        if port == 0:
+            raise ConfigurationError(f"Webhook: the URL for {host} has port 0, on which nobody listens")
         if parts.fragment:
             raise ConfigurationError(f"Webhook: the URL for {host} has a fragment (#…), which nobody is told")
         if parts.scheme == "http" and not allowed.host(host):

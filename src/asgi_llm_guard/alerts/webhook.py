@@ -41,7 +41,7 @@ class Webhook:
         allow: hosts, addresses and networks that may be asked though they are not of the public internet.
         name: what logs call it, and what its deliveries are told apart by; the host by default.
         ca_file: certificates to trust in place of the system's.
-        timeout_s: how long one attempt may take, from 0.1 to 60 seconds.
+        timeout_s: how long one attempt may take, at most 60 seconds.
         first_retry_s: the pause before the second attempt; each one is twice as long as the one before it.
         resolve: gives the addresses of a host, in place of the system's resolver.
 
@@ -71,7 +71,7 @@ class Webhook:
         self.timeout_s = timeout_s
         self.first_retry_s = first_retry_s
         self._resolve = resolve or resolve_name
-        self._sources = (secret,) if isinstance(secret, str | Secret) else tuple(secret)
+        self._sources = tuple(secret) if isinstance(secret, list | tuple) else (secret,)
         if not 1 <= len(self._sources) <= _ACTIVE:
             raise ConfigurationError(
                 f"Webhook {self.name}: expected one secret, or two while they are exchanged, got {len(self._sources)}"
