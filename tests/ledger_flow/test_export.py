@@ -261,6 +261,21 @@ async def test_a_file_is_there_when_all_of_it_is(tmp_path: Path) -> None:
     assert names(tmp_path) == ["usage.csv"]
 
 
+async def test_a_department_that_is_named_twice_has_one_row() -> None:
+    """C9: the rows of each department sum up to what the report says of it."""
+    ledger = await filled(
+        "sqlite://:memory:", [record(0), UsageRecord(call_id="twice", at_ms=1, departments=("a", "a"))]
+    )
+    rows = cells((await exported(ledger, departments="each"))[0])
+    (focus,) = [row for row in cells((await exported(ledger, "focus"))[0]) if row["x_CallId"] == "twice"]
+    report = await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52, by=("department",)))
+    await ledger.aclose()
+
+    assert [(row["department"], row["of_departments"]) for row in rows if row["call_id"] == "twice"] == [("a", "1")]
+    assert {row.key[0]: row.amounts.records for row in report.rows} == {None: 1, "a": 1}
+    assert focus["SubAccountId"] == "a"
+
+
 async def test_only_what_was_asked_for_is_exported() -> None:
     """The period and the filters of the query hold; its limit plays no part."""
     ledger = await filled("sqlite://:memory:", records()[:100])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
+from tests.ledger_flow.conftest import MakeLedger
 from tests.ledger_flow.kit import kept, record
 
 from asgi_llm_guard.errors import ConfigurationError
@@ -146,3 +149,10 @@ async def test_only_the_period_is_repriced(filled: Ledger) -> None:
     assert result.total.records == 3
     with pytest.raises(ConfigurationError, match="expected a name"):
         await reprice(filled, NEW, since_ms=0, until_ms=2**52, version="", dry_run=True)
+
+
+async def test_processes_that_look_first_at_the_same_time(make_ledger: MakeLedger) -> None:
+    """Where no repricing was ever kept, several that ask at once are all told so."""
+    ledgers = [make_ledger() for _ in range(6)]
+    await asyncio.gather(*(ledger.prepare() for ledger in ledgers))
+    assert await asyncio.gather(*map(versions, ledgers)) == [[]] * 6

@@ -182,7 +182,7 @@ PLAIN: Final = (*_HEAD, Column("departments", "texts", _of("departments")), *_TA
 ATTRIBUTED: Final = (
     *_HEAD,
     Column("department", "text", lambda row: row.department),
-    Column("of_departments", "count", lambda row: len(row.record.departments)),
+    Column("of_departments", "count", lambda row: len(set(row.record.departments))),
     Column("counted", "flag", lambda row: row.counted),
     *_TAIL,
 )

@@ -128,7 +128,8 @@ class _Totals:
             else:
                 self.cost_nanousd += record.cost_nanousd
             if departments == "each" and record.departments:
-                rows += [Row(record, name, counted=not at) for at, name in enumerate(record.departments)]
+                each = dict.fromkeys(record.departments)  # as reports do: one that is named twice is one
+                rows += [Row(record, name, counted=not at) for at, name in enumerate(each)]
             else:
                 rows.append(Row(record))
         self.records += len(records)

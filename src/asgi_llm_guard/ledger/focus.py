@@ -125,8 +125,8 @@ def _provider(row: Row) -> str:
 
 def _department(row: Row) -> str | None:
     """Where there are several, none of them is the only one to be charged."""
-    departments = row.record.departments
-    return departments[0] if len(departments) == 1 else None
+    departments = set(row.record.departments)
+    return departments.pop() if len(departments) == 1 else None
 
 
 def _tokens(row: Row) -> int | None:

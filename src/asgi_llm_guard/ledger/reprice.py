@@ -17,6 +17,7 @@ import msgspec
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.ledger.book import Ledger
+from asgi_llm_guard.ledger.tables import make_alone
 from asgi_llm_guard.ledger.values import OTHER, RecordQuery
 from asgi_llm_guard.pricing import Cost, PriceBook
 from asgi_llm_guard.pricing.book import UNPRICED
@@ -236,6 +237,7 @@ def _difference(key: tuple[str | None, str | None], sums: Sequence[int]) -> Mode
 
 
 def _make(connection: Connection) -> None:
+    make_alone(connection)
     for statement in _TABLES:
         connection.execute(statement)
 

@@ -33,6 +33,7 @@ __all__ = [
     "Grain",
     "Kept",
     "lock",
+    "make_alone",
     "make_tables",
     "mark",
     "set_mark",
@@ -123,8 +124,7 @@ def make_tables(connection: Connection) -> None:
     Raises:
         StorageError: the tables are of another version.
     """
-    if connection.dialect == "postgresql":  # of several processes that start together one makes the tables
-        connection.execute("SELECT pg_advisory_xact_lock(?)", (0x4C4C4D47,))
+    make_alone(connection)
     if _exists(connection, "ledger_meta"):
         version = mark(connection, "version")
         if version != _VERSION:
@@ -136,6 +136,12 @@ def make_tables(connection: Connection) -> None:
     for statement in (*create_ledger(connection.dialect), *_statements(connection.dialect)):
         connection.execute(statement)
     set_mark(connection, "version", _VERSION)
+
+
+def make_alone(connection: Connection) -> None:
+    """Of several processes that make tables at the same time, let one do it until this transaction ends."""
+    if connection.dialect == "postgresql":  # where even IF NOT EXISTS fails, if somebody else is making it
+        connection.execute("SELECT pg_advisory_xact_lock(?)", (0x4C4C4D47,))
 
 
 def lock(connection: Connection) -> None:
