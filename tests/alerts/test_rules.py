@@ -94,7 +94,7 @@ def test_instances() -> None:
         lambda: Threshold(at=(1001,)),
         lambda: Threshold(at=(True,)),
         lambda: Threshold(at="80"),  # type: ignore[arg-type]
-        lambda: Threshold(at=b"80"),
+        lambda: Threshold(at=b"80"),  # type: ignore[arg-type]
         lambda: Threshold(at=80),  # type: ignore[arg-type]
         lambda: Threshold(policy=""),
         lambda: Threshold(scope=7),  # type: ignore[arg-type]

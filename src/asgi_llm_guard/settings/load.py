@@ -191,12 +191,12 @@ def _read(file: Path) -> GuardSettings:
     secrets_dir = file.parent / folder if isinstance(folder, str) else None
     if secrets_dir is not None and not secrets_dir.is_dir():
         raise ConfigurationError(f"{file}: secrets_dir: expected a folder, got {str(secrets_dir)!r}")
-    if secrets_dir is not None:
-        check_names((path.name for path in secrets_dir.iterdir()), GuardSettings, what="secret file")
     text = ""
     with suppress(OSError, UnicodeDecodeError):  # it changes while it is read: what is wrong has no line then
         text = file.read_text(encoding="utf-8")
     try:
+        if secrets_dir is not None:
+            check_names((path.name for path in secrets_dir.iterdir()), GuardSettings, what="secret file")
         settings = _FileSettings(_secrets_dir=secrets_dir, **content)  # type: ignore[call-arg]  # BaseSettings takes it
     except ValidationError as error:
         details = error.errors(include_url=False)
