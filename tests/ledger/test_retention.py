@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from tests.ledger.kit import DAY_MS, HOUR_MS, START_MS, record, roll_all
 
@@ -16,6 +18,7 @@ from asgi_llm_guard.ledger import (
     Retention,
     UsageQuery,
 )
+from asgi_llm_guard.ledger.export import export
 from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.testing import FrozenClock
 
@@ -57,6 +60,28 @@ async def test_records_go_and_their_sums_stay(ledger: Ledger, clock: FrozenClock
     found = await ledger.reconcile(0, 2**52)
     assert found.equal, found.differences
     assert found.total.records == 48
+
+
+async def test_a_period_is_streamed_whole_or_not(ledger: Ledger, clock: FrozenClock) -> None:
+    """S7: what an export or a repricing reads is all of its period: where records are gone, or go while it reads, it is told
+    so, since when what is there."""
+    ledger.retention = Retention(raw="2d")
+    await filled(ledger)
+    await roll_all(ledger)
+    clock.set(START_MS + 10 * DAY_MS)
+    begun = ledger.stream(RecordQuery(limit=10))
+    assert len(await anext(begun)) == 10
+    await ledger.retain()
+    with pytest.raises(NotKeptError, match="records are kept since 2026-04-05"):
+        await anext(begun)
+    with pytest.raises(NotKeptError, match="records are kept since 2026-04-05"):
+        await anext(ledger.stream(RecordQuery()))
+    with pytest.raises(NotKeptError):
+        await export(ledger, RecordQuery(until_ms=START_MS + DAY_MS), io.BytesIO())
+
+    kept = [one async for batch in ledger.stream(RecordQuery(since_ms=START_MS + 8 * DAY_MS)) for one in batch]
+    assert len(kept) == 48
+    assert [batch async for batch in ledger.stream(RecordQuery(until_ms=START_MS))] == []
 
 
 async def test_nothing_goes_before_it_was_rolled_up(ledger: Ledger, clock: FrozenClock) -> None:

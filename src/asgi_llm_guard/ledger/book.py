@@ -139,7 +139,11 @@ class Ledger:
         return await self._read(lambda connection: rows.page(connection, query))
 
     async def stream(self, query: RecordQuery) -> AsyncIterator[Sequence[UsageRecord]]:
-        """All records of the query that are there now, the oldest first, in batches of `query.limit`."""
+        """All records of the query that are there now, the oldest first, in batches of `query.limit`.
+
+        Raises:
+            NotKeptError: retention has removed some of the period, before or while it is read.
+        """
         last = await self._read(rows.last_row)
         position: tuple[int, int] | None = None
         while True:

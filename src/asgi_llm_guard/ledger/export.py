@@ -87,6 +87,7 @@ async def export(
     Raises:
         ConfigurationError: a format or an attribution that there is not, or that do not go together.
         NotInstalledError: `parquet` without its library.
+        NotKeptError: retention has removed records of the period; nothing is left under a path.
         StorageError: the ledger does not answer; nothing is left under a path.
         OSError: the target cannot be written.
     """

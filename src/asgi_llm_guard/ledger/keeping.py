@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from asgi_llm_guard.ledger.rollups import unrolled
 from asgi_llm_guard.ledger.tables import DAY_MS, GRAINS, RECORD_SUMS, SUMS, lock, mark, set_mark
-from asgi_llm_guard.ledger.values import AMOUNTS, Amounts, Difference, Reconciliation, Retained, Retention
+from asgi_llm_guard.ledger.values import AMOUNTS, Amounts, Difference, NotKeptError, Reconciliation, Retained, Retention
 from asgi_llm_guard.sql import Connection
 
-__all__ = ["kept_since", "reconcile", "remove"]
+__all__ = ["check_records", "kept_since", "reconcile", "remove"]
 
 _ROWS: Final = 400
 """How many rows a transaction removes from each table."""
@@ -18,6 +19,20 @@ _ROWS: Final = 400
 def kept_since(connection: Connection, kind: str) -> int:
     """From which instant on rows of this kind (a field of `Retention`) are all there."""
     return mark(connection, f"{kind}_since_ms")
+
+
+def check_records(connection: Connection, since_ms: int, until_ms: int) -> None:
+    """Refuse a period whose records are not all there any more.
+
+    Raises:
+        NotKeptError: retention has removed some, or may have.
+    """
+    kept_ms = kept_since(connection, "raw")
+    if max(since_ms, mark(connection, "first_ms", 2**53)) < min(until_ms, kept_ms):
+        raise NotKeptError(
+            f"ledger: records are kept since {datetime.fromtimestamp(kept_ms // 1000, UTC):%Y-%m-%d} (UTC), and this period "
+            "begins before; ask for a later one, or keep more (Retention.raw)"
+        )
 
 
 def remove(connection: Connection, retention: Retention, now_ms: int) -> Retained:

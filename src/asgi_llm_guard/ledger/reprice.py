@@ -130,6 +130,7 @@ async def reprice(
 
     Raises:
         ConfigurationError: the name is empty or too long, or a finished repricing has it.
+        NotKeptError: retention has removed records of the period.
         StorageError: the ledger does not answer.
     """
     if not 0 < len(version) <= 200:

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, Final
 
 from asgi_llm_guard.ledger.filters import record_conditions
+from asgi_llm_guard.ledger.keeping import check_records
 from asgi_llm_guard.ledger.rollups import chunks, list_of
 from asgi_llm_guard.ledger.tables import lock
 from asgi_llm_guard.ledger.values import OTHER, Page, RecordQuery, RefusalCount, RefusalQuery, SessionUsage
@@ -81,6 +82,7 @@ def batch(
     connection: Connection, query: RecordQuery, after: tuple[int, int] | None, last: int
 ) -> tuple[tuple[UsageRecord, ...], tuple[int, int] | None]:
     """The oldest records of the query behind `after`, without those that came after row `last`; and where they end."""
+    check_records(connection, query.since_ms if after is None else after[0], query.until_ms)
     rows = _records(connection, query, after, newest_first=False, most=query.limit, last=last)
     end = (rows[-1][0], rows[-1][1]) if len(rows) == query.limit else None
     return tuple(record_of_row(row[2:]) for row in rows), end
