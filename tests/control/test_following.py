@@ -651,6 +651,23 @@ async def test_a_newer_state_while_the_database_is_away(control: Away, make: Cal
     assert "format 2" in guard.follower.why
 
 
+async def test_a_database_with_a_row_that_is_no_entry(
+    control: Away, make: Callable[..., Guard], tmp_path: Path
+) -> None:
+    """A process that finds nonsense in the database keeps what is in force, says so, and follows the storage."""
+    guard, other = make(Iterations(50)), make(Iterations(50))
+    await control.put("agent", "writer", {"max_iterations": 0}, actor=ANNA)
+    await turn(guard)
+    with closing(sqlite3.connect(tmp_path / "control.db")) as database, database:
+        database.execute("UPDATE control_entries SET value = '{nope'")
+        database.execute("UPDATE control_meta SET version = version + 1")
+    await turn(guard)
+    assert await code(guard) == BLOCKED
+    assert following(guard) == "refused"
+    await turn(other)
+    assert await code(other) == BLOCKED, "as it was published"
+
+
 async def test_all_of_a_state_or_nothing(control: Away, make: Callable[..., Guard]) -> None:
     """A state of which one entry cannot be put in force here changes nothing at all."""
     guard = make(Iterations(50), Quota(QuotaBook({"research": {}})))

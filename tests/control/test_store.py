@@ -255,6 +255,21 @@ async def test_entries_of_a_newer_release_are_no_state(control: Control, databas
         await control.state()
 
 
+async def test_a_row_that_is_no_entry(control: Control, open_control: Callable[[], Control], database_url: str) -> None:
+    """What somebody has written past this package, and nobody can read, is said to be so, by reading and by changing it."""
+    await control.put("agent", "a", {}, actor=ANNA)
+    run_sql(database_url, "UPDATE control_entries SET value = '{nope'")
+    other = open_control()
+    with pytest.raises(NewerRelease, match="agent 'a' cannot be read"):
+        await other.state()
+    with pytest.raises(NewerRelease, match="agent 'a' cannot be read"):
+        await other.put("agent", "a", {"max_iterations": 1}, actor=ANNA)
+    run_sql(database_url, "DELETE FROM control_meta")
+    for work in (other.state(), other.version(), other.put("agent", "b", {}, actor=ANNA), open_control().state()):
+        with pytest.raises(StorageError, match="control_meta is gone"):
+            await work
+
+
 def test_settings_are_checked() -> None:
     """A database or a secret that cannot be used is told when the control is made."""
     with pytest.raises(ConfigurationError, match="control: expected"):

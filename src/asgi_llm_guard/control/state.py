@@ -25,7 +25,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.stops import Stop
 
-__all__ = ["FORMAT", "ControlState", "Entry", "Head", "NewerRelease", "decode", "encode", "made"]
+__all__ = ["FORMAT", "ControlState", "Entry", "Head", "NewerRelease", "decode", "encode", "kept_row", "made"]
 
 FORMAT: Final = 1
 """Of the document. A reader refuses others whole."""
@@ -158,6 +158,19 @@ def kept(kind: Kind, name: str, fields: object) -> Value:
         return read(kind, name, fields)
     except ConfigurationError as error:
         raise NewerRelease(f"control: an entry cannot be read by this release: {error}") from None
+
+
+def kept_row(kind: Kind, name: str, text: str) -> Value:
+    """As `kept`, of the text of a row.
+
+    Raises:
+        NewerRelease: this release cannot read it.
+    """
+    try:
+        fields = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise NewerRelease(f"control: {kind} {name!r} cannot be read by this release: {error}") from None
+    return kept(kind, name, fields)
 
 
 class _Document(msgspec.Struct):

@@ -27,9 +27,9 @@ from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change
 from asgi_llm_guard.control.data import kind_of, read, shown, written
 from asgi_llm_guard.control.keys import ControlKeys
 from asgi_llm_guard.control.live import LiveSettings, settings_of
-from asgi_llm_guard.control.state import ControlState, Head, decode, encode, kept, kept_kind, made
+from asgi_llm_guard.control.state import ControlState, Head, decode, encode, kept_kind, kept_row, made
 from asgi_llm_guard.control.values import Key, Kind, Price, Value, check_instant, check_kind, check_name, name_of
-from asgi_llm_guard.errors import ConfigurationError, GuardError
+from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.keys import ApiKeys
 from asgi_llm_guard.overlay import Raise
@@ -503,7 +503,7 @@ def _apply(
     there, data = rows[0] if rows else (0, None)
     if change.expected is not None and change.expected != there:
         raise Conflict(kind, name, expected=change.expected, version=there, by=_changed_by(connection, kind, name))
-    old = None if data is None else kept(kind, name, msgspec.json.decode(data))
+    old = None if data is None else kept_row(kind, name, data)
     if change.value is None:
         if old is None:
             raise NotThere(kind, name)
@@ -593,9 +593,13 @@ def _why(error: GuardError) -> str:
 
 
 def _meta(connection: Connection) -> tuple[int, Head]:
-    ((version, seq, digest),) = connection.execute(
-        "SELECT version, audit_seq, audit_digest FROM control_meta WHERE id = 1"
-    )
+    return _of_row(connection.execute("SELECT version, audit_seq, audit_digest FROM control_meta WHERE id = 1"))
+
+
+def _of_row(rows: Sequence[tuple[Any, ...]]) -> tuple[int, Head]:
+    if not rows:
+        raise StorageError("control: the row of control_meta is gone; restore the database")
+    ((version, seq, digest),) = rows
     return version, Head(seq, digest)
 
 
@@ -605,10 +609,11 @@ def _version(connection: Connection) -> int:
 
 def _take(connection: Connection) -> tuple[int, Head]:
     """As `_meta`, and nobody else's until this transaction ends."""
-    ((version, seq, digest),) = connection.execute(
-        "UPDATE control_meta SET version = version WHERE id = 1 RETURNING version, audit_seq, audit_digest"
+    return _of_row(
+        connection.execute(
+            "UPDATE control_meta SET version = version WHERE id = 1 RETURNING version, audit_seq, audit_digest"
+        )
     )
-    return version, Head(seq, digest)
 
 
 def _release(connection: Connection, version: int, head: Head) -> None:
@@ -625,7 +630,7 @@ def _state(connection: Connection, known: ControlState | None) -> ControlState:
     def entries() -> Iterator[tuple[Kind, Value, int]]:
         for kind, name, changed, value in connection.execute("SELECT kind, name, version, value FROM control_entries"):
             known_kind = kept_kind(kind)
-            yield known_kind, kept(known_kind, name, msgspec.json.decode(value)), changed
+            yield known_kind, kept_row(known_kind, name, value), changed
 
     return made(version, head, entries())
 

@@ -118,7 +118,10 @@ def create(connection: Connection, now_ms: int) -> None:
     if connection.dialect == "postgresql":
         connection.execute("SELECT pg_advisory_xact_lock(?)", (_LOCK,))
     if connection.execute(_EXISTS[connection.dialect])[0][0]:
-        (schema,) = connection.execute("SELECT schema FROM control_meta WHERE id = 1")[0]
+        rows = connection.execute("SELECT schema FROM control_meta WHERE id = 1")
+        if not rows:
+            raise StorageError("control: the row of control_meta is gone; restore the database")
+        schema = rows[0][0]
         if schema != SCHEMA:
             raise StorageError(
                 f"control: the tables have schema {schema}; this release works with {SCHEMA}. Use the release that made "
