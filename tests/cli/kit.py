@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +53,33 @@ def process(
         check=False,
         timeout=60,
     )
+
+
+def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[bytes, int]:
+    """Run the program at a terminal of its own and type `answer` when it has said `until`; all that it said, and its
+    exit code."""
+    command = ["-c", "from asgi_llm_guard.cli import main; main()", *map(str, arguments)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, *command], clean_environment())
+    said, typed, ends_s = b"", False, time.monotonic() + 60
+    try:
+        while select.select([terminal], [], [], max(0.0, ends_s - time.monotonic()))[0]:
+            try:
+                more = os.read(terminal, 65_536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not more:
+                break
+            said += more
+            if not typed and until in said:
+                typed = True
+                os.write(terminal, answer)
+        else:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(terminal)
+    return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def clean_environment() -> dict[str, str]:

@@ -111,6 +111,14 @@ def test_reset_of_nobody(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert ran.exit_code == 2
 
 
+def test_reset_of_a_policy_that_is_none(tmp_path: Path) -> None:
+    """A policy that has no limit for the subject is a mistake, and not one of which nothing was used: exit 3."""
+    fill(tmp_path, [Budget("$5/1d", per="user", name="budget")], calls=8)
+    arguments = ("reset", "user", "user-1", "--policy", "budgets", "--reason", "x", "--yes")
+    ran = call(*arguments, "--config", settings(tmp_path, BUDGET))
+    assert (ran.exit_code, "those that have one: budget" in ran.stderr) == (3, True), ran.output
+
+
 def test_raise_is_kept_with_its_end(tmp_path: Path) -> None:
     """S12: a raise is in administration data, with its amount, its end and why; the audit has who made it."""
     file = settings(tmp_path, BUDGET)
@@ -138,6 +146,8 @@ def test_raise_is_kept_with_its_end(tmp_path: Path) -> None:
         (("budgets", "$20", "--until", "2h", "--subject", "mia"), 3, "known are budget"),
         (("budget", "$-20", "--until", "2h", "--subject", "mia"), 3, "amount"),
         (("budget", "$20", "--until", "2h"), 2, "add --yes"),
+        (("budget", "20", "--unit", "tokens", "--until", "2h", "--subject", "mia"), 3, "it has no limit in tokens"),
+        (("budget", "$20", "--scope", "department", "--until", "2h", "--subject", "mia"), 3, "it counts per user"),
     ],
 )
 def test_raises_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
@@ -180,8 +190,19 @@ def test_kill_list_and_lift(tmp_path: Path) -> None:
         ("user", "--reason", "x"),
         ("--list", "--lift", "x"),
         ("user", "mia", "--caller", "c", "--reason", "x"),
+        ("user", "mia", "--reason", "x\ny"),
+        ("user", "mia", "--reason", "x" * 501),
     ],
-    ids=["nothing", "no reason", "all of somebody", "nobody", "two at once", "caller of a user"],
+    ids=[
+        "nothing",
+        "no reason",
+        "all of somebody",
+        "nobody",
+        "two at once",
+        "caller of a user",
+        "two lines",
+        "long reason",
+    ],
 )
 def test_stops_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """S8: a stop names who, and why; what it cannot mean is refused and nothing is stopped."""

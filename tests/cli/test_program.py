@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.kit import call, clean_environment, process, settings
+from tests.cli.kit import at_terminal, call, clean_environment, document, fill, process, settings
 
+from asgi_llm_guard import Budget
 from asgi_llm_guard.cli.root import program
 
 BUDGET = '[[policies]]\nkind = "budget"\nlimits = ["$5/daily"]\nper = "user"\n'
@@ -147,3 +148,33 @@ def test_a_reason_is_asked_for(tmp_path: Path) -> None:
         ran = call("reset", "user", "mia", "--yes", "--config", file, *given)
         assert ran.exit_code == 2
         assert "--reason" in ran.stderr
+
+
+@pytest.mark.parametrize("answer", [b"n\n", b"\x03", b"\x04"], ids=["no", "Ctrl-C", "Ctrl-D"])
+def test_a_question_that_is_not_answered_with_yes(tmp_path: Path, answer: bytes) -> None:
+    """At a terminal, no, Ctrl-C and Ctrl-D each end the command at once, with nothing done: exit 2."""
+    fill(tmp_path, [Budget("$5/daily", per="user")], calls=8)
+    file = settings(tmp_path, BUDGET)
+    said, code = at_terminal(
+        "reset", "user", "user-1", "--reason", "x", "--config", file, until=b"[y/N]", answer=answer
+    )
+    assert (code, b"Nothing was done" in said) == (2, True), said
+    assert document("reset", "user", "user-1", "--reason", "x", "--dry-run", "--config", file)["meters"][0]["used"] > 0
+
+
+def test_ctrl_c_in_long_work(tmp_path: Path) -> None:
+    """Ctrl-C ends long work in good order, without a traceback: exit 130."""
+    arguments = ("bench", "--calls", "100000", "--yes", "--config", settings(tmp_path, BUDGET))
+    said, code = at_terminal(*arguments, until=b"1%", answer=b"\x03")
+    assert (code, b"Traceback" in said) == (130, False), said
+
+
+def test_closed_streams_are_no_error(tmp_path: Path) -> None:
+    """Under a supervisor that gives a process no standard output the command runs all the same."""
+    fill(tmp_path, calls=2)
+    settings(tmp_path, BUDGET)
+    command = f'{sys.executable} -c "from asgi_llm_guard.cli import main; main()" usage <&- >&-'
+    ran = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -194,3 +194,13 @@ def _summed(folder: Path) -> bool:
         return False
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize("command", [("usage",), ("sessions",), ("ledger", "export"), ("ledger", "reconcile")])
+def test_a_ledger_that_is_not_there_is_not_made(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """`--ledger` with a mistaken path says so, exit 3, and leaves no empty ledger behind."""
+    fill(tmp_path, calls=2)
+    file = settings(tmp_path, "")
+    ran = call(*command, "--ledger", f"sqlite:///{tmp_path}/typo.db", "--config", file)
+    assert (ran.exit_code, "there is no file" in ran.stderr) == (3, True), ran.output
+    assert not (tmp_path / "typo.db").exists()

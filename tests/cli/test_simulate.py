@@ -463,3 +463,13 @@ def test_warm_up_begins_before_the_period(tmp_path: Path) -> None:
     assert cold["records"] == warm["records"] > 5
     assert cold["refused"] == 0
     assert warm["refused"] == warm["records"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--warm-up", "soon"), ("--refusals", "/nonexistent/refusals.jsonl")], ids=["no length", "no folder"]
+)
+def test_program_knows_wrong_arguments_before_it_replays(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    """What can neither be read nor written is a wrong command line, whether something would be refused or not: exit 2."""
+    fill(tmp_path, calls=3)
+    ran = call("simulate", *arguments, "--config", settings(tmp_path, ""))
+    assert (ran.exit_code, arguments[0] in ran.stderr) == (2, True), ran.output

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from asgi_llm_guard.cli.changing import actor, administered, follow
-from asgi_llm_guard.cli.common import Tool, command_options, confirm, control_option, reason_option, run
+from asgi_llm_guard.cli.common import Tool, check_reason, command_options, confirm, control_option, reason_option, run
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.periods import end_of
 from asgi_llm_guard.cli.tables import Column, instant, table, usd
+from asgi_llm_guard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from asgi_llm_guard.claims import Meter, Reading
@@ -59,7 +60,12 @@ def reset(
     """
     if (scope == "global") != (not subject):
         raise click.UsageError("expected no SUBJECT with global, and the name of one with any other SCOPE")
-    done = run(_reset(tool, scope, subject, caller, policies, reason, dry_run=dry_run, yes=yes))
+    if not dry_run and not yes:  # asked outside of the event loop, which would keep the first Ctrl-C to itself
+        seen = run(_reset(tool, scope, subject, caller, policies, reason, dry_run=True))
+        if seen:
+            counters = "1 counter" if len(seen) == 1 else f"{len(seen)} counters"
+            confirm(f"Set {counters} of {f'{scope} {subject}'.strip()} back to zero?", yes=yes)
+    done = run(_reset(tool, scope, subject, caller, policies, reason, dry_run=dry_run))
     document = {"scope": scope, "subject": subject, "caller": caller, "dry_run": dry_run, "meters": done}
     tool.show(document, lambda: _meters(done, dry_run=dry_run))
     if not done:
@@ -75,21 +81,20 @@ async def _reset(
     reason: str,
     *,
     dry_run: bool,
-    yes: bool,
 ) -> list[dict[str, Any]]:
     guard = tool.guard()
     try:
         await follow(guard)
-        found = [
-            (meter, reading)
-            for meter, reading in await guard.meters_of(scope, subject, caller=caller)
-            if not policies or meter.policy in policies
-        ]
+        limits = await guard.meters_of(scope, subject, caller=caller)
+        found = [(meter, reading) for meter, reading in limits if not policies or meter.policy in policies]
+        if policies and not found:
+            known = ", ".join(dict.fromkeys(meter.policy for meter, _ in limits)) or "none"
+            raise ConfigurationError(
+                f"--policy: {', '.join(policies)} has no limit for a {scope}; those that have one: {known}"
+            )
         shown = [_shown(meter, reading) for meter, reading in found if reading.used or reading.held]
         if dry_run or not shown:
             return shown
-        who = f"{scope} {subject}".strip()
-        confirm(f"Set {len(shown)} counters of {who} back to zero?", yes=yes)
         await guard.reset(scope, subject, caller=caller, policies=policies)
         await _note(guard, "reset", f"{scope}:{subject}", reason, shown)
         return shown
@@ -202,6 +207,7 @@ def raise_(
     }
     value = {field: given for field, given in value.items() if given is not None}
     control.knows_policy(policy)
+    control.can_raise(value)
     if subject is None:
         confirm(f"Lift the limit of everybody under {policy} by {amount}?", yes=yes)
     run(control.do(lambda it: it.put("raise", name, value, actor=actor(), reason=reason)))
@@ -223,7 +229,13 @@ def raise_(
 @click.option("--id", "id_", help="Its name; default: SCOPE:SUBJECT.")
 @click.option("--list", "listing", is_flag=True, help="Show the stops that hold.")
 @click.option("--lift", metavar="ID", help="Take a stop back.")
-@click.option("--reason", default="", help="Why; kept in the audit beside your name. Needed but for --list.")
+@click.option(
+    "--reason",
+    default="",
+    callback=check_reason,
+    metavar="TEXT",
+    help="Why; kept in the audit beside your name. Needed but for --list.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def kill(
     tool: Tool,
@@ -252,7 +264,7 @@ def kill(
         rows = run(control.do(_stops))
         tool.show({"stops": rows}, lambda: _listed(rows))
         return
-    if not reason.strip():
+    if not reason:
         raise click.UsageError("--reason: say why; it is kept in the audit")
     if lift is not None:
         run(control.do(lambda it: it.remove("stop", lift, actor=actor(), reason=reason)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from asgi_llm_guard.cli.common import Tool, actor_name
@@ -39,6 +39,18 @@ class Administered:
         ]
         if name not in known:
             raise ConfigurationError(f"{self._tool.path}: there is no policy {name!r}; known are {', '.join(known)}")
+
+    def can_raise(self, value: Mapping[str, Any]) -> None:
+        """Check a raise as the service would: what it cannot raise would have no effect.
+
+        Raises:
+            ConfigurationError: a field is malformed, or the policy has no such limit.
+        """
+        from asgi_llm_guard.overlay import Raise
+        from asgi_llm_guard.settings import build_middleware_arguments
+
+        routes = build_middleware_arguments(self._tool.settings())["routes"] or ()
+        Raise(**value).check((*self._guard.policies, *(extra for route in routes for extra in route.extra)))
 
     async def do(self, work: Callable[[Any], Awaitable[T]]) -> T:
         """Do something with the `Control`."""

@@ -25,6 +25,7 @@ __all__ = [
     "CONFIG_VARIABLE",
     "Tool",
     "actor_name",
+    "check_reason",
     "command_options",
     "confirm",
     "missing_file",
@@ -49,7 +50,7 @@ class Tool:
         self.as_json = as_json
         self.storage = storage
         """A URL in place of the settings'."""
-        self._urls = {name: url for name, url in urls.items() if url is not None}
+        self._urls: dict[str, str] = {name: url for name, url in urls.items() if url is not None}
 
     @property
     def in_memory(self) -> bool:
@@ -88,10 +89,18 @@ class Tool:
         """Where the counters are: never to be shown, because it may hold a password."""
         return self.storage or settings.storage.get_secret_value()
 
-    def guard(self, settings: GuardSettings | None = None, *, new: bool = False, apart: bool = False) -> Guard:
+    def guard(
+        self,
+        settings: GuardSettings | None = None,
+        *,
+        new: bool = False,
+        new_ledger: bool = False,
+        apart: bool = False,
+    ) -> Guard:
         """The guard that the settings describe, with the URLs of the command line in place of theirs.
 
-        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is. `apart`: its storage
+        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is. `new_ledger`: the same
+        of the file that `--ledger` names. `apart`: its storage
         is not needed, and not asked.
 
         Raises:
@@ -106,6 +115,8 @@ class Tool:
             raise ConfigurationError(
                 f"{self.path}: storage: there is no file {missing} yet (from {Path.cwd()}); the service makes it"
             )
+        if not (new or new_ledger) and (missing := missing_file(self._urls.get("ledger", ""))) is not None:
+            raise ConfigurationError(f"--ledger: there is no file {missing} (from {Path.cwd()})")
         return Guard(**build_guard_arguments(settings) | {"storage": url})
 
     def show(self, document: object, text: Callable[[], str]) -> None:
@@ -172,13 +183,24 @@ def control_option(function: Function) -> Function:
 def reason_option(function: Function) -> Function:
     """`--reason`, which the audit keeps."""
     return click.option(
-        "--reason", required=True, callback=_reason, metavar="TEXT", help="Why; kept in the audit beside your name."
+        "--reason",
+        required=True,
+        callback=_needed_reason,
+        metavar="TEXT",
+        help="Why; kept in the audit beside your name.",
     )(function)
 
 
-def _reason(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+def _needed_reason(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter(f"expected a line of 1 to {_MOST_REASON} characters")
+    return check_reason(context, parameter, value)
+
+
+def check_reason(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """For `callback`: one printable line, as the audit keeps it; empty where none was given."""
     text = value.strip()
-    if not text or len(text) > _MOST_REASON or not text.isprintable():
+    if len(text) > _MOST_REASON or not text.isprintable():
         raise click.BadParameter(f"expected a line of 1 to {_MOST_REASON} characters")
     return text
 
@@ -187,7 +209,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something cannot be taken back. `--yes` says it beforehand, which programs have to."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise Failure(f"{question} Nobody is there to say so: add --yes.", Exit.USAGE)
     click.confirm(question, abort=True, err=True)
 
@@ -211,7 +233,7 @@ def progress(label: str, *, length: int | None = None) -> Iterator[Callable[[int
 
     Without a `length` the number itself is shown.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _number: None
         return
     if length is None:

@@ -19,13 +19,15 @@ class Exit(IntEnum):
     FOUND = 1
     """It ran, and found something: problems, differences, nothing where something was expected."""
     USAGE = 2
-    """The command line is wrong, or a confirmation is missing."""
+    """The command line is wrong, or a confirmation is missing or was refused."""
     CONFIGURATION = 3
     """The settings are wrong, or an optional dependency is missing."""
     AWAY = 4
     """A storage, a ledger or a database does not answer."""
     CONFLICT = 5
     """Somebody else has changed it meanwhile."""
+    INTERRUPTED = 130
+    """Ctrl-C, as shells say it."""
 
 
 class Failure(click.ClickException):

@@ -83,7 +83,7 @@ async def _drain(tool: Tool, *, follow: bool, told: Callable[[int], None]) -> tu
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    guard = tool.guard()
+    guard = tool.guard(new_ledger=True)
     try:
         book = ledger_of(tool, guard)
         taking = Drain(guard.storage, book) if isinstance(guard.storage, KeepsStreams) else None

@@ -63,6 +63,11 @@ class Late(click.Group):
             return super().invoke(ctx)
         except GuardError as error:
             raise Failure.of(error) from error
+        except click.Abort as error:  # of a question that was answered with no, or with Ctrl-C
+            raise Failure("Nothing was done.", Exit.USAGE) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            raise click.exceptions.Exit(Exit.INTERRUPTED) from None
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # click ends quietly where nobody reads on
                 raise

@@ -13,6 +13,7 @@ from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, prog
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.periods import Period, period_options
 from asgi_llm_guard.cli.tables import Column, count, instant, table, usd
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ _HOUR_MS: Final = 3_600_000
 _SHADOW: Final = ".shadow"
 
 
+def _length_ms(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int:
+    try:
+        return 0 if value is None else duration_ms(value, name="--warm-up")
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from error
+
+
 @click.command()
 @click.argument("candidate", type=click.Path(exists=True, dir_okay=False), required=False)
 @command_options
@@ -35,19 +43,22 @@ _SHADOW: Final = ".shadow"
 @period_options("7d")
 @click.option(
     "--warm-up",
+    callback=_length_ms,
     metavar="TIME",
     help="Replay so much before the period, too, so that counters begin as they were: as long as the longest window.",
 )
 @click.option("--against", type=click.Choice(["shadow"]), help="Compare with what shadows reported in the period.")
 @click.option("--apart", is_flag=True, help="Ask each policy by itself, as a shadow: none takes anything from another.")
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many subjects to show.")
-@click.option("--refusals", type=click.File("w"), metavar="FILE", help="Write each refusal there, as JSON lines.")
+@click.option(
+    "--refusals", type=click.File("w", lazy=False), metavar="FILE", help="Write each refusal there, as JSON lines."
+)
 def simulate(
     tool: Tool,
     candidate: str | None,
     period: Period,
     tz: str,  # noqa: ARG001 - of the period
-    warm_up: str | None,
+    warm_up: int,
     against: str | None,
     top: int,
     refusals: IO[str] | None,
@@ -70,7 +81,7 @@ def simulate(
             tool,
             candidate,
             period,
-            warm_up_ms=0 if warm_up is None else duration_ms(warm_up, name="--warm-up"),
+            warm_up_ms=warm_up,
             against=against is not None,
             apart=apart or against is not None,
             refusals=refusals,

@@ -51,7 +51,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, width:
 
 def terminal_width() -> int | None:
     """How wide a line may be: $COLUMNS, or the terminal; `None`: as wide as it gets."""
-    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+    if os.environ.get("COLUMNS", "").isdecimal() or (sys.stdout is not None and sys.stdout.isatty()):
         return max(40, shutil.get_terminal_size().columns)
     return None
 
