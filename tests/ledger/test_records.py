@@ -66,6 +66,34 @@ async def test_a_late_settlement_replaces_the_estimate(ledger: Ledger) -> None:
     assert (await ledger.usage(ALL)).total.cost_nanousd == 20
 
 
+async def test_a_database_that_is_restored_while_in_use(ledger: Ledger) -> None:
+    """C9: after a restore from an older copy, a process that goes on adds to the sums by the numbers that the copy has."""
+    tables = ("ledger", "ledger_meta", "ledger_sets", "ledger_members", "ledger_series", "ledger_hours", "ledger_days")
+    tables += ("ledger_people", "ledger_uses", "ledger_tags")
+
+    def keep(connection: Connection) -> None:
+        for table in tables:
+            connection.execute(f"CREATE TABLE old_{table} AS SELECT * FROM {table}")
+
+    def restore(connection: Connection) -> None:
+        for table in tables:
+            connection.execute(f"DELETE FROM {table}")
+            connection.execute(f"INSERT INTO {table} SELECT * FROM old_{table}")
+
+    await ledger.append([record("a", departments=("a",), model="a", cost_nanousd=1)])
+    await roll_all(ledger)
+    await ledger.database.write(keep)
+    await ledger.append([record("b", departments=("b",), model="b", cost_nanousd=2)])
+    await roll_all(ledger)
+    await ledger.database.write(restore)
+    await ledger.append([record("b", departments=("b",), model="b", cost_nanousd=2)])
+    await roll_all(ledger)
+
+    report = await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52, by=("department", "model"), order="key"))
+    assert [(row.key, row.amounts.cost_nanousd) for row in report.rows] == [(("a", "a"), 1), (("b", "b"), 2)]
+    assert (await ledger.reconcile(0, 2**52)).equal
+
+
 async def test_a_step_that_was_undone_leaves_nothing_behind(ledger: Ledger) -> None:
     """A step is undone by the database and done again, as after a deadlock: no sum goes to a number that is nobody's."""
     await ledger.append([record("a", departments=("red",), user="ann", cost_nanousd=3)])

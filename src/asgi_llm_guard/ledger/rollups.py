@@ -91,18 +91,21 @@ class Roller:
         self._known: dict[bytes, int] = {}
         self._set_ids: dict[str, int] = {}
         self._in_doubt = False
+        self._rolled_to = 0
 
     def step(self, connection: Connection, most: int) -> int:
         """Roll up at most so many records, or corrections, in this transaction; how many were.
 
         Call `confirm` when it has ended well: numbers that were given out in one that failed are nobody's.
         """
-        if self._in_doubt:
+        lock(connection)
+        rolled_to = mark(connection, "rolled_to")
+        # The mark never goes back, but in a database that was restored: there its numbers are others' too.
+        if self._in_doubt or rolled_to < self._rolled_to:
             self._known.clear()
             self._set_ids.clear()
         self._in_doubt = True
-        lock(connection)
-        rolled_to = mark(connection, "rolled_to")
+        self._rolled_to = rolled_to
         rows = connection.execute(
             f"SELECT {_READ} FROM ledger WHERE row > ? ORDER BY row LIMIT ?",  # noqa: S608 - our names
             (rolled_to, most),
@@ -119,6 +122,7 @@ class Roller:
             # These were added as they are now.
             connection.execute("DELETE FROM ledger_replaced WHERE row > ? AND row <= ?", (rolled_to, last))
             set_mark(connection, "rolled_to", last)
+            self._rolled_to = last
         self._note_period(connection, [piece.at_ms for piece in pieces])
         return len(rows) + len(corrected)
 
