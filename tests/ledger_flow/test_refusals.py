@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 from tests.ledger_flow.conftest import MakeLedger, MakeStorage
-from tests.servers import OwnRedis, unique_namespace
+from tests.servers import OwnRedis, unique_namespace, wait_until
 from tests.storage.values import START, START_MS
 
 from asgi_llm_guard.context import Context
@@ -121,6 +121,52 @@ async def test_an_hour_that_has_not_come_yet_hides_no_other(make_storage: MakeSt
 
     assert taken == [1, 1, 1, 1, 1]
     assert {key[0]: count for key, count in (await told(ledger)).items()} == {0: 1, 2: 1, 4: 1, 8760: 2}
+
+
+async def test_two_stores_of_one_name_count_apart(ledger: Ledger) -> None:
+    """Two services whose storages have the same name fill one ledger: each refusal of both is in it once."""
+    clock = FrozenClock(START)
+    stores = [MemoryStorage(clock=clock).shared() for _ in range(2)]
+    tallies = [RefusalTally(shared, clock=clock) for shared in stores]
+    drains = [RefusalDrain(shared, ledger, source="refusals:redis:guard", clock=clock) for shared in stores]
+    for tally, count in ((tallies[0], 10), (tallies[1], 3)):
+        for _ in range(count):
+            tally(refused())
+        await tally.flush()
+
+    taken = [[await drain.step() for drain in drains] for _ in range(3)]
+
+    assert taken == [[10, 3], [0, 0], [0, 0]]
+    assert sum((await told(ledger)).values()) == 13
+
+
+async def test_a_replica_that_lacks_the_newest_counts_is_not_counted_again(own_redis: OwnRedis, ledger: Ledger) -> None:
+    """After a failover that lost some counts only what comes then is added."""
+    master = own_redis()
+    replica = own_redis(replica_of=master)
+    namespace = unique_namespace()
+    before, after = (RedisStorage(one.url, namespace=namespace, timeout_s=10) for one in (master, replica))
+    tally = RefusalTally(before.shared())
+    for _ in range(50):
+        tally(refused())
+    await tally.flush()
+    assert await RefusalDrain(before.shared(), ledger, source="one").step() == 50
+    wait_until(lambda: bool(replica.call("KEYS", "*:p:refusals")), "the replica has what was counted")
+    replica.call("REPLICAOF", "NO", "ONE")
+    tally(refused())
+    await tally.flush()
+    assert await RefusalDrain(before.shared(), ledger, source="one").step() == 1
+
+    drain = RefusalDrain(after.shared(), ledger, source="one")
+    lagging = await drain.step()
+    again = RefusalTally(after.shared())
+    for _ in range(3):
+        again(refused())
+    await again.flush()
+    assert (lagging, await drain.step(), await drain.step()) == (0, 3, 0)
+    assert sum((await told(ledger)).values()) == 54
+    await before.aclose()
+    await after.aclose()
 
 
 async def test_a_sqlite_storage_tells_its_own_file(tmp_path: object) -> None:

@@ -5,6 +5,7 @@ A refusal is a number in its hour and never a usage record, so that a flood of t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -21,7 +22,7 @@ from asgi_llm_guard.storage.shared import OTHER, Shared, Tally
 __all__ = ["REFUSALS", "SHADOW", "RefusalDrain", "RefusalTally"]
 
 REFUSALS: Final = "refusals"
-"""The name of the tally."""
+"""The name of the tally, and of the document that names its data."""
 SHADOW: Final = "shadow"
 """The code under which is counted what a policy in shadow would have refused."""
 
@@ -113,18 +114,31 @@ class RefusalDrain:
         Raises:
             StorageError: the storage or the ledger does not answer.
         """
-        cursor = await self._ledger.cursor(self._source)
+        source = f"{self._source}:{await self._data()}"
+        cursor = await self._ledger.cursor(source)
         known = _Known() if cursor is None else _decode(cursor)
         tallies = await self._shared.tallies(REFUSALS, known.since_ms)
         before = {(hour_ms, key): count for hour_ms, key, count in known.counts}
-        new = [_since(tally, before.get((tally.hour_ms, tally.key), 0)) for tally in tallies]
+        new = [
+            msgspec.structs.replace(tally, count=tally.count - before.get((tally.hour_ms, tally.key), 0))
+            for tally in tallies
+        ]
+        # Fewer than before: a replica took over that had not received the newest, or an older copy was restored.
         counts = _counts_of(tally for tally in new if tally.count > 0)
-        if not counts:
+        if not any(tally.count for tally in new):
             return 0
         following = _encode(_following(tallies, known.since_ms, self._clock.now_ms())).decode()
-        if not await self._ledger.add_refusals(counts, source=self._source, cursor=following, after=cursor):
+        if not await self._ledger.add_refusals(counts, source=source, cursor=following, after=cursor):
             return 0  # somebody else was faster
         return sum(count.count for count in counts)
+
+    async def _data(self) -> str:
+        """Names what the counts belong to: a store that was flushed, or another one of the same name, begins at 0."""
+        found = await self._shared.document(REFUSALS)
+        if found is None:
+            await self._shared.publish(REFUSALS, 1, os.urandom(9).hex().encode())
+            found = await self._shared.document(REFUSALS)
+        return "" if found is None else found.data.decode()
 
 
 class _Known(msgspec.Struct, array_like=True):
@@ -137,11 +151,6 @@ class _Known(msgspec.Struct, array_like=True):
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(_Known).decode
-
-
-def _since(tally: Tally, before: int) -> Tally:
-    """What came after `before` was counted. A store that was flushed counts from 0 again."""
-    return msgspec.structs.replace(tally, count=tally.count - before if tally.count >= before else tally.count)
 
 
 def _following(tallies: Sequence[Tally], since_ms: int, now_ms: int) -> _Known:
