@@ -98,6 +98,9 @@ class Wait:
                 raise
             raise Halted(call.halted) from None
         finally:
+            if self._fired and task is not None:  # it was caught inside
+                self._fired = False
+                task.uncancel()
             self._task = None
             call.wait = around
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from tests.exits.kit import CONTEXT, MODEL, PRICES, Stage, body_of
 
 from asgi_llm_guard import Budget, Guard, GuardMiddleware, LimitExceeded, Route, guarded
+from asgi_llm_guard.halting import Wait
 from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.streams import StreamRules
 from asgi_llm_guard.testing import Behaviour
@@ -35,6 +37,8 @@ class Exchange:
         self.seen = asyncio.Event()
         self.more = asyncio.Event()
         self.left = ""
+        self.lingers = False
+        """The application takes its time to end."""
         self.app = GuardMiddleware(self._app, self.guard, routes=[Route("/v1/{rest:path}", calls="opaque", **options)])
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
@@ -46,6 +50,8 @@ class Exchange:
             await send({"type": "http.response.body", "body": b""})
         except BaseException as error:
             self.left = type(error).__name__
+            if self.lingers:
+                await asyncio.Event().wait()
             raise
 
     async def run(self) -> None:
@@ -125,6 +131,89 @@ async def test_an_application_that_says_nothing_is_not_waited_for(options: dict[
         assert b'"stopped"' in exchange.text.rpartition(b"\n\ndata: ")[2]
         assert exchange.left == "CancelledError"
         assert await exchange.charged() > 0
+
+
+OPAQUE: list[dict[str, Any]] = [*WATCHED, {"dialect": None}]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("options", OPAQUE, ids=["plain", "watched", "no dialect"])
+async def test_an_application_that_passes_no_cancellation_on_is_ended(options: dict[str, Any], goes_on: bool) -> None:
+    """S8: a generator that catches its cancellation, and ends or goes on, ends with the last event all the same, and its
+    task is not left half cancelled."""
+
+    async def source(exchange: Exchange) -> AsyncIterator[bytes]:
+        yield event("one")
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        while goes_on:
+            yield event("too late")
+
+    exchange = Exchange(source, **options)
+    running = asyncio.create_task(exchange.run())
+    await exchange.seen.wait()
+    await asyncio.sleep(0.01)
+    exchange.guard.set_stops([ALL])
+    await asyncio.wait_for(running, 5)
+    assert running.cancelling() == 0
+    assert b"too late" not in exchange.text
+    assert b'"stopped"' in exchange.text.removeprefix(event("one"))
+    assert (await exchange.charged() > 0) is ("dialect" not in options)
+
+
+async def test_a_task_that_is_cancelled_where_a_stream_was_ended_stays_cancelled() -> None:
+    """A request whose stream a stop ended behind its event, and that its server cancels then, is not kept alive."""
+
+    async def source(exchange: Exchange) -> AsyncIterator[bytes]:
+        yield event("one")
+        yield event("two")[:25]
+        await exchange.more.wait()
+        yield event("two")[25:]
+
+    exchange = Exchange(source)
+    exchange.lingers = True
+    running = asyncio.create_task(exchange.run())
+    await exchange.seen.wait()
+    await asyncio.sleep(0.01)
+    exchange.guard.set_stops([ALL])
+    await asyncio.sleep(0.01)
+    exchange.more.set()
+    await asyncio.sleep(0.01)
+    assert b'"stopped"' in exchange.text
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 5)
+    assert await exchange.charged() > 0
+
+
+async def test_a_wait_takes_its_cancellation_back() -> None:
+    """Whoever waits for a provider and catches that it was called back is not left half cancelled."""
+    guard = Guard()
+    begun = asyncio.Event()
+
+    async def work(how: str) -> str:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if how == "raises":
+                raise ValueError("in its own words") from None
+        return "what there was"
+
+    async def wait(how: str) -> object:
+        async with guard.open(CONTEXT), guard.call(model=MODEL, input_tokens=1, max_output_tokens=1) as call:
+            try:
+                return await Wait(call).on(work, how)
+            except ValueError as error:
+                return str(error)
+
+    for how, result in (("returns", "what there was"), ("raises", "in its own words")):
+        begun.clear()
+        waiting = asyncio.create_task(wait(how))
+        await begun.wait()
+        assert guard.stop(ALL) == 1
+        assert await asyncio.wait_for(waiting, 5) == result
+        assert waiting.cancelling() == 0
 
 
 async def test_a_task_that_others_cancel_stays_cancelled() -> None:
@@ -249,3 +338,38 @@ async def _all(stream: AsyncIterator[Any]) -> None:
 
 
 _JSON = {"content-type": "application/json"}
+
+
+async def test_a_websocket_that_passes_no_cancellation_on_is_closed() -> None:
+    """S8: an application that catches its cancellation and returns leaves its WebSocket closed, with the code that says why."""
+    guard, begun = Guard(), asyncio.Event()
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await receive()
+
+    messages = [{"type": "websocket.connect"}]
+
+    async def receive() -> Any:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/talk", "headers": []}
+    running = asyncio.create_task(GuardMiddleware(app, guard)(scope, receive, send))
+    await begun.wait()
+    assert guard.stop(ALL) == 1
+    await asyncio.wait_for(running, 5)
+    assert [(each["type"], each.get("code")) for each in sent] == [
+        ("websocket.accept", None),
+        ("websocket.close", 1008),
+    ]
+    assert running.cancelling() == 0
+    assert await guard.storage.open_holds() == 0

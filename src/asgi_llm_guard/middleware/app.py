@@ -315,6 +315,10 @@ class GuardMiddleware:
                 raise
             admission.refusal_answered()
             await close(refusal)
+        else:
+            if ending.fired and not closed and admission.stopped is not None:
+                ending.is_it()  # it has caught that it was cancelled, and did not pass it on
+                await close(admission.stopped)
         finally:
             leave(token)
             ending.over()

@@ -66,14 +66,15 @@ class Ending:
         response: what is ended.
     """
 
-    __slots__ = ("_loop", "_response", "_task", "fired")
+    __slots__ = ("_cancelled", "_loop", "_response", "_task", "fired")
 
     def __init__(self, response: Response) -> None:
         self._response: Response = response
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self.fired = False
-        """The task was cancelled."""
+        """The response is at its end: whatever the application still sends goes nowhere."""
+        self._cancelled = False
 
     def halt(self, denied: Denied, *, patiently: bool) -> None:
         """End it. From any thread. `patiently`: what is inside may end it by itself."""
@@ -93,12 +94,13 @@ class Ending:
 
     def _fire(self) -> None:
         if self._task is not None and not self.fired and self._response.is_streaming:
-            self.fired = True
+            self.fired = self._cancelled = True
             self._task.cancel()
 
     def is_it(self) -> bool:
-        """Whether the task was cancelled by this, and by nobody else: then it goes on."""
-        return self.fired and self._task is not None and self._task.uncancel() == 0
+        """Whether the task was cancelled by this, and by nobody else: then it goes on. Takes back that it was."""
+        cancelled, self._cancelled = self._cancelled, False
+        return cancelled and self._task is not None and self._task.uncancel() == 0
 
     def over(self) -> None:
         """The task is done with the response."""

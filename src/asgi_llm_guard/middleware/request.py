@@ -86,6 +86,7 @@ class GuardedRequest:
         "body",
         "call",
         "context",
+        "cut",
         "denied",
         "dialect",
         "done",
@@ -147,6 +148,8 @@ class GuardedRequest:
         self.lead: Lead | None = None
         self.kept: KeptResponse | None = None
         self.ending: Ending | None = None
+        self.cut = False
+        """The client has got the last event."""
         self.last = b""
         self.tail = b""
 
@@ -303,6 +306,8 @@ class GuardedRequest:
             await self._cut()
         except Exception as error:
             if (ending.fired or (self.relay is not None and self.relay.gone)) and is_cut_off(error):
+                if ending.fired:
+                    await self._cut()
                 return
             if admission.stopped is not None and self.is_streaming:
                 self.end_at_once(admission.stopped)
@@ -317,6 +322,9 @@ class GuardedRequest:
                 self.done = True
                 admission.end(status=refusal.status, complete=False)
             await self.refuse(refusal)
+        else:
+            if ending.fired:  # it has caught that it was cancelled, and did not pass it on
+                await self._cut()
         finally:
             leave(token)
             ending.over()
@@ -332,9 +340,11 @@ class GuardedRequest:
     @property
     def is_streaming(self) -> bool:
         """Its first part is on its way to the client, and its last is not."""
-        if self.done or self.status == 0 or any(name.lower() == b"content-length" for name, _ in self.headers):
+        if self.done or not 0 < self.status < 400:  # an error is left to end, whatever it says that it is
             return False
-        return _has_stream(self.headers) or (self.status < 400 and self.ask is not None and self.ask.stream)
+        if any(name.lower() == b"content-length" for name, _ in self.headers):
+            return False
+        return _has_stream(self.headers) or (self.ask is not None and self.ask.stream)
 
     def end_at_once(self, denied: Denied) -> bool:
         """Prepare its last event; whether no other one has begun."""
@@ -348,7 +358,12 @@ class GuardedRequest:
         return True
 
     async def _cut(self) -> None:
-        """The application does no more: the client gets the last event."""
+        """The application does no more: the client gets the last event, once."""
+        assert self.ending is not None  # noqa: S101 - `handle` made it
+        self.ending.is_it()
+        if self.cut:
+            return
+        self.cut = True
         last, stream = self.last, self.stream
         if stream is not None and self.meter is not None and not stream.ended:
             last += stream.finish()
@@ -374,6 +389,8 @@ class GuardedRequest:
     async def _send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.body":
+            if self.ending is not None and self.ending.fired:
+                raise CutOff("the answer was ended")
             if self.stream is not None:
                 if self.relay is not None:
                     self.tail = message.get("body") or self.tail
@@ -403,6 +420,7 @@ class GuardedRequest:
         await self.send(message)
 
     async def _end_here(self, message: Message) -> None:
+        self.cut = True
         self._end(complete=False)
         await self.send({**message, "more_body": False})
         assert self.ending is not None  # noqa: S101 - nobody else ends it
