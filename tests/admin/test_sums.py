@@ -137,3 +137,30 @@ def test_forecasts_where_summer_time_changes() -> None:
         assert (end - start) % _DAY_MS == _HOUR_MS
         assert forecast(window, Reading(used=70, held=30, resets_at_ms=end), (start + end) // 2) == 200
         assert forecast(window, Reading(used=70, held=30, resets_at_ms=end), start) is None
+
+
+async def test_what_shadows_report_is_no_refusal(page: Desk) -> None:
+    """What a shadow would have refused was not refused: it stands apart, and is in no sum."""
+    hour_ms = NOW_MS // _HOUR_MS * _HOUR_MS - _HOUR_MS
+    await fill(page.guard, [record(1)])
+    await _ledger(page).add_refusals(
+        [
+            RefusalCount(hour_ms=hour_ms, policy="budget.shadow", scope="", code="shadow", count=7_000),
+            RefusalCount(hour_ms=hour_ms, policy="budget", scope="user", code="budget_exhausted", count=1),
+        ]
+    )
+    text = (await page.client("viewer").get("/admin/")).text
+    tile = text.partition("<dt>Refused</dt>")[2].partition("</div>")[0]
+    assert re.findall(r">([^<>\n]+)<", tile) == ["1", "50\N{NO-BREAK SPACE}% of what was asked"]
+    for path in ("", "refusals"):
+        shown = (await page.client("viewer").get(f"/admin/{path}")).text
+        assert "would have been refused" in shown
+        assert "7,000" in shown
+
+
+async def test_a_live_session_of_several_agents_is_whole(page: Desk) -> None:
+    """A live session that works with several agents shows all that it has cost, in one row."""
+    agents = ("writer", "critic", None)
+    await fill(page.guard, [record(number, agent=agent, cost_nanousd=10**9) for number, agent in enumerate(agents)])
+    (told,) = (await page.client("viewer").get("/admin/api/v1/sessions")).json()
+    assert (told["session"], told["calls"], told["cost_usd"]) == ("session-1", 3, "3.00")

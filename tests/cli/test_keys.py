@@ -140,5 +140,6 @@ def test_rotated_keys_hold_both_for_a_while(tmp_path: Path) -> None:
     assert second["key"] not in call("keys", "list", "--config", file, env=env).output
     shown = call("keys", "new", "--caller", "team", "--config", file, env=env).stdout
     assert "The key, shown once:" in shown
+    assert "holds until it is revoked." in shown
     for stored in tmp_path.glob("control.db*"):
         assert first["key"].encode() not in stored.read_bytes()

@@ -204,3 +204,17 @@ def test_a_ledger_that_is_not_there_is_not_made(tmp_path: Path, command: tuple[s
     ran = call(*command, "--ledger", f"sqlite:///{tmp_path}/typo.db", "--config", file)
     assert (ran.exit_code, "there is no file" in ran.stderr) == (3, True), ran.output
     assert not (tmp_path / "typo.db").exists()
+
+
+def test_filters_that_are_there_twice(tmp_path: Path) -> None:
+    """Two filters of one name are refused, and neither is passed over: exit 2."""
+    ran = call("usage", "--where", "user=a", "--where", "user=b", "--config", settings(tmp_path, ""))
+    assert (ran.exit_code, "user is given twice" in ran.stderr) == (2, True), ran.output
+
+
+def test_a_session_is_one_row(tmp_path: Path) -> None:
+    """A session whose calls are of several departments is one row, with all that it has cost."""
+    cost = fill(tmp_path, calls=30)
+    told = document("sessions", "--config", settings(tmp_path, ""))["sessions"]
+    assert sorted(row["session"] for row in told) == [f"session-{number}" for number in range(5)]
+    assert (sum(row["calls"] for row in told), sum(row["cost_nanousd"] for row in told)) == (30, cost)

@@ -185,6 +185,22 @@ async def test_sessions(ledger: Ledger) -> None:
     assert len(await ledger.sessions(since_ms=START_MS, limit=1)) == 1
 
 
+async def test_a_session_of_several_agents_is_one(ledger: Ledger) -> None:
+    """A session whose calls are of several agents and departments is one row with all of them; the last call names it."""
+    await ledger.append([
+        record("1", START_MS, caller="a", session="s", agent="z", departments=("d",), cost_nanousd=1, tokens=5),
+        record("2", START_MS + 7, caller="a", session="s", agent="b", departments=("e", "f"), cost_nanousd=2, tokens=6),
+        record("3", START_MS + 5, caller="a", session="s", cost_nanousd=None, tokens=7),
+        record("4", START_MS + 6, caller="a", session="s", agent="z", departments=("d",), cost_nanousd=4),
+        record("5", START_MS + 9, caller=None, session="s", agent="b"),
+        record("6", START_MS + 8, caller=None, session="s"),
+    ])  # fmt: skip
+    nobodys, first = await ledger.sessions(since_ms=START_MS, limit=2)
+    assert (first.agent, first.departments, first.first_ms, first.last_ms) == ("b", ("e", "f"), START_MS, START_MS + 7)
+    assert (first.calls, first.cost_nanousd, first.unpriced, first.tokens) == (4, 7, 1, 18)
+    assert (nobodys.caller, nobodys.agent, nobodys.calls) == (None, "b", 2)
+
+
 async def test_refusals_are_counts(ledger: Ledger) -> None:
     """Refusals add up per hour, policy, scope, code and route, and are never records."""
     refused = RefusalCount(

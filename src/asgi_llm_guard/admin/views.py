@@ -14,6 +14,7 @@ from asgi_llm_guard.admin.pages import STATIC, page
 from asgi_llm_guard.admin.periods import RANGES, Period, read_period
 from asgi_llm_guard.control import AuditQuery
 from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.ledger.refusals import SHADOW
 from asgi_llm_guard.windows import Calendar
 
 __all__ = ["audit", "department", "departments", "file", "health", "overview", "refusals", "sessions", "usage_of_all"]
@@ -51,7 +52,7 @@ async def overview(asked: Asked) -> Response:
         by_model=by_model,
         held=now_held,
         refused=refused,
-        refused_count=sum(count for _, _, count in refused),
+        refused_count=sum(count for _, code, count in refused if code != SHADOW),
         budgets=limits,
         health=desk.guard.health(),
     )

@@ -284,12 +284,16 @@ def _over(row: Mapping[str, Any], now_ms: int) -> bool:
     return bool(row["revoked"]) or (row["expires_at_ms"] is not None and row["expires_at_ms"] <= now_ms)
 
 
+def _end_told(key: Key) -> str:
+    return "it is revoked" if key.expires_at_ms is None else f"{instant(key.expires_at_ms)} UTC"
+
+
 def _show_new(tool: Tool, shown: str, kept: Key) -> None:
     document = {"key": shown, "id": kept.id, "caller": kept.caller, "expires_at_ms": kept.expires_at_ms}
     tool.show(
         document,
         lambda: (
             f"{click.style('The key, shown once:', bold=True)}\n\n  {shown}\n\n"
-            f"It is {kept.id} of {kept.caller}, and holds until {instant(kept.expires_at_ms)}."
+            f"It is {kept.id} of {kept.caller}, and holds until {_end_told(kept)}."
         ),
     )

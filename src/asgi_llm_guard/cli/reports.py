@@ -42,7 +42,7 @@ def filters(values: Iterable[str]) -> dict[str, str | None]:
     """`department=research`, … as the ledger is asked for them.
 
     Raises:
-        BadParameter: one of them is something else.
+        BadParameter: one of them is something else, or is there twice.
     """
     where: dict[str, str | None] = {}
     for value in values:
@@ -50,6 +50,8 @@ def filters(values: Iterable[str]) -> dict[str, str | None]:
         if not equals or name not in _DIMENSIONS or name in _TIMES:
             known = ", ".join(each for each in _DIMENSIONS if each not in _TIMES)
             raise click.BadParameter(f"expected NAME=VALUE with one of {known}, got {value!r}")
+        if name in where:
+            raise click.BadParameter(f"{name} is given twice; a record has to be of one")
         where[name] = wanted or None
     return where
 

@@ -221,6 +221,7 @@ class SessionUsage(msgspec.Struct, frozen=True, kw_only=True):
     caller: str | None
     session: str
     agent: str | None
+    """Of its last call, as the departments."""
     departments: tuple[str, ...]
     first_ms: int
     last_ms: int
