@@ -21,6 +21,7 @@ import msgspec
 
 from asgi_llm_guard.claims import ATTEMPT_SCOPE, Claim, Unit
 from asgi_llm_guard.context import Call, Context
+from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.plan import is_rate
 from asgi_llm_guard.pricing import Cost
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
@@ -101,12 +102,12 @@ def _in_units(usage: Usage) -> bool:
 
 
 def _can_be(usage: Usage) -> bool:
-    """Whether none of its figures is below zero, or no whole number."""
+    """Whether none of its figures is below zero, beyond all amounts, or no whole number."""
     for value in msgspec.structs.astuple(usage):
         if value is None or type(value) is str:
             continue
         if type(value) is int:
-            if value < 0:
+            if not 0 <= value <= MAX_AMOUNT:  # beyond it no storage could keep the record
                 return False
         elif type(value) is not tuple or not all(map(_can_be, value)):
             return False

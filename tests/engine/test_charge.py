@@ -132,12 +132,13 @@ def test_no_price() -> None:
     "usage",
     [
         pytest.param(Usage(input_tokens=-1), id="below zero"),
+        pytest.param(Usage(input_tokens=1, images=2**53), id="beyond all amounts"),
         pytest.param(Usage(output_tokens=1.5), id="no whole number"),  # type: ignore[arg-type]
         pytest.param(Usage(input_tokens=1, extra=(Usage(input_tokens=1), Usage(input_tokens=-1))), id="beside it"),
     ],
 )
 def test_figures_that_cannot_be(usage: Usage) -> None:
-    """Figures below zero, or no whole numbers, are charged as held and reported as doubted."""
+    """Figures below zero, beyond all amounts, or no whole numbers, are charged as held and reported as doubted."""
     assert became(success(usage, finished=True)) == Charge(outcome="unmetered", doubted=usage)
 
 
