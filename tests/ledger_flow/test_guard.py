@@ -94,3 +94,20 @@ async def test_what_was_counted_is_handed_on_at_the_end(tmp_path: Path) -> None:
 
     assert total.calls == 3
     assert [one.count for one in refusals] == [1]
+
+
+async def test_the_last_process_drains_after_its_last_call(tmp_path: Path) -> None:
+    """C9: a guard that has drained a moment ago, and closes, takes what came since then over too."""
+    url = f"{shared_redis().url}?namespace={unique_namespace()}&timeout=10"
+    ledger_url = f"sqlite:///{tmp_path}/ledger.db"
+    guard = Guard([Iterations(1), Budget("$5/daily")], storage=url, ledger=ledger_url)
+    assert guard.books is not None
+    await guard.heartbeat()
+    await guard.books.drain()
+    await work(guard)
+    await guard.aclose()
+
+    ledger = Ledger.open(ledger_url)
+    total = (await ledger.usage(UsageQuery(since_ms=0, until_ms=2**52))).total
+    await ledger.aclose()
+    assert total.calls == 3

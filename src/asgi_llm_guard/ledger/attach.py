@@ -89,6 +89,7 @@ class Bookkeeping:
         """How many records were left to take over when this process looked last."""
         self._store_ms = store_ms
         self._passed: Counter[str] = Counter()
+        self._mine: dict[str, int] = {}
         self._shared: Shared | None = storage.shared() if isinstance(storage, KeepsShared) else None
         self._drain = None if own else Drain(storage, ledger, observers=observers)
         self.tally = None if self._shared is None else RefusalTally(self._shared, clock=clock)
@@ -141,11 +142,15 @@ class Bookkeeping:
         if self._shared is None or now_ms is None:
             return True
         until_ms = now_ms + round(every_s * 900)  # a little less than the pause
+        if now_ms < self._mine.get(what, 0) <= until_ms:  # once more at the end: nobody else would do it before that
+            return True
         if not await self._shared.mark(f"ledger {what}", until_ms=until_ms):
             self._passed[what] += 1
             # A clock that was set may have made the mark, or what is known of it.
             if self._passed[what] <= _PATIENCE:
                 return False
+        else:
+            self._mine[what] = until_ms
         del self._passed[what]
         return True
 
