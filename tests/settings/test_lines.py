@@ -70,6 +70,7 @@ name = "two"
         (("gateway", "deployments", 1, "name"), 33),
         (("policies", 2, "kind"), None),
         (("nothing",), None),
+        (("gateway",), 28),
         ((), None),
     ],
 )

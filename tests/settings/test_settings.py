@@ -313,6 +313,9 @@ def test_other_secret_files(tmp_path: Path) -> None:
             "line 3: alerts.webhooks[0].secrt: unknown key; expected one of url, secret, allow, ",
         ),
         ('[control]\nurl = "sqlite:///x.db?y=1"', "line 1: control: "),
+        ('[[alerts.webhooks]]\nurl = "https://a.example"\nsecret = "env:NOT_THERE"', "line 1: alerts: Webhook "),
+        ('[[routes]]\npath = "/a"\nmethods = 5', "line 1: routes[0]: "),
+        ('[[policies]]\nkind = "budget"\nlimits = ["$5/daily"]\ntz = []', "line 1: policies[0]: "),
     ],
 )
 def test_wrong_tables_of_operations(tmp_path: Path, text: str, message: str) -> None:

@@ -23,13 +23,16 @@ def line_in(text: str, path: Sequence[str | int]) -> int | None:
     """The line, counted from 1, of the key that `path` leads to (`("policies", 0, "limit")`).
 
     Where the key has no line of its own (it is missing, or stands inside an inline table), that of what is nearest
-    around it; `None`: nothing of it is there.
+    around it; of a table that is only named with what is in it (`[[alerts.webhooks]]`), the first such line. `None`: nothing
+    of it is there.
     """
     wanted: _Path = tuple(path)
     best, line = 0, None
     for number, found in _keys(text):
         if len(found) > best and wanted[: len(found)] == found:
             best, line = len(found), number
+        elif line is None and wanted and found[: len(wanted)] == wanted:
+            line = number
     return line
 
 

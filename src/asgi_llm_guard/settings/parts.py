@@ -55,7 +55,10 @@ def construct(
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments and name not in ours:
             raise problem("is missing", name)
-    return target(**arguments, **ours)
+    try:
+        return target(**arguments, **ours)
+    except TypeError as error:  # a list where there is one value, or the other way round: told like any other mistake
+        raise ConfigurationError(f"{target.__name__}: a value is of another type than it can be: {error}") from None
 
 
 def check_keys(
