@@ -99,6 +99,17 @@ async def test_departments(page: Desk) -> None:
             {"entry": "x"},
             ["1.10", "2026-11-22 12:00"],
         ),
+        (
+            "prices",
+            {
+                "name": "openai/gpt-5",
+                "entry": '{"input": "1"}',
+                "from_ms": "2026-12-01",
+                "until_ms": "2026-12-31T09:30+01:00",
+            },
+            {"from_ms": "soon"},
+            ["2026-12-01 00:00", "2026-12-31 08:30"],
+        ),
         ("knowledge-bases", {"cache": "1", "acl": "d1"}, {"acl": ""}, ["yes", "d1"]),
     ],
 )
@@ -113,7 +124,10 @@ async def test_other_kinds(
     assert done.status_code == 303, done.text
     text = (await client.get(f"/admin/{slug}")).text
     assert [part for part in shown if part not in text] == []
-    assert (await client.get(f"/admin/{slug}/edit", params={"name": told["name"]})).status_code == 200
+    edited = await client.get(f"/admin/{slug}/edit", params={"name": told["name"]})
+    assert edited.status_code == 200
+    if "until_ms" in fields:
+        assert 'value="2026-12-31T08:30:00Z"' in edited.text
     assert (await page.audit())[0].reason == "r"
 
 

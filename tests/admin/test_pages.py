@@ -249,6 +249,8 @@ async def test_health_and_policies(page: Desk) -> None:
     text = (await page.client("viewer").get("/admin/health")).text
     assert "Ready" in text
     assert text.index("quota") < text.index("provider_budget") < text.index("iterations")
+    assert "{" not in text
+    assert "ok since 2026-11-22 12:00:00" in text.partition("<dt>Administration data</dt>")[2]
 
 
 async def test_everything_has_a_label(page: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 import msgspec
@@ -16,7 +17,9 @@ from asgi_llm_guard.money import to_nano
 
 __all__ = ["KINDS", "EditedKind", "Field"]
 
-Show = Literal["text", "money", "number", "lines", "json", "flag", "tz"]
+_EPOCH: Final = datetime(1970, 1, 1)  # noqa: DTZ001 - everything here is UTC, and says so by its Z
+
+Show = Literal["text", "money", "number", "instant", "lines", "json", "flag", "tz"]
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +87,9 @@ class EditedKind(msgspec.Struct, frozen=True, kw_only=True):
                 fields[field.name] = "1" if told else ""
             elif field.show == "money":
                 fields[field.name] = dollars(to_nano(told))
-            elif field.show == "number" and not field.name.endswith("_ms"):
+            elif field.show == "instant":
+                fields[field.name] = (_EPOCH + timedelta(milliseconds=told)).isoformat() + "Z"
+            elif field.show == "number":
                 fields[field.name] = f"{told:,}"
             else:
                 fields[field.name] = str(told)
@@ -94,6 +99,18 @@ class EditedKind(msgspec.Struct, frozen=True, kw_only=True):
 def _number(text: str) -> int | str:
     plain = text.replace(",", "").replace("_", "").replace("\N{NO-BREAK SPACE}", "")
     return int(plain) if plain.isascii() and plain.isdecimal() and len(plain) < 20 else text
+
+
+def _instant(text: str) -> int | str:
+    """Milliseconds; what is no instant as it stands, for the answer to say so."""
+    if text.isascii() and text.isdecimal():  # a year is none, and more digits are milliseconds already
+        return _number(text) if len(text) > 4 else text
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    utc = at if at.tzinfo is None else at.astimezone(UTC).replace(tzinfo=None)
+    return (utc - _EPOCH) // timedelta(milliseconds=1)
 
 
 def _table(field: Field, text: str) -> Any:
@@ -110,7 +127,13 @@ def _table(field: Field, text: str) -> Any:
     return told
 
 
-_READERS: Final[Mapping[Show, Callable[[str], Any]]] = {"number": _number, "money": str, "text": str, "tz": str}
+_READERS: Final[Mapping[Show, Callable[[str], Any]]] = {
+    "number": _number,
+    "instant": _instant,
+    "money": str,
+    "text": str,
+    "tz": str,
+}
 
 KINDS: Final = (
     EditedKind(
@@ -193,16 +216,16 @@ KINDS: Final = (
             Field(
                 name="from_ms",
                 label="Holds from",
-                show="number",
+                show="instant",
                 optional=True,
-                help="Milliseconds since 1970; empty: at once.",
+                help="In UTC, such as 2026-12-01 or 2026-12-01T08:00; empty: at once.",
             ),
             Field(
                 name="until_ms",
                 label="Holds until",
-                show="number",
+                show="instant",
                 optional=True,
-                help="Milliseconds since 1970; empty: it does not end.",
+                help="In UTC, such as 2026-12-31T12:00; empty: it does not end.",
             ),
         ),
         body=PriceFields,
