@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.exits.kit import CONTEXT, MODEL, PRICES, Stage, body_of
 
 from asgi_llm_guard import Budget, Guard, GuardMiddleware, LimitExceeded, Route, guarded
+from asgi_llm_guard.admission import Admission
 from asgi_llm_guard.halting import Wait
 from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.streams import StreamRules
@@ -373,3 +375,33 @@ async def test_a_websocket_that_passes_no_cancellation_on_is_closed() -> None:
     ]
     assert running.cancelling() == 0
     assert await guard.storage.open_holds() == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("options", OPAQUE, ids=["plain", "watched", "no dialect"])
+async def test_nothing_of_a_request_waits_for_the_collector(options: dict[str, Any], stopped: bool) -> None:
+    """What is known of a request is let go with it, whether it ended by itself or by a stop."""
+
+    async def source(exchange: Exchange) -> AsyncIterator[bytes]:
+        yield event("one")
+        if stopped:
+            await asyncio.Event().wait()
+
+    exchange = Exchange(source, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        running = asyncio.create_task(exchange.run())
+        await exchange.seen.wait()
+        await asyncio.sleep(0.01)
+        if stopped:
+            exchange.guard.set_stops([ALL])
+        await asyncio.wait_for(running, 5)
+        await exchange.guard.storage.records()
+        await asyncio.sleep(0.01)
+        left = [
+            each for each in gc.get_objects() if isinstance(each, Admission) and each.engine is exchange.guard.engine
+        ]
+        assert left == []
+    finally:
+        gc.enable()

@@ -66,6 +66,12 @@ class Relay:
 
     async def run(self, application: Callable[[], Awaitable[None]]) -> None:
         """Run the application, until the stream has reached its deadline."""
+        try:
+            await self._run(application)
+        finally:
+            self._settle = _nothing  # whoever is told knows this, too: only the garbage collector would free the two
+
+    async def _run(self, application: Callable[[], Awaitable[None]]) -> None:
         if not self._rules.timed:
             await application()
             return
@@ -174,6 +180,10 @@ class Relay:
         if not self._gone:
             self._gone = True
             await say_last(self._send, last)
+
+
+def _nothing(complete: bool) -> None:
+    """The application is over: nobody settles by what it sends."""
 
 
 async def say_last(send: Send, last: bytes) -> None:
