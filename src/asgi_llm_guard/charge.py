@@ -101,13 +101,18 @@ def _in_units(usage: Usage) -> bool:
     return bool(usage.images or usage.audio_ms or usage.characters or usage.search_units)
 
 
+_MOST_COUNTED: Final = 10**12
+"""No call uses more of anything that is counted: tokens, characters, milliseconds."""
+
+
 def _can_be(usage: Usage) -> bool:
     """Whether none of its figures is below zero, beyond all amounts, or no whole number."""
-    for value in msgspec.structs.astuple(usage):
+    for name, value in zip(Usage.__struct_fields__, msgspec.structs.astuple(usage), strict=True):
         if value is None or type(value) is str:
             continue
         if type(value) is int:
-            if not 0 <= value <= MAX_AMOUNT:  # beyond it no storage could keep the record
+            # Beyond it no storage could keep the record, nor the ledger sums of many.
+            if not 0 <= value <= (MAX_AMOUNT if name == "reported_nanousd" else _MOST_COUNTED):
                 return False
         elif type(value) is not tuple or not all(map(_can_be, value)):
             return False

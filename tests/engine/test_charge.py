@@ -133,6 +133,7 @@ def test_no_price() -> None:
     [
         pytest.param(Usage(input_tokens=-1), id="below zero"),
         pytest.param(Usage(input_tokens=1, images=2**53), id="beyond all amounts"),
+        pytest.param(Usage(input_tokens=10**12 + 1, output_tokens=1), id="more than a call uses"),
         pytest.param(Usage(output_tokens=1.5), id="no whole number"),  # type: ignore[arg-type]
         pytest.param(Usage(input_tokens=1, extra=(Usage(input_tokens=1), Usage(input_tokens=-1))), id="beside it"),
     ],
