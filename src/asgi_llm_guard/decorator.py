@@ -27,6 +27,7 @@ from asgi_llm_guard.estimate import message_tokens
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.marks import mark
+from asgi_llm_guard.opening import refuse_while_draining
 from asgi_llm_guard.policies.base import Policy
 
 __all__ = ["guarded", "policies_of"]
@@ -186,6 +187,8 @@ class _Run:
 
     async def claim(self) -> None:
         if not self.claimed:
+            if self.own is not None and self._guard is not None:
+                refuse_while_draining(self._guard, self.own)
             await self.call.claim(requests=True)
             self.claimed = True
             if self.own is not None and self._guard is not None:

@@ -34,7 +34,7 @@ from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context, Target
-from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.denials import check_statuses, refuse
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.engine import Engine, OnDataLoss
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
@@ -628,8 +628,13 @@ class Guard(Operated):
         return self._draining
 
     def track(self, admission: Admission) -> None:
-        """Count `admission` as open until `untrack`."""
+        """Count `admission` as open until `untrack`. One that was still being granted as the service went down ends."""
         self._open_admissions.add(admission)
+        if self._draining and admission.halted is None:
+            engine = self._engine  # not `engine.refused`: most of them were not refused anything
+            admission.halt(
+                refuse(DRAINING, statuses=engine.statuses, now_ms=self.clock.now_ms(), disclose=engine.disclose)
+            )
 
     def untrack(self, admission: Admission) -> None:
         """The admission has ended."""

@@ -17,7 +17,15 @@ from asgi_llm_guard.policies.base import Policy
 if TYPE_CHECKING:
     from asgi_llm_guard.guard import Guard
 
-__all__ = ["DRAINING", "OpenAdmission", "OpenAdmissionSync", "OpenCall", "OpenCallSync", "new_call"]
+__all__ = [
+    "DRAINING",
+    "OpenAdmission",
+    "OpenAdmissionSync",
+    "OpenCall",
+    "OpenCallSync",
+    "new_call",
+    "refuse_while_draining",
+]
 
 DRAINING = Refusal(
     policy="guard",
@@ -38,7 +46,7 @@ class OpenAdmission:
         self._token: Token[Scope | None] | None = None
 
     async def __aenter__(self) -> Admission:
-        _refuse_while_draining(self._guard, self._admission)
+        refuse_while_draining(self._guard, self._admission)
         denied = await self._admission.open(None, calls=False)
         if denied is not None:
             raise LimitExceeded(denied)
@@ -65,7 +73,7 @@ class OpenAdmissionSync:
         self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> Admission:
-        _refuse_while_draining(self._guard, self._admission)
+        refuse_while_draining(self._guard, self._admission)
         denied = background.run(self._admission.open(None, calls=False), undo=self._admission.end)
         if denied is not None:
             raise LimitExceeded(denied)
@@ -158,6 +166,11 @@ def _leave(token: Token[Scope | None] | None) -> None:
         leave(token)
 
 
-def _refuse_while_draining(guard: Guard, admission: Admission) -> None:
+def refuse_while_draining(guard: Guard, admission: Admission) -> None:
+    """Begin nothing while the service goes down.
+
+    Raises:
+        LimitExceeded: it does.
+    """
     if guard.draining:
         raise LimitExceeded(admission.engine.refused(admission.context, None, DRAINING))

@@ -7,22 +7,40 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.exits.kit import BILL, CONTEXT, MODEL, PRICES, Stage
 from tests.exits.test_shutdown import Service, left_behind, sums
+from tests.middleware.asgi import request
 from tests.operations.kit import CHAT, reading, served
 
-from asgi_llm_guard import Budget, Guard, LimitExceeded, Usage
+from asgi_llm_guard import Budget, Guard, GuardMiddleware, LimitExceeded, Usage, guarded
+from asgi_llm_guard.claims import Ended, Granted, Plan, Refused
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import Behaviour, FakeProvider
 
 pytestmark = pytest.mark.anyio
+
+
+class Gated(MemoryStorage):
+    """Grants nothing while its gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.gate = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+
+    async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
+        if not self.gate.is_set():
+            self.asked.set()
+            await self.gate.wait()
+        return await super().reserve(owner, plans)
 
 
 @asynccontextmanager
@@ -199,3 +217,40 @@ def test_a_child_leaves_to_its_parent_what_is_open_there(tmp_path: Path) -> None
     asyncio.run(work())
     holds, records = asyncio.run(left_behind(tmp_path / "guard.db"))
     assert (holds, [record.outcome for record in records]) == (0, ["measured"])
+
+
+async def test_nothing_new_is_called_while_the_service_goes_down() -> None:
+    """S10: once it drains, calls of requests that are not guarded, of guarded functions, and of requests that were still
+    being granted are refused; a request that calls nobody is answered."""
+    storage = Gated()
+    guard = Guard([Budget("$1/1d", per="global")], storage=storage, prices=PRICES)
+
+    @guarded(model=MODEL, max_output_tokens=1, guard=guard, context=CONTEXT)
+    async def work() -> str:
+        return "done"
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] != "/page":
+            async with guard.call(model=MODEL, input_tokens=1, max_output_tokens=1):
+                pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    served = GuardMiddleware(app, guard)
+
+    async def status(path: str, method: str) -> int | None:
+        return (await request(path, method=method).run(served)).status
+
+    assert [await status("/call", "GET"), await status("/page", "GET"), await work()] == [200, 200, "done"]
+    storage.gate.clear()
+    late = asyncio.create_task(status("/call", "POST"))
+    await storage.asked.wait()
+    await guard.drain(0.01)
+    storage.gate.set()
+    assert await asyncio.wait_for(late, 5) == 503
+    assert [await status("/call", "GET"), await status("/page", "GET")] == [503, 200]
+    with pytest.raises(LimitExceeded, match="shutting down"):
+        await work()
+    assert await storage.open_holds() == 0
+    assert guard.open_admissions == 0
+    await guard.aclose()
