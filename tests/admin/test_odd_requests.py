@@ -165,3 +165,23 @@ async def test_cookies_are_for_the_path_that_browsers_write(mount: str, written:
         assert sorted(attributes) == sorted(["HttpOnly", "Max-Age=3600", f"Path={written}", "SameSite=strict"])
         assert f'action="{written}/login"' in answer.text
     await guard.aclose()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/department?name=%00",
+        "/audit?actor=%00&target=%00&before=0",
+        "/limits?scope=user&subject=%00",
+        "/departments/edit?name=%00",
+        "/api/v1/refusals?policy=%00",
+        "/api/v1/usage?where.user=%00",
+        "/api/v1/limits?scope=user&subject=%00",
+        "/api/v1/audit?actor=%00",
+        "/api/v1/departments/%00",
+    ],
+)
+async def test_names_that_nobody_can_have(path: str, page: Desk) -> None:
+    """T16: a name that no record can have is not there, or refused, on every page and path; it breaks nothing."""
+    answer = await page.client("admin").get(f"/admin{path}")
+    assert answer.status_code in {200, 404, 422}, answer.text

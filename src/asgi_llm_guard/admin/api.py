@@ -174,7 +174,7 @@ async def refusals(asked: Asked) -> Response:
     policy = asked.query.get("policy") or None
     counts = []
     if asked.desk.ledger is not None:
-        query = RefusalQuery(since_ms=since_ms, until_ms=until_ms, policy=policy)
+        query = _checked(lambda: RefusalQuery(since_ms=since_ms, until_ms=until_ms, policy=policy), "policy")
         counts = [
             RefusalCountRow(
                 hour_ms=each.hour_ms,

@@ -20,7 +20,7 @@ from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.admin.verbs import Verb
 from asgi_llm_guard.control import NewerRelease
-from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.ledger import NotKeptError
 from asgi_llm_guard.marks import mark_own
 from asgi_llm_guard.routes import route_path
@@ -96,10 +96,10 @@ class AdminApp:
         except StorageError as error:
             _log.warning("administration: %s: %s", request.url.path, error)
             return _problem(asked, ProblemError(503, _NO_STORE, headers={"Retry-After": "5"}), api=api)
-        except NotKeptError as error:
-            return _problem(asked, ProblemError(422, str(error)), api=api)
         except NewerRelease as error:
             return _problem(asked, ProblemError(503, str(error)), api=api)
+        except (NotKeptError, ConfigurationError) as error:  # what nobody can be told, and what cannot be asked
+            return _problem(asked, ProblemError(422, str(error)), api=api)
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception:  # noqa: BLE001 - the last resort of a page
