@@ -74,12 +74,22 @@ def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[by
             said += more
             if not typed and until in said:
                 typed = True
+                _until_reading(pid)
                 os.write(terminal, answer)
         else:
             os.kill(pid, signal.SIGKILL)
     finally:
         os.close(terminal)
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _until_reading(pid: int) -> None:
+    """Wait until a program that has asked sleeps in its read: between the two it takes note of a signal, and reads on."""
+    asleep, ends_s = 0, time.monotonic() + 5
+    while asleep < 20 and time.monotonic() < ends_s:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.001)
 
 
 def clean_environment() -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_a_question_that_is_not_answered_with_yes(tmp_path: Path, answer: bytes)
     fill(tmp_path, [Budget("$5/daily", per="user")], calls=8)
     file = settings(tmp_path, BUDGET)
     said, code = at_terminal(
-        "reset", "user", "user-1", "--reason", "x", "--config", file, until=b"[y/N]", answer=answer
+        "reset", "user", "user-1", "--reason", "x", "--config", file, until=b"[y/N]: ", answer=answer
     )
     assert (code, b"Nothing was done" in said) == (2, True), said
     assert document("reset", "user", "user-1", "--reason", "x", "--dry-run", "--config", file)["meters"][0]["used"] > 0
