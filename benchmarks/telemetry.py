@@ -37,7 +37,11 @@ class Nowhere(SpanExporter):
 
 
 def new_guard() -> Guard:
-    policies: list[Policy] = [Iterations(10**9), Budget("$9000000/1d", per="user"), RateLimit("1000000000/second", per="user")]
+    policies: list[Policy] = [
+        Iterations(10**9),
+        Budget("$9000000/1d", per="user"),
+        RateLimit("1000000000/second", per="user"),
+    ]
     return Guard(policies)
 
 
