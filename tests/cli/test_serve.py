@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,7 +20,10 @@ from typing import Any
 import pytest
 from tests.cli.kit import clean_environment, document, process, settings
 
+from asgi_llm_guard.cli.serve import application
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity import ApiKeys
+from asgi_llm_guard.telemetry import instrument
 from asgi_llm_guard.testing import FakeProvider
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -121,6 +125,23 @@ def test_serve_mounts_the_administration(tmp_path: Path) -> None:
             assert asked(f"{url}/admin/api/usage", key=key)[0] in {401, 403}
             assert asked(f"{url}/usage/v1/usage", key=key)[0] == 200
             assert asked(f"{url}/administrator", key=key)[0] == 404
+
+
+@pytest.mark.parametrize("telemetry", [True, False])
+def test_serve_tells_telemetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, telemetry: bool) -> None:
+    """S17: with --telemetry the guard of each process is instrumented, and only then."""
+    with FakeProvider().serve() as provider:
+        gateway(tmp_path, provider, BUDGET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_GUARD_CONFIG", str(tmp_path / "guard.toml"))
+    monkeypatch.setenv("ASGI_LLM_GUARD_SERVE_TELEMETRY", "1" if telemetry else "")
+    guard = application()._guard
+    if telemetry:
+        with pytest.raises(ConfigurationError, match="instrumented already"):
+            instrument(guard)
+    else:
+        instrument(guard).uninstrument()
+    asyncio.run(guard.aclose())
 
 
 def test_a_stop_reaches_a_running_service(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ __all__ = ["Served", "application", "serve"]
 _GRACE_S: Final = 30
 _FACTORY: Final = "asgi_llm_guard.cli.serve:application"
 _EXPOSE: Final = "ASGI_LLM_GUARD_SERVE_EXPOSE"
+_TELEMETRY: Final = "ASGI_LLM_GUARD_SERVE_TELEMETRY"
 """How the processes of several workers are told."""
 _USAGE: Final = "/usage"
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
@@ -34,6 +35,7 @@ _PROBES: Final = frozenset({"/healthz", "/readyz"})
 @click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_default=True)
 @click.option("--workers", type=click.IntRange(1, 256), envvar="WEB_CONCURRENCY", default=1, show_default=True)
 @click.option("--expose", is_flag=True, help="Tell clients in headers which deployment has answered.")
+@click.option("--telemetry", is_flag=True, help="Make spans and metrics: run it under opentelemetry-instrument.")
 @click.option(
     "--grace",
     type=click.IntRange(0, 3_600),
@@ -42,7 +44,9 @@ _PROBES: Final = frozenset({"/healthz", "/readyz"})
     help="Seconds for open answers when it ends.",
 )
 @click.option("--log-level", type=click.Choice(["critical", "error", "warning", "info", "debug"]), default="info")
-def serve(tool: Tool, host: str, port: int, workers: int, grace: int, log_level: str, *, expose: bool) -> None:
+def serve(
+    tool: Tool, host: str, port: int, workers: int, grace: int, log_level: str, *, expose: bool, telemetry: bool
+) -> None:
     """Run the gateway that the settings describe: [gateway] with its deployments, under [[policies]].
 
     It speaks the dialects of /v1/chat/completions, /v1/responses, /v1/embeddings and /v1/messages, lists its models,
@@ -67,6 +71,7 @@ def serve(tool: Tool, host: str, port: int, workers: int, grace: int, log_level:
         )
     os.environ[CONFIG_VARIABLE] = str(tool.path.resolve())
     os.environ[_EXPOSE] = "1" if expose else ""
+    os.environ[_TELEMETRY] = "1" if telemetry else ""
     app: Any = _FACTORY
     if workers == 1:
         app = application()  # whatever is wrong with it is said here, in a line
@@ -113,6 +118,10 @@ def application() -> Served:
     if settings.identity is not None:
         served.mount(_USAGE, guard.usage_app())
     watch(guard, settings, gateway=gateway)
+    if os.environ.get(_TELEMETRY):
+        from asgi_llm_guard.telemetry import instrument
+
+        instrument(guard)
     return served
 
 
