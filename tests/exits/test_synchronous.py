@@ -80,6 +80,8 @@ def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps:
         while sys._current_frames()[main].f_code.co_name != "wait":
             time.sleep(0)  # until the main thread waits for the answer
         signal.pthread_kill(main, signal.SIGINT)
+        while not storage.interrupted.wait(2):  # one that comes just before it falls asleep does not wake it
+            signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
