@@ -61,6 +61,7 @@ def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[by
     command = ["-c", "from asgi_llm_guard.cli import main; main()", *map(str, arguments)]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where the tests run in the background of a shell
         os.execve(sys.executable, [sys.executable, *command], clean_environment())
     said, typed, ends_s = b"", False, time.monotonic() + 60
     try:

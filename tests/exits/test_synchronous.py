@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ class Thoughtful(MemoryStorage):
         finally:
             self.interrupted.set()
         return answer
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also in a process that was started in the background of a shell, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def guard_over(storage: MemoryStorage) -> Guard:
@@ -80,12 +91,14 @@ def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps:
         while sys._current_frames()[main].f_code.co_name != "wait":
             time.sleep(0)  # until the main thread waits for the answer
         signal.pthread_kill(main, signal.SIGINT)
-        while not storage.interrupted.wait(2):  # one that comes just before it falls asleep does not wake it
+        for _ in range(5):
+            if storage.interrupted.wait(2):  # one that comes just before it falls asleep does not wake it
+                return
             signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         work(guard)
     thread.join()
     assert storage.interrupted.wait(10)
@@ -139,6 +152,6 @@ def test_interrupt_when_the_work_is_done() -> None:
             pass  # until the main thread waits; nothing else has to run in this loop
         signal.pthread_kill(main, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         background.run(work(), undo=undone.set)
     assert undone.wait(10)
