@@ -19,6 +19,20 @@ SINCE_MS: Final = round(BEGINS.timestamp() * 1000)
 UNTIL_MS: Final = SINCE_MS + LASTS_S * 1000
 
 
+async def _differences(service: Service, ledger: Ledger) -> str:
+    """The records whose cost is on no line of the bill, and the lines that no record has."""
+    lines = Counter((line.model, line.cost_nanousd) for line in service.provider.bill if line.cost_nanousd)
+    left, strange = Counter(lines), []
+    async for batch in ledger.stream(RecordQuery(since_ms=SINCE_MS, until_ms=UNTIL_MS, limit=1_000)):
+        for record in batch:
+            line = (record.model or "", record.cost_nanousd or 0)
+            if left[line]:
+                left[line] -= 1
+            elif record.cost_nanousd:
+                strange.append(record)
+    return f"billed and not in the ledger: {+left}; in the ledger and not billed: {strange[:10]} of {len(strange)}"
+
+
 async def compare(service: Service, ledger: Ledger) -> None:
     """The books of the day agree to the nano-dollar, in total and by everything that they can be told apart by."""
     billed_nanousd = service.provider.total_nanousd
@@ -44,7 +58,7 @@ async def compare(service: Service, ledger: Ledger) -> None:
             departments += cost * len(record.departments or (None,))
     assert late > 0
     assert cached > 0
-    assert sum(by_user.values()) == billed_nanousd
+    assert sum(by_user.values()) == billed_nanousd, await _differences(service, ledger)
     assert billed_nanousd < departments
 
     # What its sums say.

@@ -57,7 +57,14 @@ class Serving:
             import uvicorn
         except ImportError as error:
             raise NotInstalledError("FakeProvider.serve", "testing") from error
-        config = uvicorn.Config(self._app, lifespan="off", ws="none", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            self._app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=75,  # longer than clients keep connections: none meets one that is just being closed
+        )
         server = self._server(uvicorn.Server, config)
         logging.getLogger("uvicorn.error").addFilter(self._log_filter)
         self._listener = socket.create_server(("127.0.0.1", 0))
