@@ -158,7 +158,7 @@ def desk(folder: Path, *, control: bool = True, middleware: Mapping[str, Any] | 
         routes=[
             Mount("/admin", guard.admin_app(options())),
             Mount("/usage", guard.usage_app()),
-            Route("/work", answer, methods=["POST"]),
+            Route("/ask", answer, methods=["POST"]),
         ]
     )
     return Desk(

@@ -50,7 +50,7 @@ def _guard(**more: Any) -> tuple[Guard, list[Event]]:
 
 
 @pytest.mark.parametrize(
-    "routes", [None, [Route("/{rest:path}")], [Route("/work")]], ids=["everything", "every path", "one path"]
+    "routes", [None, [Route("/{rest:path}")], [Route("/ask")]], ids=["everything", "every path", "one path"]
 )
 async def test_no_limit_blocks_the_pages(routes: Sequence[Route] | None) -> None:
     """M16: with a limit that refuses everything, the pages and the callers' page answer, are not counted, and nothing is
@@ -60,12 +60,12 @@ async def test_no_limit_blocks_the_pages(routes: Sequence[Route] | None) -> None
         routes=[
             Mount("/admin", guard.admin_app(options())),
             Mount("/deep", routes=[Mount("/usage", guard.usage_app())]),
-            StarletteRoute("/work", _work, methods=["POST"]),
+            StarletteRoute("/ask", _work, methods=["POST"]),
         ],
         middleware=[Middleware(GuardMiddleware, guard=guard, routes=routes, unlisted="deny" if routes else "pass")],
     )
     async with asgi_client(app) as client:
-        assert (await client.post("/work")).status_code == 429
+        assert (await client.post("/ask")).status_code == 429
         events.clear()
         assert (await client.get("/admin/api/v1/health", headers=_AUTH)).status_code == 200
         token = hidden((await client.get("/admin/login")).text, "login_token")
@@ -122,10 +122,10 @@ async def test_a_stop_of_everything_stops_no_administration(page: Desk) -> None:
     made = await client.post("/admin/api/v1/stops", json={"scope": "all", "reason": "panic"})
     assert made.status_code == 201, made.text
     await page.guard.chores.run("control")
-    assert (await client.post("/work")).status_code == 403
+    assert (await client.post("/ask")).status_code == 403
     assert (await client.delete(f"/admin/api/v1/stops/{made.json()['id']}")).status_code == 204
     await page.guard.chores.run("control")
-    assert (await client.post("/work")).status_code == 200
+    assert (await client.post("/ask")).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["", "/a", "/a/b"])
@@ -208,5 +208,5 @@ async def test_stopped_callers_still_see_theirs(page: Desk) -> None:
     """M16: who is stopped or has nothing left still reads what is left."""
     page.guard.set_stops([Stop(scope="caller", subject="service-a")])
     client = page.client(headers={"x-api-key": CALLER_KEY})
-    assert (await client.post("/work")).status_code == 403
+    assert (await client.post("/ask")).status_code == 403
     assert (await client.get("/usage/v1/usage")).status_code == 200

@@ -55,7 +55,7 @@ async def test_an_answer_is_given_again() -> None:
 
 
 async def test_nobody_else_is_given_it() -> None:
-    """T5: another caller, user or anonymous one with the same request gets an answer of their own, or none that is kept."""
+    """T5, M15: another caller, user or anonymous one with the same request gets an answer of their own, or none that is kept."""
     client = caching()
     await client.send(ADA)
     for context in (BOB, Context(caller="ada", user="bob"), Context(user="ada"), Context(caller="ada:user")):
