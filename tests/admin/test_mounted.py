@@ -76,7 +76,7 @@ async def test_no_limit_blocks_the_pages(routes: Sequence[Route] | None) -> None
         usage = await client.get("/deep/usage/v1/usage", headers={"x-api-key": "k"})
         assert usage.status_code == 200, usage.text
         assert [event for event in events if isinstance(event, (Admission, Refused))] == []
-        assert (await client.post("/admin/../work")).status_code in {404, 429}
+        assert (await client.post("/admin/../ask")).status_code in {404, 429}
     await guard.aclose()
 
 
