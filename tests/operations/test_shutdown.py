@@ -101,13 +101,14 @@ async def test_sigterm_lets_streams_end_in_their_time(tmp_path: Path) -> None:
 
 
 async def test_sigterm_without_a_server(tmp_path: Path) -> None:
-    """S10: a job in a process where nobody handles signals is ended, settled, and the process ends by the signal."""
+    """S10: a job in a process where nobody handles signals is ended, settled, and the process ends: by the signal, or
+    with what has become of the job, if that comes first."""
     provider = FakeProvider(prices=BILL, default=Behaviour.slow())
     path = tmp_path / "guard.db"
     async with provider.serve() as base_url, service(path, base_url, "--job", "--timeout=0.2") as running:
         provider.release(3)
         await running.says(b"word")
-        assert await running.end(signal.SIGTERM) == -signal.SIGTERM
+        assert await running.end(signal.SIGTERM) in {-signal.SIGTERM, 1}
         await provider.idle()
     holds, records = await left_behind(path)
     assert (holds, len(records)) == (0, 1)
