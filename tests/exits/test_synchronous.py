@@ -39,14 +39,24 @@ class Thoughtful(MemoryStorage):
         return answer
 
 
+_NUDGE = signal.SIGUSR1
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts, also in a process that was started in the background of a shell, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C interrupts, also in a process that was started in the background of a shell, where it is ignored.
+
+    `_NUDGE` only wakes the main thread: an interrupt that comes just before it falls asleep does not.
+    """
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        _NUDGE: signal.signal(_NUDGE, lambda _number, _frame: None),
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def guard_over(storage: MemoryStorage) -> Guard:
@@ -90,17 +100,18 @@ def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps:
             assert storage.decided.acquire(timeout=10)
         while sys._current_frames()[main].f_code.co_name != "wait":
             time.sleep(0)  # until the main thread waits for the answer
-        signal.pthread_kill(main, signal.SIGINT)
-        for _ in range(5):
-            if storage.interrupted.wait(2):  # one that comes just before it falls asleep does not wake it
+        signal.pthread_kill(main, signal.SIGINT)  # once: a second one could end the process of the tests
+        for _ in range(100):
+            if storage.interrupted.wait(0.1):
                 return
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, _NUDGE)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with interruptible(), pytest.raises(KeyboardInterrupt):
-        work(guard)
-    thread.join()
+    with interruptible():
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            work(guard)
+        thread.join()
     assert storage.interrupted.wait(10)
     asyncio.run(_until(lambda: storage.size()["holds"] == 0))
     assert left(storage) == (0, 0)
