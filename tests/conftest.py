@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from tests.fault_proxy import FaultProxy
 from tests.servers import (
     OwnRedis,
@@ -22,6 +24,15 @@ from tests.servers import (
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, derandomize=False, max_examples=2_000)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis draws from the constants of whatever modules of ours are loaded: with several processes, that is
+    other examples on every run. Only where it is to search for new ones, it may.
+    """
+    if config.getoption("--hypothesis-profile") != "full":
+        none = Constants()
+        providers._get_local_constants = lambda: none
 
 
 @pytest.fixture(scope="session")
