@@ -437,6 +437,7 @@ class Claimed:
         asking = Asking()
         amended: Hold | Denied | None = None
         denied: list[Denied] = []
+        refused: list[tuple[Call | None, Denied]] = []
         try:
             if requests:
                 answer = await engine.reserve(
@@ -463,12 +464,13 @@ class Claimed:
                 call = donor.call if described is None else described
                 amended = await engine.amend(
                     *(hold, policies, context, call),
-                    taken=taken, shared=self.admission.shared, asking=asking, attempt=self.attempt_number,
+                    taken=taken, shared=self.admission.shared, asking=asking, attempt=self.attempt_number, one_of=True,
                 )  # fmt: skip
                 if not isinstance(amended, Denied):
                     self.policies, self.call = tuple(policies), call
                     break
                 denied.append(amended)
+                refused.append((call, amended))
                 if asking.unknown:  # whose claims the hold has by now is not known, so no other is tried
                     denied += [amended] * (len(candidates) - len(denied))
                     break
@@ -494,6 +496,7 @@ class Claimed:
                 self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
+            engine.tell_refused(context, refused)
             if asking.unknown:
                 donor.hold = msgspec.structs.replace(hold, uncertain=True)
             donor._take_back()

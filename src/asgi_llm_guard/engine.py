@@ -393,7 +393,7 @@ class Engine:
             self.chores.begin()
         if self.gate is not None and (closed := await self.gate()) is not None:
             shut = self._refuse(closed, self.clock.now_ms())
-            return [self._denied(context, call, shut) for _, call in candidates]
+            return self.tell_refused(context, [(call, shut) for _, call in candidates])
         clamps = 2 if clamp else 0
         while True:
             now_ms = self.clock.now_ms()
@@ -436,7 +436,7 @@ class Engine:
                 candidates = smaller
                 clamps -= 1
                 continue
-            return [self._denied(context, call, denied[index]) for index, (_, call) in enumerate(candidates)]
+            return self.tell_refused(context, [(call, denied[index]) for index, (_, call) in enumerate(candidates)])
 
     def _clamped(self, candidates: Sequence[Candidate], denied: Mapping[int, Denied]) -> Sequence[Candidate] | None:
         """The candidates, with a lower output bound where only that was too much; `None`: it was for none."""
@@ -462,22 +462,24 @@ class Engine:
         asking: Asking | None = None,
         attempt: Attempt = FIRST,
         growing: bool = False,
+        one_of: bool = False,
     ) -> Hold | Denied | None:
         """Change an open hold to what the policies claim for `call`. `None`: the hold is gone (it expired).
 
         `asking` says, should this be cancelled, whether the hold may have been changed. `growing`: the call is on
-        its way and only needs more: nobody is waited for, and it is not told as another admission.
+        its way and only needs more: nobody is waited for, and it is not told as another admission. `one_of`: where this
+        is refused, another one may be asked for; whoever asks tells of refusals (`tell_refused`).
         """
         now_ms = self.clock.now_ms()
         if (stopped := self.stopped(context, call)) is not None:
-            return self._denied(context, call, self._refuse(stopped, now_ms))
+            return self._denied(context, call, self._refuse(stopped, now_ms), told=not one_of)
         asked = ask(policies, counted_as(context, shared=shared), call, now_ms, requests=False, taken=taken)
         if self.raises is not None:
             asked = self.raises.asked(asked, now_ms)
         if asked.shadow_refusals:
             self._shadow_refused(asked, context, call)
         if asked.refusal is not None:
-            return self._denied(context, call, self._refuse(asked.refusal, now_ms))
+            return self._denied(context, call, self._refuse(asked.refusal, now_ms), told=not one_of)
         ids = tuple(claim for claim in hold.claims if claim.meter.rule is Rule.IDS)
         claims = ids + asked.calls
         if claims == hold.claims:
@@ -507,13 +509,13 @@ class Engine:
             if isinstance(answer, Granted):
                 self._here.forget(hold.call_id)  # the storage had granted it after all
         if isinstance(answer, Refusal):
-            return self._denied(context, call, self._refuse(answer, now_ms))
+            return self._denied(context, call, self._refuse(answer, now_ms), told=not one_of)
         if isinstance(answer, Ended):
             if hold.degraded or answer.reason == "unknown":
                 self._give_back(hold)  # nothing was charged for it
             return None
         if isinstance(answer, Refused):
-            return self._denied(context, call, self._deny(_in_order(answer, policies), call))
+            return self._denied(context, call, self._deny(_in_order(answer, policies), call), told=not one_of)
         amended = Hold(bundle.call_id, claims, answer.receipts, bundle.draft, degraded)
         if degraded:
             asking.unknown = False
@@ -722,10 +724,20 @@ class Engine:
     def _deny(self, answer: Refused, call: Call | None) -> Denied:
         return deny(answer, call, disclose=self.disclose, jitter=self._jitter, statuses=self.statuses)
 
-    def _denied(self, context: Context, call: Call | None, denied: Denied) -> Denied:
+    def tell_refused(self, context: Context, refused: Sequence[tuple[Call | None, Denied]]) -> list[Denied]:
+        """The decision for a call that none of several could answer, each with its refusal: told once for each policy."""
+        told: set[tuple[str, str, str]] = set()
+        answer = []
+        for call, denied in refused:
+            why = denied.policy, denied.scope, denied.code
+            answer.append(self._denied(context, call, denied, told=why not in told))
+            told.add(why)
+        return answer
+
+    def _denied(self, context: Context, call: Call | None, denied: Denied, *, told: bool = True) -> Denied:
         if self.approval_url is not None:
             denied = with_approval(denied, self.approval_url)
-        if self.observers:
+        if told and self.observers:
             emit(self.observers, RefusedEvent(context, call, denied))
         return denied
 
