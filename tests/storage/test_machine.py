@@ -189,10 +189,13 @@ class Storages(RuleBasedStateMachine):
             answer = expected()
         except ValueError:
             answer = ValueError
-        for name, storage in self.storages.items():
-            actual = self.runner.run(run(storage))
+        for name, actual in self.runner.run(self.together(run)).items():
             assert actual == answer, f"{name}: {difference(actual, answer)}"
         return answer  # type: ignore[return-value]
+
+    async def together(self, play: Callable[[Storage], Awaitable[T]]) -> dict[str, T]:
+        """What each storage answers; they are asked at once, so none waits for another."""
+        return dict(zip(self.storages, await asyncio.gather(*map(play, self.storages.values())), strict=True))
 
     def meters(self) -> list[Meter]:
         return [family.meters[0] for family in self.families]
