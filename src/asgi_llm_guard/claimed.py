@@ -267,14 +267,16 @@ class Claimed:
             donor = donor._donated_by  # noqa: SLF001 - another one of this class
         return self.siblings
 
-    async def amend(self, call: Call) -> None:
+    async def amend(self, call: Call, *, told: bool = True) -> None:
         """Hold what `call` may cost in place of what is held: before it is sent to another model, for example.
+
+        `told`: whether observers are told of a refusal; not, where the call is made as it is held then.
 
         Raises:
             LimitExceeded: refused; what is held is as it was.
             ContextError: the call is not open, or one inside it has taken its hold over.
         """
-        answer = await self._change(call)
+        answer = await self._change(call, told=told)
         if answer is None:  # it expired, and is charged: nothing can be put in its place but more
             raise ContextError("amend: the hold of this call has expired and is charged; make another attempt")
         if isinstance(answer, Denied):
@@ -285,7 +287,7 @@ class Claimed:
         answer = await self._change(call, growing=True)
         return answer if isinstance(answer, Denied) else None
 
-    async def _change(self, call: Call, *, growing: bool = False) -> Hold | Denied | None:
+    async def _change(self, call: Call, *, growing: bool = False, told: bool = True) -> Hold | Denied | None:
         if self.halted is not None:
             return self.halted
         with self._lock:
@@ -304,6 +306,7 @@ class Claimed:
                     *(hold, self.policies, self.admission.context, call),
                     taken=self.siblings.taken(self) if self.siblings is not None else _NONE,
                     shared=self.admission.shared, asking=asking, attempt=self.attempt_number, growing=growing,
+                    one_of=not told,
                 )  # fmt: skip
             finally:
                 self._changed(pending, hold, answer, call, unknown=asking.unknown)

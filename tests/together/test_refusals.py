@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tests.gateway.kit import CONTEXT, MESSAGES, Fleet, fleet
 
-from asgi_llm_guard import Budget, GuardMiddleware, LimitExceeded, ProviderBudget
+from asgi_llm_guard import Budget, GuardMiddleware, LimitExceeded, ModelAllow, ProviderBudget
 from asgi_llm_guard.events import Refused
+from asgi_llm_guard.gateway import TierDown
 from asgi_llm_guard.ledger import RefusalQuery
 from asgi_llm_guard.testing import FrozenClock, asgi_client
 
@@ -72,3 +73,15 @@ async def test_a_refused_call_is_one_refusal(clock: FrozenClock, around: bool) -
         told, kept = await counted(made)
         assert [policy for policy, _ in told] == ["global_budget"]
         assert [(policy, count) for policy, _, count in kept] == [("global_budget", 1)]
+
+
+async def test_a_cheaper_model_that_may_not_be_asked_is_no_refusal(clock: FrozenClock) -> None:
+    """Where a budget is nearly spent and the cheaper model is forbidden, the call is answered as it was asked, and refused nowhere."""
+    policies = [ModelAllow(["openai/model-c"]), Budget("$1/daily", per="global")]
+    lower = TierDown(to={"openai/model-c": "openai/model-a"}, at=0.000001)
+    async with fleet(clock, "a", "c", policies=policies, tier_down=lower) as made:
+        assert made.guard.ledger is not None
+        await made.chat("openai/model-c")
+
+        assert made.asked == ["c"]
+        assert await counted(made) == ([], [])

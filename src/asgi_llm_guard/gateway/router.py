@@ -471,7 +471,7 @@ class Router:
     async def _lowered(self, call: ActiveCall, places: Sequence[Place]) -> int | None:
         for at, place in enumerate(places):
             try:
-                await call.amend(place.call)
+                await call.amend(place.call, told=False)
             except LimitExceeded:
                 continue
             except ContextError:  # its hold has expired meanwhile, and is charged
