@@ -13,6 +13,7 @@ from asgi_llm_guard.admin import gate
 from asgi_llm_guard.admin.asked import Asked, ProblemError, fields_of, json_answer, read_json
 from asgi_llm_guard.admin.cookies import set_cookie
 from asgi_llm_guard.admin.desk import Desk
+from asgi_llm_guard.admin.mounted import serve
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.admin.pages import page
 from asgi_llm_guard.admin.sessions import SESSION_COOKIE
@@ -30,26 +31,11 @@ if TYPE_CHECKING:
 
     from asgi_llm_guard.guard import Guard
 
-__all__ = ["HEADERS", "AdminApp", "end_socket", "follow_lifespan"]
+__all__ = ["AdminApp"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
 _NO_STORE: Final = "The store does not answer. Try again in a moment."
-
-HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; "
-        "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-    ),
-    "Cache-Control": "no-store",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "interest-cohort=()",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
-"""Of every answer. `Referrer-Policy`: browsers name no origin with `no-referrer`, and forms are checked by it."""
 
 
 @mark_own
@@ -60,17 +46,7 @@ class AdminApp:
         self.desk = Desk(guard, options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await follow_lifespan(receive, send)
-        elif scope["type"] == "http":
-            response = await self._answer(Request(scope, receive))
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            if scope["method"] == "HEAD":
-                response.body = b""
-            await response(scope, receive, send)
-        else:
-            await end_socket(receive, send)
+        await serve(self._answer, scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
         path = route_path(request.scope)
@@ -166,18 +142,3 @@ def _problem(asked: Asked, problem: ProblemError, *, api: bool) -> Response:
         response = page(asked, "error.html", active="", status=problem.status, problem=problem)
     response.headers.update(problem.headers)
     return response
-
-
-async def follow_lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
-        else:
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-
-
-async def end_socket(receive: Receive, send: Send) -> None:
-    await receive()
-    await send({"type": "websocket.close", "code": 1008, "reason": ""})

@@ -17,8 +17,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from asgi_llm_guard.admin.app import HEADERS, end_socket, follow_lifespan
 from asgi_llm_guard.admin.asked import ProblemError, json_answer
+from asgi_llm_guard.admin.mounted import serve
 from asgi_llm_guard.admin.pages import STATIC, write
 from asgi_llm_guard.admin.shown import dollars
 from asgi_llm_guard.context import Call, Context
@@ -88,17 +88,7 @@ class UsageApp:
         self._tz = tz
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await follow_lifespan(receive, send)
-        elif scope["type"] == "http":
-            response = await self._answer(Request(scope, receive))
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            if scope["method"] == "HEAD":
-                response.body = b""
-            await response(scope, receive, send)
-        else:
-            await end_socket(receive, send)
+        await serve(self._answer, scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
         path = route_path(request.scope)
