@@ -21,6 +21,12 @@ def control_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'control.db'}"
 
 
+def made_url(folder: Path) -> str:
+    """Of administration data that a service has made."""
+    in_control(folder, lambda control: control.state())
+    return control_url(folder)
+
+
 def in_control(folder: Path, work: Callable[[Control], Awaitable[T]]) -> T:
     async def run() -> T:
         control = Control(control_url(folder), secret="x" * 32)
@@ -65,7 +71,7 @@ def test_resets_are_audited(tmp_path: Path) -> None:
     """S6: with administration data, a reset leaves a row: who, why, and what was there before."""
     fill(tmp_path, [Budget("$5/1d", per="user", name="budget")], calls=8)
     file = settings(tmp_path, BUDGET)
-    arguments = ("--config", file, "--control", control_url(tmp_path), "--reason", "wrong price", "--yes")
+    arguments = ("--config", file, "--control", made_url(tmp_path), "--reason", "wrong price", "--yes")
     document("reset", "user", "user-1", *arguments)
     entry = in_control(tmp_path, lambda control: control.audit())[0]
     assert (entry.verb, entry.target, entry.reason) == ("reset", "user:user-1", "wrong price")
@@ -122,7 +128,7 @@ def test_reset_of_a_policy_that_is_none(tmp_path: Path) -> None:
 def test_raise_is_kept_with_its_end(tmp_path: Path) -> None:
     """S12: a raise is in administration data, with its amount, its end and why; the audit has who made it."""
     file = settings(tmp_path, BUDGET)
-    arguments = ("--config", file, "--control", control_url(tmp_path), "--reason", "a demo")
+    arguments = ("--config", file, "--control", made_url(tmp_path), "--reason", "a demo")
     told = document("raise", "budget", "$20", "--until", "2h", "--subject", "mia", *arguments)
     state = in_control(tmp_path, lambda control: control.state())
     kept = state.raises[told["id"]].value
@@ -152,7 +158,7 @@ def test_raise_is_kept_with_its_end(tmp_path: Path) -> None:
 )
 def test_raises_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
     """S5: amounts that are none, policies that there are not, ends in the past, and everybody at once without --yes."""
-    more = ("--config", settings(tmp_path, BUDGET), "--control", control_url(tmp_path), "--reason", "x")
+    more = ("--config", settings(tmp_path, BUDGET), "--control", made_url(tmp_path), "--reason", "x")
     ran = call("raise", *arguments, *more)
     assert (ran.exit_code, said in ran.stderr) == (code, True), ran.output
     assert not in_control(tmp_path, lambda control: control.state()).raises
@@ -160,7 +166,7 @@ def test_raises_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...], code:
 
 def test_kill_list_and_lift(tmp_path: Path) -> None:
     """S8: a stop is kept with its end, listed while it holds, and lifted by its name; each step is audited."""
-    arguments = ("--config", settings(tmp_path, BUDGET), "--control", control_url(tmp_path))
+    arguments = ("--config", settings(tmp_path, BUDGET), "--control", made_url(tmp_path))
     told = document(
         "kill", "session", "s-1", "--caller", "team", "--until", "1h", "--reason", "a loop", "--yes", *arguments
     )
@@ -206,7 +212,7 @@ def test_kill_list_and_lift(tmp_path: Path) -> None:
 )
 def test_stops_that_cannot_be(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """S8: a stop names who, and why; what it cannot mean is refused and nothing is stopped."""
-    more = ("--config", settings(tmp_path, BUDGET), "--control", control_url(tmp_path), "--yes")
+    more = ("--config", settings(tmp_path, BUDGET), "--control", made_url(tmp_path), "--yes")
     assert call("kill", *arguments, *more).exit_code in {2, 3}
     assert not in_control(tmp_path, lambda control: control.state()).stops
 

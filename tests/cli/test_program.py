@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests.cli.kit import at_terminal, call, clean_environment, document, fill, 
 
 from asgi_llm_guard import Budget
 from asgi_llm_guard.cli.root import program
+from asgi_llm_guard.control import Control
 
 BUDGET = '[[policies]]\nkind = "budget"\nlimits = ["$5/daily"]\nper = "user"\n'
 HEAVY = {
@@ -136,6 +138,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 def test_nobody_there_to_confirm(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """What cannot be taken back is not done where nobody can be asked, unless --yes was given: exit 2."""
     settings(tmp_path, BUDGET)
+    fill(tmp_path, calls=1)
+    control = Control(f"sqlite:///{tmp_path / 'c.db'}")
+    asyncio.run(control.state())
+    control.database.close()
     ran = process(*arguments, cwd=tmp_path)
     assert ran.returncode == 2
     assert "add --yes" in ran.stderr

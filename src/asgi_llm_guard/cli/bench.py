@@ -38,7 +38,8 @@ def bench(tool: Tool, calls: int, parallel: int, seconds: int, *, yes: bool) -> 
     scheme = settings.storage.get_secret_value().partition(":")[0]
     if scheme != "memory":
         confirm(f"Make {calls:,} test calls on the configured storage ({scheme})?", yes=yes)
-    guard = tool.guard(settings, new=True)
+    tool.tell_made("storage", settings)
+    guard = tool.guard(settings, makes=("storage",))
     with progress("calls", length=calls) as bar:
         measured = run(_measure(guard, calls=calls, parallel=parallel, seconds=seconds, told=bar))
     tool.show({"storage": scheme} | measured, lambda: _text(measured))

@@ -40,7 +40,7 @@ def ledger_of(tool: Tool, guard: Guard) -> Ledger:
 
 async def with_ledger(tool: Tool, work: Callable[[Ledger], Awaitable[T]]) -> T:
     """Do something with the ledger that the settings or `--ledger` name."""
-    guard = tool.guard()
+    guard = tool.guard(needs=("storage", "ledger"))
     try:
         return await work(ledger_of(tool, guard))
     finally:

@@ -82,7 +82,7 @@ async def _reset(
     *,
     dry_run: bool,
 ) -> list[dict[str, Any]]:
-    guard = tool.guard()
+    guard = tool.guard(needs=("storage", "control"))
     try:
         await follow(guard)
         limits = await guard.meters_of(scope, subject, caller=caller)
@@ -187,7 +187,7 @@ def raise_(
 
     Exit codes: 0 in force; 3 there is no administration data, or no such policy; 5 somebody has changed it meanwhile.
     """
-    control = administered(tool)
+    control = administered(tool, makes=True)
     until_ms = end_of(until, name="--until")
     money = amount.startswith("$")
     if unit is None and not money:
@@ -259,7 +259,7 @@ def kill(
     """
     if sum((scope is not None, listing, lift is not None)) != 1:
         raise click.UsageError("expected one of SCOPE [SUBJECT], --list, and --lift ID")
-    control = administered(tool)
+    control = administered(tool, makes=scope is not None)
     if listing:
         rows = run(control.do(_stops))
         tool.show({"stops": rows}, lambda: _listed(rows))

@@ -11,7 +11,9 @@ from asgi_llm_guard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from asgi_llm_guard.control.changes import Actor
+    from asgi_llm_guard.control.store import Control
     from asgi_llm_guard.guard import Guard
+    from asgi_llm_guard.settings import GuardSettings
 
 __all__ = ["Administered", "actor", "administered", "follow"]
 
@@ -21,9 +23,9 @@ T = TypeVar("T")
 class Administered:
     """Administration data, opened for one change and closed after it."""
 
-    def __init__(self, tool: Tool, guard: Guard) -> None:
+    def __init__(self, tool: Tool, settings: GuardSettings) -> None:
         self._tool = tool
-        self._guard = guard
+        self._settings = settings
 
     def knows_policy(self, name: str) -> None:
         """Check that the settings have a policy of this name.
@@ -31,12 +33,9 @@ class Administered:
         Raises:
             ConfigurationError: they have none; names those that there are.
         """
-        from asgi_llm_guard.settings import build_middleware_arguments
+        from asgi_llm_guard.settings.build import build_policies
 
-        routes = build_middleware_arguments(self._tool.settings())["routes"] or ()
-        known = [
-            policy.name for policy in (*self._guard.policies, *(extra for route in routes for extra in route.extra))
-        ]
+        known = [policy.name for policy in build_policies(self._settings)]
         if name not in known:
             raise ConfigurationError(f"{self._tool.path}: there is no policy {name!r}; known are {', '.join(known)}")
 
@@ -47,36 +46,44 @@ class Administered:
             ConfigurationError: a field is malformed, or the policy has no such limit.
         """
         from asgi_llm_guard.overlay import Raise
-        from asgi_llm_guard.settings import build_middleware_arguments
+        from asgi_llm_guard.settings.build import build_policies
 
-        routes = build_middleware_arguments(self._tool.settings())["routes"] or ()
-        Raise(**value).check((*self._guard.policies, *(extra for route in routes for extra in route.extra)))
+        Raise(**value).check(build_policies(self._settings))
 
-    async def do(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Do something with the `Control`."""
+    async def do(self, work: Callable[[Control], Awaitable[T]]) -> T:
+        """Do something with the `Control`. A file that is made for it is told on stderr."""
+        from asgi_llm_guard.settings.build import build_control
+
+        self._tool.tell_made("control", self._settings)
+        control = build_control(self._settings)
         try:
-            return await work(self._guard.control)
+            return await work(control)
         finally:
-            await self._guard.aclose()
+            await control.aclose()
 
 
 @overload
-def administered(tool: Tool, *, needed: Literal[True] = True) -> Administered: ...
+def administered(tool: Tool, *, needed: Literal[True] = True, makes: bool = False) -> Administered: ...
 
 
 @overload
-def administered(tool: Tool, *, needed: Literal[False]) -> Administered | None: ...
+def administered(tool: Tool, *, needed: Literal[False], makes: bool = False) -> Administered | None: ...
 
 
-def administered(tool: Tool, *, needed: bool = True) -> Administered | None:
+def administered(tool: Tool, *, needed: bool = True, makes: bool = False) -> Administered | None:
     """The administration data that the settings or `--control` name; `None`: there is none.
+
+    `makes`: the change may be the first one, before the service has started: a file that the settings name is made. One
+    that the command line names has to be there.
 
     Raises:
         Failure: there is none, and it is `needed`.
+        ConfigurationError: its file is not there, or another one.
     """
     settings = tool.settings()
     if settings.control is not None:
-        return Administered(tool, tool.guard(settings, apart=True))
+        tool.check("control", settings, new=makes and not tool.told("control"))
+        return Administered(tool, settings)
     if needed:
         raise Failure(
             f"{tool.path}: no administration data is configured; set `control` in the settings, or name it with "

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from asgi_llm_guard.cli.changing import follow
-from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, missing_file, run
+from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, run, with_urls
 from asgi_llm_guard.cli.failures import Exit
+from asgi_llm_guard.cli.files import EVERY, Part
 from asgi_llm_guard.cli.tables import Column, safe, table, terminal_width
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
 
@@ -77,10 +78,14 @@ async def _examine(
         more, paths = examine_application(application)
         findings += more
         guards = _guards_of(application)
-    missing = settings is not None and missing_file(tool.storage_url(settings)) is not None
+    absent = {} if settings is None else _absent(tool, settings)
+    missing = "storage" in absent
     if settings is not None and not guards:
-        own = _own_guard(tool, settings, apart=offline or missing)
+        own = _own_guard(tool, settings, absent, apart=offline or missing)
         guards = [own]
+    findings += [
+        _not_there(part, file) for part, file in absent.items() if part == "storage" or file != absent.get("storage")
+    ]
     try:
         for guard in guards:
             if not offline and not missing:
@@ -99,9 +104,7 @@ async def _examine(
             deployments, aliases = _gateway(settings)
             named = models_named((*guard.policies, *extra), deployments, aliases)
             findings += examine_prices(guard.prices, [*named, *_of_departments(settings)])
-            if missing:
-                findings.append(_not_there(tool, settings))
-            elif not offline:
+            if not offline and not missing:
                 findings += await _ask_store(guard)
                 findings += await _ask_ledger(guard)
         if application is None and settings is not None and own is not None:
@@ -113,13 +116,33 @@ async def _examine(
     return sorted(dict.fromkeys(findings), key=lambda finding: order.index(finding.severity)), paths
 
 
-def _own_guard(tool: Tool, settings: GuardSettings, *, apart: bool) -> Guard:
-    """The guard of the settings; `apart`: in memory, so that no file is made and nobody is asked."""
-    if not apart:
-        return tool.guard(settings)
-    if not tool.storage_url(settings).startswith("limits+"):  # those take only some policies
-        tool = Tool(str(tool.path), as_json=tool.as_json, storage="memory://")
-    return tool.guard(settings, new=True)
+def _own_guard(tool: Tool, settings: GuardSettings, absent: Mapping[Part, Path], *, apart: bool) -> Guard:
+    """The guard of the settings; `apart`: in memory, so that nobody is asked. No file is made: of what is `absent`, too,
+    there is one in memory."""
+    needs: list[Part] = ["control"]
+    if "ledger" not in absent:
+        needs.append("ledger")
+    # Those over `limits` take only some policies.
+    if not apart or tool.storage_url(settings).startswith("limits+"):
+        needs.append("storage")
+    if "control" in absent:
+        settings = with_urls(settings, {"control": "sqlite://:memory:"})
+    return tool.guard(settings, needs=needs, makes=needs)
+
+
+def _absent(tool: Tool, settings: GuardSettings) -> dict[Part, Path]:
+    """The files that the settings name and that are not there.
+
+    Raises:
+        ConfigurationError: one that the command line names is not.
+    """
+    absent: dict[Part, Path] = {}
+    for part in EVERY:
+        if tool.told(part):
+            tool.check(part, settings)
+        elif (file := tool.missing(part, settings)) is not None:
+            absent[part] = file
+    return absent
 
 
 async def _ask_store(guard: Guard) -> list[Finding]:
@@ -172,14 +195,14 @@ async def _ask_control(guard: Guard) -> list[Finding]:
 # ---------------------------------------------------------------------------- what the settings say
 
 
-def _not_there(tool: Tool, settings: GuardSettings | None) -> Finding:
+def _not_there(part: Part, file: Path) -> Finding:
     from asgi_llm_guard.doctor import Finding
 
-    url = "" if settings is None else tool.storage_url(settings)
+    called = {"storage": "storage", "ledger": "ledger", "control": "database of administration data"}[part]
     return Finding(
         severity="note",
         code="no_file_yet",
-        seen=f"the storage {url} does not exist yet",
+        seen=f"the {called} {file} does not exist yet (looked at {file.absolute()})",
         next_step="nothing: the service makes it when it starts; a relative path is relative to where that is",
     )
 

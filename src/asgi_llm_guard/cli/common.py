@@ -7,7 +7,7 @@ import functools
 import getpass
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.cli.files import Part, check_file, missing_file
 from asgi_llm_guard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ __all__ = [
     "check_reason",
     "command_options",
     "confirm",
-    "missing_file",
     "progress",
     "reason_option",
     "run",
+    "with_urls",
 ]
 
 CONFIG_VARIABLE: Final = "LLM_GUARD_CONFIG"
@@ -73,51 +74,70 @@ class Tool:
         from asgi_llm_guard.settings import load_settings
 
         settings = load_settings(self.path)
-        return self._told(settings) if self._urls else settings
-
-    def _told(self, settings: GuardSettings) -> GuardSettings:
-        from asgi_llm_guard.settings.operations import ControlSettings, LedgerSettings
-
-        changed: dict[str, Any] = {}
-        kinds = {"ledger": LedgerSettings, "control": ControlSettings}
-        for name, url in self._urls.items():
-            fresh, table = kinds[name](url=url), getattr(settings, name)
-            changed[name] = fresh if table is None else table.model_copy(update={"url": fresh.url})
-        return settings.model_copy(update=changed)
+        return with_urls(settings, self._urls)
 
     def storage_url(self, settings: GuardSettings) -> str:
         """Where the counters are: never to be shown, because it may hold a password."""
         return self.storage or settings.storage.get_secret_value()
 
+    def told(self, part: Part) -> bool:
+        """Whether the command line names the database of this part."""
+        return part in self._urls
+
+    def url_of(self, part: Part, settings: GuardSettings) -> str | None:
+        """Where a part is kept; `None`: nowhere, or it is in no file and needs none. Never to be shown: it may hold a
+        password."""
+        if part == "storage":
+            return self.storage_url(settings)
+        table = settings.ledger if part == "ledger" else settings.control
+        if table is not None and table.url is not None:
+            return table.url.get_secret_value()
+        return None if table is None or part == "ledger" else settings.own_database
+
+    def missing(self, part: Part, settings: GuardSettings) -> Path | None:
+        """The SQLite file of a part that is not there; `None`: there is one, or it is none of that kind."""
+        return missing_file(self.url_of(part, settings) or "")
+
+    def tell_made(self, part: Part, settings: GuardSettings) -> None:
+        """Say on stderr that a file is not there and will be made, for those who thought that it was."""
+        if (file := self.missing(part, settings)) is not None:
+            click.echo(f"{file.absolute()}: was not there, and is made", err=True)
+
+    def check(self, part: Part, settings: GuardSettings, *, new: bool = False) -> None:
+        """Check that the file of a part is there, and has that part in it; `new`: it is made where it is not.
+
+        Raises:
+            ConfigurationError: it is not.
+        """
+        table = None if part == "storage" else getattr(settings, part)
+        own = part == "storage" or table is None or table.url is None
+        said = f"--{part}" if self.told(part) else f"{self.path}: {'storage' if own else f'{part}.url'}"
+        shared = own and part != "storage"
+        check_file(part, self.url_of(part, settings) or "", said=said, new=new, shared=shared)
+
     def guard(
         self,
         settings: GuardSettings | None = None,
         *,
-        new: bool = False,
-        new_ledger: bool = False,
-        apart: bool = False,
+        needs: Sequence[Part] = ("storage",),
+        makes: Sequence[Part] = (),
     ) -> Guard:
         """The guard that the settings describe, with the URLs of the command line in place of theirs.
 
-        `new`: a SQLite file that is not there is made; else it is a mistaken path, and nothing is. `new_ledger`: the same
-        of the file that `--ledger` names. `apart`: its storage
-        is not needed, and not asked.
+        `needs`: what the command works with; the rest is neither opened nor asked. `makes`: of these, what may be a file
+        that is not there; any other one is a mistaken path, and nothing is made of it.
 
         Raises:
-            ConfigurationError: something in the settings is wrong, or the file is not there.
+            ConfigurationError: something in the settings is wrong, or a file is not there, or another one.
         """
         from asgi_llm_guard.guard import Guard
         from asgi_llm_guard.settings import build_guard_arguments
 
         settings = settings or self.settings()
-        url = "memory://" if apart else self.storage_url(settings)
-        if not new and (missing := missing_file(url)) is not None:
-            raise ConfigurationError(
-                f"{self.path}: storage: there is no file {missing} yet (from {Path.cwd()}); the service makes it"
-            )
-        if not (new or new_ledger) and (missing := missing_file(self._urls.get("ledger", ""))) is not None:
-            raise ConfigurationError(f"--ledger: there is no file {missing} (from {Path.cwd()})")
-        return Guard(**build_guard_arguments(settings) | {"storage": url})
+        for part in needs:
+            self.check(part, settings, new=part in makes)
+        url = self.storage_url(settings) if "storage" in needs else "memory://"
+        return Guard(**build_guard_arguments(_only(settings, needs)) | {"storage": url})
 
     def show(self, document: object, text: Callable[[], str]) -> None:
         """Print the document for programs, or the text for people."""
@@ -129,12 +149,24 @@ class Tool:
             click.echo(text())
 
 
-def missing_file(url: str) -> Path | None:
-    """The file of a SQLite URL, if it is not there: opening it would make it."""
-    if not url.startswith("sqlite:///") or url == "sqlite://:memory:":
-        return None
-    file = Path(url.removeprefix("sqlite:///").partition("?")[0])
-    return None if file.exists() else file
+def with_urls(settings: GuardSettings, urls: Mapping[str, str]) -> GuardSettings:
+    """The settings with other databases for the ledger or administration data."""
+    from asgi_llm_guard.settings.operations import ControlSettings, LedgerSettings
+
+    changed: dict[str, Any] = {}
+    kinds = {"ledger": LedgerSettings, "control": ControlSettings}
+    for name, url in urls.items():
+        fresh, table = kinds[name](url=url), getattr(settings, name)
+        changed[name] = fresh if table is None else table.model_copy(update={"url": fresh.url})
+    return settings.model_copy(update=changed)
+
+
+def _only(settings: GuardSettings, needs: Sequence[Part]) -> GuardSettings:
+    """The settings without the databases that are not needed, and without what would need them."""
+    left_out: dict[str, None] = {part: None for part in ("ledger", "control") if part not in needs}
+    if "control" in left_out and settings.identity is not None and settings.identity.kind == "control":
+        left_out["identity"] = None
+    return settings.model_copy(update=left_out)
 
 
 def command_options(function: Function) -> Function:

@@ -97,7 +97,7 @@ def new(tool: Tool, whose: dict[str, Any], reason: str) -> None:
 
     Without administration data it prints the entry to be added to the keys file.
     """
-    control = administered(tool, needed=False)
+    control = administered(tool, needed=False, makes=True)
     if control is None:
         key, record = _generate(tool, whose)
         _show_entry(tool, key, record)

@@ -83,7 +83,9 @@ async def _drain(tool: Tool, *, follow: bool, told: Callable[[int], None]) -> tu
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    guard = tool.guard(new_ledger=True)
+    settings = tool.settings()
+    tool.tell_made("ledger", settings)
+    guard = tool.guard(settings, needs=("storage", "ledger"), makes=("ledger",))
     try:
         book = ledger_of(tool, guard)
         taking = Drain(guard.storage, book) if isinstance(guard.storage, KeepsStreams) else None
@@ -237,7 +239,7 @@ def reprice(tool: Tool, period: Period, tz: str, version: str, *, dry_run: bool)
 async def _reprice(tool: Tool, period: Period, version: str, *, dry_run: bool, told: Callable[[int], None]) -> Repriced:
     from asgi_llm_guard.ledger.reprice import reprice as price
 
-    guard = tool.guard()
+    guard = tool.guard(needs=("storage", "ledger", "control"))
     try:
         book = ledger_of(tool, guard)
         await follow(guard)

@@ -12,6 +12,7 @@ import click
 
 from asgi_llm_guard.cli.common import CONFIG_VARIABLE, Tool, command_options
 from asgi_llm_guard.cli.failures import Exit, Failure
+from asgi_llm_guard.cli.files import EVERY
 from asgi_llm_guard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def application() -> Served:
 
     tool = Tool(os.environ[CONFIG_VARIABLE], as_json=False)
     settings = tool.settings()
-    guard = tool.guard(settings, new=True)
+    guard = tool.guard(settings, needs=EVERY, makes=EVERY)
     arguments = build_gateway_arguments(settings)
     try:
         gateway = Gateway(guard, **arguments)

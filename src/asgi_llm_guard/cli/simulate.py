@@ -128,7 +128,7 @@ async def _simulate(
         found=None if refusals is None else lambda misfit: _write(refusals, misfit),
         arguments=arguments,
     )
-    guard = tool.guard(settings)
+    guard = tool.guard(settings, needs=("storage", "ledger"))
     try:
         ledger = ledger_of(tool, guard)
         since_ms, until_ms = period

@@ -10,9 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.clock import SystemClock
+from asgi_llm_guard.control.store import Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION
+from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.settings.identity import ControlKeysSettings
 from asgi_llm_guard.settings.lines import line_in
@@ -22,9 +24,11 @@ from asgi_llm_guard.stream_rules import StreamRules
 
 __all__ = [
     "build_admin_options",
+    "build_control",
     "build_gateway_arguments",
     "build_guard_arguments",
     "build_middleware_arguments",
+    "build_policies",
     "build_replacement",
     "build_then",
 ]
@@ -53,12 +57,29 @@ def build_guard_arguments(settings: GuardSettings) -> dict[str, Any]:
         with _named(settings, "ledger"):
             arguments["ledger"] = settings.ledger.build(SystemClock())
     if settings.control is not None:
-        with _named(settings, "control"):
-            arguments["control"] = settings.control.build(settings.own_database, SystemClock())
+        arguments["control"] = build_control(settings)
     if settings.identity is not None and keys:
         with _named(settings, "identity"):
             arguments["identity"] = settings.identity.build(settings.directory, arguments.get("control"))
     return arguments
+
+
+def build_control(settings: GuardSettings) -> Control:
+    """The administration data, without a guard. Makes the file where it is not there.
+
+    Raises:
+        ConfigurationError: there is no `[control]`, or something in it is wrong; names the settings file and the key.
+    """
+    if settings.control is None:
+        raise ConfigurationError(f"{settings.origin}: control: is missing")
+    with _named(settings, "control"):
+        return settings.control.build(settings.own_database, SystemClock())
+
+
+def build_policies(settings: GuardSettings) -> tuple[Policy, ...]:
+    """Every policy that the settings describe, those of routes too."""
+    everywhere = [*settings.policies, *(policy for route in settings.routes or () for policy in route.extra)]
+    return tuple(policy.build(settings.book) for policy in everywhere)
 
 
 def build_replacement(settings: GuardSettings, *, identity: bool = True) -> dict[str, Any]:
