@@ -209,6 +209,42 @@ async def test_sessions_end(page: Desk) -> None:
     assert (await again.get("/admin/health")).status_code == 303
 
 
+async def test_a_log_out_holds_in_every_process(page: Desk, tmp_path: Path) -> None:
+    """Who logs out in one process is logged out in all of them with the answer, and stays so while the administration
+    data are away; other sessions go on."""
+    other = desk(tmp_path)
+    client, staying = await page.browser("viewer"), await page.browser("viewer")
+    copies = [
+        other.client(headers={"cookie": f"llm_guard_admin={each.cookies['llm_guard_admin']}"})
+        for each in (client, staying)
+    ]
+    assert [(await copy.get("/admin/health")).status_code for copy in copies] == [200, 200]
+    token = hidden((await client.get("/admin/")).text, "form_token")
+    left = await client.post("/admin/logout", data={"form_token": token})
+    assert left.headers["location"] == "/admin/login?done=left"
+    assert [(await copy.get("/admin/health")).status_code for copy in copies] == [303, 200]
+    assert [(row.actor, row.verb) for row in await page.audit(verb="logout")] == [("viewer", "logout")]
+    assert other.control is not None
+    await other.control.aclose()
+    assert [(await copy.get("/admin/health")).status_code for copy in copies] == [303, 200]
+    await other.aclose()
+
+
+async def test_a_log_out_that_nobody_can_be_told_of(page: Desk) -> None:
+    """While the administration data are away a log-out holds in its process alone, and says so; the credential is nowhere
+    taken for less."""
+    client = await page.browser("viewer")
+    kept = client.cookies["llm_guard_admin"]
+    token = hidden((await client.get("/admin/health")).text, "form_token")
+    assert page.control is not None
+    await page.control.aclose()
+    left = await client.post("/admin/logout", data={"form_token": token})
+    assert left.headers["location"] == "/admin/login?done=left_here"
+    assert "other processes" in (await client.get(left.headers["location"])).text
+    again = page.client(headers={"cookie": f"llm_guard_admin={kept}"})
+    assert (await again.get("/admin/health")).status_code == 303
+
+
 async def test_pages_that_refresh_themselves_keep_nobody_logged_in(page: Desk) -> None:
     """A page that was left open and asks for its live part again and again ends with the idle time all the same."""
     client = await page.browser("viewer")

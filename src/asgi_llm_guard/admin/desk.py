@@ -10,9 +10,9 @@ from typing import Final
 from asgi_llm_guard.admin.budgets import Budget, budget_of
 from asgi_llm_guard.admin.options import AdminOptions
 from asgi_llm_guard.admin.recent import RecentRefusals
-from asgi_llm_guard.admin.sessions import Failures, Sessions
+from asgi_llm_guard.admin.sessions import Failures, Session, Sessions
 from asgi_llm_guard.admin.shown import cut
-from asgi_llm_guard.control import Actor, Control
+from asgi_llm_guard.control import Actor, AuditQuery, Control
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.ledger import Ledger
@@ -25,6 +25,7 @@ _log = logging.getLogger("asgi_llm_guard")
 
 MOST_OPEN: Final = 1_000
 _MOST_SUBJECTS: Final = 200
+_LEFT: Final = "logout"
 
 
 class Desk:
@@ -68,6 +69,36 @@ class Desk:
             await self.control.note(verb, target, actor=actor, reason="", refused=why)
         except StorageError as error:
             _log.error("administration: a refused try is not in the audit: %s", error)
+
+    # -------------------------------------------------------------------------- sessions
+
+    async def end(self, session: Session, actor: Actor) -> bool:
+        """End a session: at once in this process, and in all others by the row of the audit that says so; whether that
+        could be written."""
+        self.sessions.end(session)
+        try:
+            await self.note(_LEFT, f"session:{session.mark}", actor=actor)
+        except StorageError as error:
+            _log.error("administration: other processes do not know of a log-out: %s", error)
+            return False
+        return self.control is not None
+
+    async def has_ended(self, session: Session) -> bool:
+        """Whether somebody has left the session, in whichever process.
+
+        While the administration data do not answer, those are taken for going on of which nobody knows better: what is
+        looked at in an outage is its health, and nothing can be changed meanwhile.
+        """
+        if self.control is None:
+            return False  # what this process knows, `Sessions.read` has looked at
+        try:
+            left = await self.control.audit(AuditQuery(verb=_LEFT, target=f"session:{session.mark}", limit=1))
+        except StorageError as error:
+            _log.warning("administration: nobody knows who has logged out elsewhere: %s", error)
+            return False
+        if left:
+            self.sessions.end(session)
+        return bool(left)
 
     # --------------------------------------------------------------------------- reading
 

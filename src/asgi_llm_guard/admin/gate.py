@@ -49,7 +49,10 @@ async def identify(desk: Desk, request: Request) -> tuple[AdminCredential | None
         return found, None
     value = request.cookies.get(SESSION_COOKIE)
     known = desk.sessions.read(value, desk.now_ms) if value else None
-    return (known[1], known[0]) if known is not None else (None, None)
+    if known is None or await desk.has_ended(known[0]):
+        return None, None
+    session, credential = known
+    return credential, session
 
 
 async def admit(asked: Asked, role: Role | None) -> None:

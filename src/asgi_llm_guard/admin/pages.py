@@ -44,6 +44,10 @@ DONE: Final = {
     "reset": "Reset. What was used counts as nothing from now on.",
     "revoked": "Revoked. The key is not known any more.",
     "left": "You are logged out.",
+    "left_here": (
+        "You are logged out of this browser and this process. This could be written nowhere, so other processes would go "
+        "on to take a copy of the cookie until it is idle."
+    ),
 }
 """What a page says after a form was taken, by the word that its address then carries."""
 

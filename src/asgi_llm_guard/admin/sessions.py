@@ -1,7 +1,8 @@
 """Who is logged in: a signed cookie, the token of its forms, and how many wrong tokens an address may try.
 
 A session is kept nowhere but in its cookie, so that any process can answer the next request. It carries no token,
-and ends with the credential that it was begun with.
+and ends with the credential that it was begun with. That somebody has left it stands in the audit, where all processes
+look (`Desk.has_ended`), and in the memory of those that have seen it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Session(msgspec.Struct, frozen=True, array_like=True):
     id: str
     since_ms: int
     seen_ms: int
+
+    @property
+    def mark(self) -> str:
+        """Names the session to people and other processes, who can make no cookie of it."""
+        return hashlib.blake2b(self.id.encode(), digest_size=12, person=b"llm-guard-left").hexdigest()
 
 
 class Sessions:
@@ -85,7 +91,7 @@ class Sessions:
         return self._signed(msgspec.structs.replace(session, seen_ms=now_ms))
 
     def end(self, session: Session) -> None:
-        """Its cookie is not taken any more, by this process; other processes see no more of it when it is idle."""
+        """Its cookie is not taken any more, by this process."""
         with self._lock:
             self._ended[session.id] = None
             while len(self._ended) > _ENDED_KEPT:
