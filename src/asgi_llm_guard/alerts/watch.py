@@ -4,6 +4,7 @@ Rule 1: the hot path only puts an event into a queue. All else is done when the 
 
 Rule 2: a counter is watched from the admission after which it may cross a threshold, by all that is held, until a
 reading says that it has, or cannot. Whatever process settles the last of it, each that admitted some of it watches.
+So is one that refuses: its limit may have been lowered below what was used before.
 
 Rule 3: nothing that may cross is dropped. Where the queue is full, the counters of an admission that may cross are
 kept by themselves, each once, and read.
@@ -23,7 +24,7 @@ import msgspec
 
 from asgi_llm_guard.alerts.rules import AlertRule, BurnRate, Threshold, crossed, instance_of, is_fixed, period_ms
 from asgi_llm_guard.claims import Meter, Reading, Receipt
-from asgi_llm_guard.events import Admission, Event, Expired, SettledCall
+from asgi_llm_guard.events import Admission, Event, Expired, Refused, SettledCall
 
 __all__ = ["Crossing", "Watch"]
 
@@ -146,7 +147,7 @@ class Watch:
         self._most_events = most_events
         self._most_meters = most_meters
         self._most_calls = most_calls
-        self._events: deque[Admission | SettledCall] = deque()
+        self._events: deque[Admission | SettledCall | Refused] = deque()
         self._crowded: dict[str, Meter] = {}
         self._crowding = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
@@ -162,19 +163,20 @@ class Watch:
         kind = type(event)
         if kind is Expired:
             self._all = True
-        elif (kind is Admission and not event.degraded) or kind is SettledCall:  # type: ignore[union-attr]
+        elif (kind is Admission and not event.degraded) or kind is SettledCall or kind is Refused:  # type: ignore[union-attr]
             if len(self._events) < self._most_events:
                 self._events.append(event)  # type: ignore[arg-type]
             else:
                 self._crowd(event)  # type: ignore[arg-type]
 
-    def _crowd(self, event: Admission | SettledCall) -> None:
+    def _crowd(self, event: Admission | SettledCall | Refused) -> None:
         if isinstance(event, SettledCall):
             # Its admission has put on watch what it may cross, unless it used more than it held.
             self._all = self._all or any(event.settled.overages)
             return
-        for receipt in event.granted.receipts:
-            meter, level = receipt.claim.meter, receipt.used + receipt.held + receipt.claim.amount
+        refused = isinstance(event, Refused)
+        for receipt in event.denied.receipts if isinstance(event, Refused) else event.granted.receipts:
+            meter, level = receipt.claim.meter, receipt.used + receipt.held + (0 if refused else receipt.claim.amount)
             rules = self._rules_of(meter)
             if rules is not None and rules.may_matter(level, meter):
                 with self._crowding:
@@ -197,6 +199,8 @@ class Watch:
             event = self._events.popleft()
             if isinstance(event, Admission):
                 self._admitted(event, now_ms)
+            elif isinstance(event, Refused):
+                self._refused(event, now_ms)
             else:
                 self._settled(event)
         with self._crowding:
@@ -247,6 +251,15 @@ class Watch:
             self._calls[event.call_id] = tuple(meters)
             if len(self._calls) > self._most_calls:
                 self._calls.popitem(last=False)
+
+    def _refused(self, event: Refused, now_ms: int) -> None:
+        for receipt in event.denied.receipts:
+            meter = receipt.claim.meter
+            rules = self._rules_of(meter)
+            if rules is None or not rules.may_matter(receipt.used + receipt.held, meter):
+                continue
+            if self._entry(meter).may_cross(receipt.used, receipt.held, now_ms):
+                self._watched.add(meter.key)
 
     def _took(self, meter: Meter, rules: _Rules, receipt: Receipt, now_ms: int) -> None:
         used, held = receipt.used, receipt.held + receipt.claim.amount
