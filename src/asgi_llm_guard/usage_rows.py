@@ -19,6 +19,7 @@ from asgi_llm_guard.usage import Usage, UsageRecord
 
 __all__ = [
     "LEDGER_COLUMNS",
+    "LEDGER_KINDS",
     "LEDGER_LIST",
     "create_ledger",
     "is_writable",
@@ -136,6 +137,10 @@ _TEXTS: Final = frozenset({
     "call_id", "request_id", "caller", "user", "departments", "agent", "session", "tags", "route", "provider", "model",
     "billed_model", "outcome", "price_source", "attempt_of", "deployment", "service_tier", "usage_model", "usage_more",
 })  # fmt: skip
+LEDGER_KINDS: Final[Sequence[Literal["text", "bigint"]]] = tuple(
+    "text" if name in _TEXTS else "bigint" for name in LEDGER_COLUMNS
+)
+"""What PostgreSQL's columns are of."""
 _NEVER_NULL: Final = frozenset({"call_id", "at_ms", "departments", "tags", "outcome", "late", "attempt", "has_usage"})
 
 
@@ -182,19 +187,18 @@ def create_ledger(dialect: Literal["sqlite", "postgresql"]) -> tuple[str, ...]:
     )
 
 
-def upsert_ledger(rows: int = 1) -> str:
+def upsert_ledger(rows: str | None = None) -> str:
     """Add a row of `row_of_record`, or replace the one with its call id, which keeps its number.
 
-    `rows`: so many at once, one after the other in the parameters, each of another call id.
+    `rows`: a query that gives such rows, each of another call id; `None`: the parameters are one.
 
     An estimate replaces nothing; anything else only an estimate, or what was not settled late. So the same rows may be
     added again, in any order.
     """
-    row = f"({', '.join('?' * len(LEDGER_COLUMNS))})"
-    marks = ", ".join([row] * rows)
+    added = rows or f"VALUES ({', '.join('?' * len(LEDGER_COLUMNS))})"
     changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in LEDGER_COLUMNS if name != "call_id")
     return (
-        f"INSERT INTO ledger ({LEDGER_LIST}) VALUES {marks}"  # noqa: S608 - our names
+        f"INSERT INTO ledger ({LEDGER_LIST}) {added}"
         f" ON CONFLICT (call_id) DO UPDATE SET {changes} WHERE excluded.outcome <> 'expired'"
         " AND (ledger.outcome = 'expired' OR excluded.late > ledger.late)"
     )

@@ -13,10 +13,12 @@ that replaced ones make.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from asgi_llm_guard.ledger.bulk import Kind, add_to_sums, chunks, marks, numbered, numbers_of
 from asgi_llm_guard.ledger.tables import (
     DAY_MS,
     GRAINS,
@@ -28,11 +30,10 @@ from asgi_llm_guard.ledger.tables import (
     mark,
     set_mark,
 )
-from asgi_llm_guard.ledger.values import AMOUNTS
 from asgi_llm_guard.sql import Connection, Dialect
 from asgi_llm_guard.usage_rows import quoted
 
-__all__ = ["STEPS", "Piece", "Roller", "chunks", "list_of", "unrolled"]
+__all__ = ["STEPS", "Piece", "Roller", "list_of", "unrolled"]
 
 STEPS: Final[dict[Dialect, int]] = {"sqlite": 300, "postgresql": 2_000}
 """How many records a transaction rolls up. On SQLite about 12 ms: settlements in the same file wait meanwhile."""
@@ -41,7 +42,9 @@ _MAX_KNOWN: Final = 200_000
 
 # What is read of a record: see `Piece`.
 _READ: Final = f"row, at_ms, {', '.join(map(quoted, SERIES_COLUMNS))}, {RECORD_AMOUNTS}"
-_PLACES: Final = tuple(tuple(SERIES_COLUMNS.index(name) for name in grain.columns) for grain in GRAINS)
+_VALUES_OF: Final = tuple(itemgetter(*map(SERIES_COLUMNS.index, grain.columns)) for grain in GRAINS)
+_STEPS_MS: Final = tuple(grain.step_ms for grain in GRAINS)
+_SET_PLACES: Final = tuple(place for place, name in enumerate(SERIES_COLUMNS) if name in SETS)
 _WIDTH: Final = len(SERIES_COLUMNS)
 
 _encode = msgspec.json.Encoder().encode
@@ -61,12 +64,6 @@ class Piece(NamedTuple):
 def list_of(text: str) -> tuple[str, ...]:
     """What a list of departments or tags names, each once."""
     return tuple(sorted(set(_decode_list(text)))) if text != "[]" else ()
-
-
-def chunks(values: Iterable[Any], size: int = 400) -> Iterator[list[Any]]:
-    """As many at a time as a statement takes parameters."""
-    values = list(values)
-    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def unrolled(connection: Connection, since_ms: int = 0, until_ms: int = 2**53) -> Iterator[Piece]:
@@ -116,7 +113,7 @@ class Roller:
         pieces += map(_piece, rows)
         self._add(connection, pieces)
         for some in chunks(corrected):
-            connection.execute(f"DELETE FROM ledger_replaced WHERE row IN ({_marks(some)})", some)  # noqa: S608
+            connection.execute(f"DELETE FROM ledger_replaced WHERE row IN ({marks(some)})", some)  # noqa: S608
         if rows:
             last = rows[-1][0]
             # These were added as they are now.
@@ -133,22 +130,18 @@ class Roller:
     def _add(self, connection: Connection, pieces: Sequence[Piece]) -> None:
         lists = {piece.values[place] for piece in pieces for place in _SET_PLACES}
         numbers = self._numbered_lists(connection, lists)
-        sums: list[dict[tuple[int, tuple[Any, ...]], list[int]]] = [{} for _ in GRAINS]
+        parts: list[dict[tuple[int, tuple[Any, ...]], list[Sequence[int]]]] = [{} for _ in GRAINS]
         for at_ms, values, amounts in pieces:
             named = list(values)
             for place in _SET_PLACES:
                 named[place] = numbers[values[place]]
-            for grain, places, found in zip(GRAINS, _PLACES, sums, strict=True):
-                key = (at_ms - at_ms % grain.step_ms, tuple([named[place] for place in places]))
-                row = found.get(key)
-                if row is None:
-                    found[key] = list(amounts)
-                else:
-                    found[key] = [one + other for one, other in zip(row, amounts, strict=True)]
-        for grain, found in zip(GRAINS, sums, strict=True):
-            series = self._numbered_series(connection, grain, {values for _, values in found})
-            # In the order of the key, so that pages are met once.
-            _upsert(connection, grain, sorted((at_ms, series[values], *row) for (at_ms, values), row in found.items()))
+            for step_ms, values_of, found in zip(_STEPS_MS, _VALUES_OF, parts, strict=True):
+                found.setdefault((at_ms - at_ms % step_ms, values_of(named)), []).append(amounts)
+        series = self._numbered_series(connection, [{values for _, values in found} for found in parts])
+        for grain, found, known in zip(GRAINS, parts, series, strict=True):
+            rows = [(at_ms, known[values], *_total(some)) for (at_ms, values), some in found.items()]
+            rows.sort()  # in the order of the key, so that pages are met once
+            add_to_sums(connection, grain, rows)
 
     def _numbered_lists(self, connection: Connection, lists: Iterable[str]) -> dict[str, int]:
         """The number of each list, by its text in the ledger; new ones are added."""
@@ -157,13 +150,10 @@ class Roller:
         members = {text: list_of(text) for text in lists if text not in self._set_ids}
         if members:
             names = {each: _encode(each).decode() for each in set(members.values())}
-            known = _looked_up(connection, "ledger_sets", "members", names.values())
+            known = numbers_of(connection, "ledger_sets", "members", names.values())
             missing = {each: name for each, name in names.items() if name not in known}
             if missing:
-                connection.execute_many(
-                    "INSERT INTO ledger_sets (members) VALUES (?)", [(name,) for name in sorted(missing.values())]
-                )
-                known |= _looked_up(connection, "ledger_sets", "members", missing.values())
+                known |= numbered(connection, "ledger_sets", {"members": "text"}, sorted(zip(missing.values())))
                 connection.execute_many(
                     "INSERT INTO ledger_members (member, id) VALUES (?, ?)",
                     [(member, known[name]) for each, name in missing.items() for member in each],
@@ -173,27 +163,28 @@ class Roller:
         return self._set_ids
 
     def _numbered_series(
-        self, connection: Connection, grain: Grain, combinations: Iterable[tuple[Any, ...]]
-    ) -> dict[tuple[Any, ...], int]:
-        """The number of each combination of this grain; new ones are added."""
+        self, connection: Connection, combinations: Sequence[Iterable[tuple[Any, ...]]]
+    ) -> list[dict[tuple[Any, ...], int]]:
+        """The number of each combination of each grain; new ones are added."""
         if len(self._known) > _MAX_KNOWN:
             self._known.clear()
-        names = {values: _encode((grain.number, *values)) for values in combinations}
-        unknown = {name.decode(): values for values, name in names.items() if name not in self._known}
+        names = [
+            {values: _encode((grain.number, *values)) for values in some}
+            for grain, some in zip(GRAINS, combinations, strict=True)
+        ]
+        unknown = {
+            name.decode(): (grain, values)
+            for grain, some in zip(GRAINS, names, strict=True)
+            for values, name in some.items()
+            if name not in self._known
+        }
         if unknown:
-            found = _looked_up(connection, "ledger_series", "name", unknown)
-            missing = sorted(unknown.keys() - found.keys())
-            if missing:
-                columns = ", ".join(map(quoted, grain.columns))
-                connection.execute_many(
-                    f"INSERT INTO ledger_series (grain, name, {columns})"  # noqa: S608 - our names
-                    f" VALUES (?, ?, {_marks(grain.columns)})",
-                    [(grain.number, name, *unknown[name]) for name in missing],
-                )
-                found |= _looked_up(connection, "ledger_series", "name", missing)
+            found = numbers_of(connection, "ledger_series", "name", unknown)
+            missing = [_series_row(name, *unknown[name]) for name in sorted(unknown.keys() - found.keys())]
+            found |= numbered(connection, "ledger_series", _SERIES_ROW, missing)
             for name, number in found.items():
                 self._known[name.encode()] = number
-        return {values: self._known[name] for values, name in names.items()}
+        return [{values: self._known[name] for values, name in some.items()} for some in names]
 
     def _note_period(self, connection: Connection, instants: Sequence[int]) -> None:
         """Between which days there is anything: so that a report for all time need not look at all time."""
@@ -216,42 +207,27 @@ def _corrections(connection: Connection, rolled_to: int, most: int) -> tuple[lis
         old.setdefault(row[0], piece._replace(amounts=[-amount for amount in piece.amounts]))
     pieces = list(old.values())
     for some in chunks(old):
-        rows = connection.execute(f"SELECT {_READ} FROM ledger WHERE row IN ({_marks(some)})", some)  # noqa: S608
+        rows = connection.execute(f"SELECT {_READ} FROM ledger WHERE row IN ({marks(some)})", some)  # noqa: S608
         pieces += map(_piece, rows)
     return pieces, list(old)
 
 
-def _looked_up(connection: Connection, table: str, column: str, values: Iterable[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for some in chunks(values):
-        found |= connection.execute(
-            f"SELECT {column}, id FROM {table} WHERE {column} IN ({_marks(some)})",  # noqa: S608 - our names
-            some,
-        )
-    return found
+def _total(rows: Sequence[Sequence[int]]) -> Iterable[int]:
+    return rows[0] if len(rows) == 1 else map(sum, zip(*rows, strict=True))
+
+
+_SERIES_ROW: Final[dict[str, Kind]] = {
+    "name": "text",
+    "grain": "bigint",
+    **{name: "bigint" if name in SETS else "text" for name in SERIES_COLUMNS},
+}
+
+
+def _series_row(name: str, grain: Grain, values: Sequence[Any]) -> tuple[Any, ...]:
+    """A new row of `ledger_series`: columns that the grain does not have are NULL."""
+    of_column = dict(zip(grain.columns, values, strict=True))
+    return (name, grain.number, *map(of_column.get, SERIES_COLUMNS))
 
 
 def _piece(row: tuple[Any, ...]) -> Piece:
     return Piece(row[1], row[2 : 2 + _WIDTH], row[2 + _WIDTH :])
-
-
-def _marks(values: Sequence[object]) -> str:
-    return ", ".join("?" * len(values))
-
-
-_SET_PLACES: Final = tuple(place for place, name in enumerate(SERIES_COLUMNS) if name in SETS)
-
-
-def _upsert(connection: Connection, grain: Grain, rows: Sequence[tuple[int, ...]]) -> None:
-    """Add amounts to the rows of a grain."""
-    columns = ("at_ms", "series", *AMOUNTS)
-    changes = ", ".join(f"{name} = {grain.table}.{name} + excluded.{name}" for name in AMOUNTS)
-    into = f"INSERT INTO {grain.table} ({', '.join(columns)})"
-    conflict = f"ON CONFLICT (series, at_ms) DO UPDATE SET {changes}"
-    if connection.dialect == "sqlite":
-        connection.execute_many(f"{into} VALUES ({_marks(columns)}) {conflict}", rows)
-    elif rows:
-        # All rows in one statement, a column in one text: four times as fast as row by row.
-        lists = ", ".join("string_to_array(?, ',')::bigint[]" for _ in columns)
-        texts = [",".join(map(str, column)) for column in zip(*rows, strict=True)]
-        connection.execute(f"{into} SELECT * FROM unnest({lists}) {conflict}", texts)  # noqa: S608 - our names

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from asgi_llm_guard.ledger.bulk import as_json, chunks, from_json, marks
 from asgi_llm_guard.ledger.filters import record_conditions
 from asgi_llm_guard.ledger.keeping import check_records
-from asgi_llm_guard.ledger.rollups import chunks, list_of
+from asgi_llm_guard.ledger.rollups import list_of
 from asgi_llm_guard.ledger.tables import lock
 from asgi_llm_guard.ledger.values import OTHER, Page, RecordQuery, RefusalCount, RefusalQuery, SessionUsage
 from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage import UsageRecord
-from asgi_llm_guard.usage_rows import LEDGER_LIST, record_of_row, row_of_record, storable, upsert_ledger
+from asgi_llm_guard.usage_rows import LEDGER_KINDS, LEDGER_LIST, record_of_row, row_of_record, storable, upsert_ledger
 
 __all__ = ["ANY", "add_refusals", "append", "batch", "cursor", "last_row", "page", "refusals", "sessions"]
 
 _UPSERT: Final = upsert_ledger()
-_TOGETHER: Final = 20  # on PostgreSQL five times as fast as one by one
-_UPSERT_TOGETHER: Final = upsert_ledger(_TOGETHER)
+_UPSERT_TOGETHER: Final = upsert_ledger(from_json(LEDGER_KINDS))
+_TOGETHER: Final = 1_000
+"""So many rows, of some kilobyte each, a statement of PostgreSQL adds at most."""
 
 ANY: Final = "any"
 """A cursor that moves wherever it is."""
@@ -46,17 +47,28 @@ def append(
     ids = {record.call_id for record in records}
     known = 0
     for some in chunks(ids):
-        marks = ", ".join("?" * len(some))
-        known += connection.execute(f"SELECT count(*) FROM ledger WHERE call_id IN ({marks})", some)[0][0]  # noqa: S608
+        query = f"SELECT count(*) FROM ledger WHERE call_id IN ({marks(some)})"  # noqa: S608
+        known += connection.execute(query, some)[0][0]
     rows = [row_of_record(record) for record in records]
-    if connection.dialect == "postgresql" and len(ids) == len(rows):  # a statement may not change a row twice
-        together = len(rows) - len(rows) % _TOGETHER
-        joined = (chain.from_iterable(rows[at : at + _TOGETHER]) for at in range(0, together, _TOGETHER))
-        connection.execute_many(_UPSERT_TOGETHER, map(tuple, joined))
-        rows = rows[together:]
-    connection.execute_many(_UPSERT, rows)
+    if connection.dialect == "postgresql":
+        for together in _each_once(rows):
+            connection.execute(_UPSERT_TOGETHER, (as_json(together),))
+    else:
+        connection.execute_many(_UPSERT, rows)
     _move(connection, source, position)
     return len(ids) - known
+
+
+def _each_once(rows: Sequence[tuple[object, ...]]) -> Iterator[Sequence[tuple[object, ...]]]:
+    """The rows in their order, in parts that have no call id twice: a statement may not change a row twice."""
+    start, ids = 0, set[object]()
+    for place, row in enumerate(rows):
+        if row[0] in ids or place - start == _TOGETHER:
+            yield rows[start:place]
+            start, ids = place, set()
+        ids.add(row[0])
+    if rows:
+        yield rows[start:]
 
 
 def cursor(connection: Connection, source: str) -> str | None:
