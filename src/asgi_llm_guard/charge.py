@@ -163,11 +163,20 @@ def _counted(call: Call | None, answer: Answer, price: Callable[[Usage], Cost]) 
     if usage is None or usage.input_tokens is None:
         usage = Usage(input_tokens=call.input_tokens, model=answer.model)
     usage = msgspec.structs.replace(usage, output_tokens=output)
-    cost = price(usage).nanousd
-    if cost is not None and call.cost_nanousd is not None:
-        cost = min(cost, call.cost_nanousd)
     tokens = min((usage.input_tokens or 0) + output, call.total_tokens)
-    return Charge(outcome="estimated", usage=usage, tokens=tokens, cost_nanousd=cost)
+    cost = price(usage)
+    if cost.nanousd is None or (call.cost_nanousd is not None and cost.nanousd > call.cost_nanousd):
+        # Not its price makes the charge, but the hold, which has one of its own.
+        nanousd = None if cost.nanousd is None else call.cost_nanousd
+        return Charge(outcome="estimated", usage=usage, tokens=tokens, cost_nanousd=nanousd)
+    return Charge(
+        outcome="estimated",
+        usage=usage,
+        tokens=tokens,
+        cost_nanousd=cost.nanousd,
+        price_source=cost.source,
+        billed_model=cost.billed_model,
+    )
 
 
 def actuals(claims: Sequence[Claim], charge: Charge, *, keep_calls: bool = False) -> tuple[int | None, ...]:
