@@ -16,6 +16,7 @@ from asgi_llm_guard.context import Call
 from asgi_llm_guard.engine import Hold
 from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.events import CallEnded, UsageAnomaly, emit
+from asgi_llm_guard.gaps import Gaps
 from asgi_llm_guard.halting import Halted, Wait
 from asgi_llm_guard.outcomes import error_status, outcome_of, says_nothing, together
 from asgi_llm_guard.plan import ask
@@ -118,6 +119,12 @@ class ActiveCall(Claimed):
         if self._first_ms is None:
             self._first_ms = self.admission.engine.clock.now_ms()
 
+    def gaps(self) -> Gaps | None:
+        """Where the times between the parts of its answer are kept; `None`: nobody observes them."""
+        if self._gaps is None and self.admission.engine.observers:
+            self._gaps = Gaps()
+        return self._gaps
+
     def seen_by(self, seen: Callable[[], Answer | None]) -> None:
         """`seen` tells what has come of the answer so far, should this call end before it was `answered`."""
         self._seen = seen
@@ -144,6 +151,9 @@ class ActiveCall(Claimed):
         self._dispatched = True
         if self._first_ms is None:
             self._first_ms = self.admission.engine.clock.now_ms()
+            self.gaps()
+        if self._gaps is not None:
+            self._gaps.part()
         if self._items is None:
             self._items = item_meter()
         self._items.add(chunk)
@@ -295,6 +305,8 @@ class ActiveCall(Claimed):
             began_ms=self._started_ms,
             first_ms=self._first_ms,
             ended_ms=engine.clock.now_ms(),
+            streamed=self._gaps is not None or (self.call is not None and self.call.stream),
+            gaps_s=() if self._gaps is None else self._gaps.seconds,
         )
         emit(engine.observers, ended)
 

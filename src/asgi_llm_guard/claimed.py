@@ -21,6 +21,7 @@ from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine import Asking, Candidate, Hold, Reserved
 from asgi_llm_guard.errors import ContextError, LimitExceeded
+from asgi_llm_guard.gaps import Gaps
 from asgi_llm_guard.halting import Wait
 from asgi_llm_guard.moment import Moment, this_moment
 from asgi_llm_guard.plan import ask
@@ -65,6 +66,7 @@ class Claimed:
         "_dispatched",
         "_donated_by",
         "_first_ms",
+        "_gaps",
         "_hit",
         "_idle",
         "_items",
@@ -143,6 +145,7 @@ class Claimed:
         self._seen: Callable[[], Answer | None] | None = None
         self._started_ms = admission.engine.clock.now_ms()
         self._first_ms: int | None = None
+        self._gaps: Gaps | None = None
         self._lock = threading.Lock()
 
     # -------------------------------------------------------------------------------- claim

@@ -101,6 +101,10 @@ class CallEnded(msgspec.Struct, frozen=True, kw_only=True):
     first_ms: int | None = None
     """When the first part of the answer came."""
     ended_ms: int
+    streamed: bool = False
+    """It was answered in parts."""
+    gaps_s: tuple[float, ...] = ()
+    """How long each part took to come after the one before it; of many, as `gaps.Gaps` keeps them."""
 
 
 class Expired(msgspec.Struct, frozen=True):

@@ -55,6 +55,7 @@ class StreamGuard:
         "_began",
         "_call",
         "_ending",
+        "_gaps",
         "_last",
         "_reports",
         "_time",
@@ -89,6 +90,7 @@ class StreamGuard:
         self._timed = rules.timed
         self._began = self._last = time() if self._timed else 0.0
         self._reports = False
+        self._gaps = call.gaps() if call.call is not None and call.call.stream else None
         self._at = _NEVER
         """From so many bytes of text on, look closer."""
         if call.call is not None and self._may_grow(call.call):
@@ -104,6 +106,8 @@ class StreamGuard:
     def feed(self, chunk: bytes) -> bytes:
         """What to forward of a chunk; never raises."""
         self.fed = True
+        if self._gaps is not None:
+            self._gaps.part()
         forward = self.meter.feed(chunk)
         if self._timed:
             self._last = self._time()
