@@ -130,6 +130,27 @@ async def test_all_refusals_are_counted(page: Desk) -> None:
     assert f"{3 * len(counts):,}" in text
 
 
+async def test_counts_of_refusals_are_read_in_whole(page: Desk) -> None:
+    """The API leaves no count out without a word: it says from where on to ask again, and what is asked so is all there is,
+    each hour once."""
+    newest = NOW_MS // _HOUR_MS * _HOUR_MS
+    counts = [
+        RefusalCount(hour_ms=newest - hour * _HOUR_MS, policy="p", scope="", code="c", route=f"/{route}", count=1)
+        for hour in range(30)
+        for route in range(700)
+    ]
+    await _ledger(page).add_refusals(counts)
+    client = page.client("viewer")
+    asked: dict[str, int | str] = {"since_ms": newest - 30 * _HOUR_MS, "until_ms": NOW_MS + 1}
+    rows, turns = [], 0
+    while asked["until_ms"] is not None:
+        told = (await client.get("/admin/api/v1/refusals", params=asked)).json()
+        rows += [(row["hour_ms"], row["route"]) for row in told["counts"]]
+        asked["until_ms"] = told["next_until_ms"]
+        turns += 1
+    assert (turns, len(rows), len(set(rows))) == (3, len(counts), len(counts))
+
+
 def test_forecasts_where_summer_time_changes() -> None:
     """Half of a day of 25 hours makes a forecast of twice what was used, and so does half of a month with such a day."""
     for window in (Calendar("day", "Europe/Berlin"), Calendar("month", "Europe/Berlin")):

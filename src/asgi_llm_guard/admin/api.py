@@ -69,6 +69,7 @@ T = TypeVar("T")
 _DAY_MS: Final = 86_400_000
 _MOST_MS: Final = 253_402_300_799_999
 _MOST_REASON: Final = 500
+_MOST_COUNTS: Final = 10_000
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -172,9 +173,15 @@ async def sessions(asked: Asked) -> Response:
 async def refusals(asked: Asked) -> Response:
     since_ms, until_ms = _period(asked)
     policy = asked.query.get("policy") or None
-    counts = []
+    counts, next_until_ms = [], None
     if asked.desk.ledger is not None:
-        query = _checked(lambda: RefusalQuery(since_ms=since_ms, until_ms=until_ms, policy=policy), "policy")
+        query = _checked(
+            lambda: RefusalQuery(since_ms=since_ms, until_ms=until_ms, policy=policy, limit=_MOST_COUNTS + 1), "policy"
+        )
+        found = await asked.desk.ledger.refusals(query)
+        if len(found) > _MOST_COUNTS:  # whole hours, of which each is shorter than that
+            next_until_ms = found[-1].hour_ms + 1
+            found = [each for each in found if each.hour_ms >= next_until_ms]
         counts = [
             RefusalCountRow(
                 hour_ms=each.hour_ms,
@@ -184,10 +191,10 @@ async def refusals(asked: Asked) -> Response:
                 route=each.route,
                 count=each.count,
             )
-            for each in await asked.desk.ledger.refusals(query)
+            for each in found
         ]
     latest = list(asked.desk.recent.latest(_number(asked, "limit", 50, 1, 500), policy=policy))
-    return json_answer(Refusals(counts=counts, latest=latest))
+    return json_answer(Refusals(counts=counts, next_until_ms=next_until_ms, latest=latest))
 
 
 async def audit(asked: Asked) -> Response:

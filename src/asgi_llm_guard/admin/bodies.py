@@ -274,6 +274,9 @@ class Refusals(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of all processes, and the latest refusals of the one that answers."""
 
     counts: list[RefusalCountRow]
+    """The latest hours first."""
+    next_until_ms: int | None
+    """There are more: ask again with this as `until_ms`. `null`: these are all."""
     latest: list[Told]
 
 

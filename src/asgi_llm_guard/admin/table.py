@@ -90,7 +90,8 @@ def _api() -> Iterator[Verb]:
     )  # fmt: skip
     yield Verb(
         method="GET", path="/api/v1/refusals", role="viewer", kind="api", run=api.refusals, gives=bodies.Refusals,
-        told="How often was refused, and the latest refusals of this process.",
+        told="How often was refused, and the latest refusals of this process. Counts are those of whole hours, the latest "
+        "first; where `next_until_ms` is a number, older ones are left out.",
         params=(_SINCE, _UNTIL, _LIMIT, Param("policy", "Only of this policy.")),
     )  # fmt: skip
     yield Verb(
