@@ -311,6 +311,24 @@ async def test_callers_pages_while_the_store_is_away() -> None:
     await guard.aclose()
 
 
+async def test_callers_see_problems_as_a_page() -> None:
+    """T15: who opens the callers' page in a browser is told in words what is wrong, with the same status as programs."""
+    storage = OutageStorage(MemoryStorage())
+    guard = Guard([Budget("$5/1d", per="caller")], storage=storage, identity=_Strange())
+    async with asgi_client(guard.usage_app()) as client:
+        client.headers["accept"] = "text/html"
+        stranger = await client.get("/")
+        assert (stranger.status_code, stranger.headers["www-authenticate"]) == (401, "Bearer")
+        assert stranger.headers["content-type"] == "text/html; charset=utf-8"
+        assert "Send the credential" in stranger.text
+        storage.down()
+        away = await client.get("/", headers={"x-who": "mia"})
+        assert (away.status_code, "does not answer" in away.text, away.headers["retry-after"]) == (503, True, "5")
+        data = await client.get("/v1/usage")
+        assert (data.status_code, data.headers["content-type"]) == (401, "application/problem+json")
+    await guard.aclose()
+
+
 @pytest.mark.parametrize("kind", ["admin", "usage"])
 async def test_lifespan_and_sockets(kind: str) -> None:
     """Served alone, both apps start and stop in order, and close a WebSocket."""
@@ -407,7 +425,11 @@ async def test_storages_that_tell_less(tmp_path: Path) -> None:
         assert told in (await client.get(f"/admin{path}")).text, path
     for path in ("usage", "calls"):
         assert (await client.get(f"/admin/api/v1/{path}")).status_code == 409
-    assert (await client.get("/admin/api/v1/refusals")).json() == {"counts": [], "latest": []}
+    assert (await client.get("/admin/api/v1/refusals")).json() == {
+        "counts": [],
+        "next_until_ms": None,
+        "latest": [],
+    }
     await made.aclose()
 
 

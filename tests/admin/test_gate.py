@@ -188,6 +188,24 @@ async def test_logins_and_their_way_on(page: Desk) -> None:
     assert {(row.actor, row.verb) for row in await page.audit()} == {("viewer", "login")}
 
 
+async def test_a_login_that_cannot_be_audited(page: Desk) -> None:
+    """While the administration data are away nobody logs in, since it could not be audited: the form says so, what is to be
+    done, and what works meanwhile; that does work."""
+    client = page.client(headers={"origin": "http://testserver"})
+    token = hidden((await client.get("/admin/login")).text, "login_token")
+    assert page.control is not None
+    await page.control.aclose()
+    data = {"login_token": token, "token": TOKENS["admin"], "next": "/keys"}
+    answer = await client.post("/admin/login", data=data)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "llm_guard_admin" not in client.cookies
+    assert "cannot be written into the audit" in answer.text
+    assert "http://testserver/admin/api/v1/health" in answer.text
+    assert hidden(answer.text, "next") == "/keys"
+    health = await page.client("admin").get("/admin/api/v1/health")
+    assert (health.status_code, health.json()["ready"]) == (200, True)
+
+
 async def test_sessions_end(page: Desk) -> None:
     """A session ends when it was idle for half an hour, twelve hours after its login, and with the log-out."""
     client = await page.browser("viewer")

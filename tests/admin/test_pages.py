@@ -165,6 +165,18 @@ async def test_a_store_that_is_away(page: Desk, tmp_path: Path) -> None:
     ] == "application/problem+json"
 
 
+async def test_health_while_the_storage_is_away(page: Desk) -> None:
+    """The page of health is there when it is needed: of a storage that does not answer it says so, and shows the rest; other
+    pages lead to it."""
+    client = page.client("viewer")
+    await page.guard.storage.aclose()
+    answer = await client.get("/admin/health")
+    assert answer.status_code == 200
+    assert "The storage does not answer" in answer.text
+    assert "iterations" in answer.text
+    assert 'href="/admin/health">Health' in (await client.get("/admin/sessions")).text.partition("<main")[2]
+
+
 async def test_the_page_of_a_department(page: Desk) -> None:
     """A department's page has its sums alone, its limits, models, users and agents, and days and months as bars."""
     await fill(

@@ -35,7 +35,10 @@ __all__ = ["AdminApp"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
-_NO_STORE: Final = "The store does not answer. Try again in a moment."
+_NO_STORE: Final = (
+    "A store that this needs does not answer: the storage of the limits, the ledger, or the administration data. "
+    "The log of the service says which, and why. Try again in a moment."
+)
 
 
 @mark_own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -18,6 +19,7 @@ from asgi_llm_guard.admin.pages import done, page
 from asgi_llm_guard.admin.sessions import LOGIN_COOKIE, SESSION_COOKIE
 from asgi_llm_guard.control import Actor
 from asgi_llm_guard.control.data import shown as shown_value
+from asgi_llm_guard.errors import StorageError
 
 __all__ = [
     "edit",
@@ -38,6 +40,8 @@ __all__ = [
     "stop_end",
     "stop_new",
 ]
+
+_log = logging.getLogger("asgi_llm_guard")
 
 Handler = Callable[[Asked], Awaitable[Response]]
 
@@ -66,9 +70,23 @@ async def login(asked: Asked) -> Response:
         response = _login_form(asked, problem.status, problem.detail)
         response.headers.update(problem.headers)
         return response
-    _, value = desk.sessions.begin(credential, asked.now_ms)
+    session, value = desk.sessions.begin(credential, asked.now_ms)
     actor = Actor(name=credential.name, role=credential.role, address=asked.address)
-    await desk.note("login", "administration", actor=actor)
+    try:
+        await desk.note("login", f"session:{session.mark}", actor=actor)
+    except StorageError as error:
+        _log.warning("administration: nobody can log in: %s", error)
+        api = f"{asked.request.url.scheme}://{asked.request.url.netloc}{asked.url('/api/v1/health')}"
+        response = _login_form(
+            asked,
+            503,
+            "A log-in cannot be written into the audit at the moment, since the database of the administration data does "
+            "not answer; so nobody can log in by this form. The log of the service says what is wrong with it. Try again in "
+            "a moment. Limits, keys and stops hold meanwhile as they were, and the API can be read with the token: "
+            f"curl -H 'Authorization: Bearer …' {api}",
+        )
+        response.headers["Retry-After"] = "5"
+        return response
     response = RedirectResponse(asked.root + _inside(asked.form.get("next", "")), 303)
     set_cookie(asked, response, SESSION_COOKIE, value, desk.sessions.absolute_ms)
     clear_cookie(asked, response, LOGIN_COOKIE)

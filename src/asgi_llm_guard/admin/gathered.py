@@ -189,7 +189,11 @@ async def groups(
 
 
 async def held(desk: Desk) -> Held:
-    """What open calls of all processes hold."""
+    """What open calls of all processes hold.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
     calls = await desk.open_calls()
     if calls is None:
         return Held(calls=0, nanousd=0, known=False)

@@ -98,18 +98,27 @@ class UsageApp:
             return _problem(ProblemError(404, "There is nothing here."))
         if request.method not in _READS:
             return _problem(ProblemError(405, "This can only be read.", headers={"Allow": "GET, HEAD"}))
+        wants_page = path == "/" and _wants_page(request)
         try:
             limits = await self._limits(request)
         except ProblemError as problem:
-            return _problem(problem)
-        if path == "/" and _wants_page(request):
-            root = str(request.scope.get("root_path", "")).rstrip("/")
-            now_ms = self._guard.clock.now_ms()
-            text = write(
-                "usage.html", limits=limits, root=root, tz=self._tz, title="Usage", now_ms=now_ms, url=_url(root)
-            )
-            return Response(text, media_type="text/html; charset=utf-8", headers={"Vary": "Accept"})
-        return json_answer(limits)
+            return self._page(request, None, problem) if wants_page else _problem(problem)
+        return self._page(request, limits) if wants_page else json_answer(limits)
+
+    def _page(self, request: Request, limits: Limits | None, problem: ProblemError | None = None) -> Response:
+        root = str(request.scope.get("root_path", "")).rstrip("/")
+        text = write(
+            "usage.html",
+            limits=limits,
+            problem=problem,
+            root=root,
+            tz=self._tz,
+            title="Usage",
+            now_ms=self._guard.clock.now_ms(),
+            url=_url(root),
+        )
+        status, headers = (200, {}) if problem is None else (problem.status, problem.headers)
+        return Response(text, status, {"Vary": "Accept", **headers}, media_type="text/html; charset=utf-8")
 
     async def _limits(self, request: Request) -> Limits:
         guard = self._guard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final
 
 from starlette.responses import RedirectResponse, Response
@@ -13,11 +14,13 @@ from asgi_llm_guard.admin.budgets import budget_of
 from asgi_llm_guard.admin.pages import STATIC, page
 from asgi_llm_guard.admin.periods import RANGES, Period, read_period
 from asgi_llm_guard.control import AuditQuery
-from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.ledger.refusals import SHADOW
 from asgi_llm_guard.windows import Calendar
 
 __all__ = ["audit", "department", "departments", "file", "health", "overview", "refusals", "sessions", "usage_of_all"]
+
+_log = logging.getLogger("asgi_llm_guard")
 
 _LATEST: Final = 50
 _AUDIT_PAGE: Final = 100
@@ -175,6 +178,11 @@ async def audit(asked: Asked) -> Response:
 
 async def health(asked: Asked) -> Response:
     guard = asked.desk.guard
+    try:
+        now_held = await gathered.held(asked.desk)
+    except StorageError as error:  # when this page is needed most
+        _log.warning("administration: open calls are not known: %s", error)
+        now_held = None
     return page(
         asked,
         "health.html",
@@ -184,7 +192,7 @@ async def health(asked: Asked) -> Response:
         policies=guard.policies,
         ledger=asked.desk.ledger is not None,
         control=asked.desk.control is not None,
-        held=await gathered.held(asked.desk),
+        held=now_held,
         tz=asked.desk.options.tz,
     )
 
