@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from tests.decorator.values import BOUND, PRICES
+from tests.decorator.values import event as sse
 from tests.middleware.values import SSE_HEADERS, Provider, ask, guarded
-from tests.middleware.values import event as sse
 
 from asgi_llm_guard import Budget, Context, Guard
 from asgi_llm_guard.events import CallEnded, Event
