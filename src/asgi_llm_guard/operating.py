@@ -139,6 +139,7 @@ class Operated:
                     policy.with_agents(agents)
         if prices is not None:
             self._set_prices(prices)  # the last that may refuse
+        engine.know(bound, instead_of=now.policies)  # first: what is administered is laid over their quotas
         self.configuration = Configuration(
             bound,
             now.identity if isinstance(identity, Unset) else identity,
@@ -147,7 +148,6 @@ class Operated:
             streams or now.streams,
             now.routes if routes is None else tuple(routes),
         )
-        engine.know(bound, instead_of=now.policies)
         if agents is not None:
             self._agents.replace(agents)
         if checked is not None:

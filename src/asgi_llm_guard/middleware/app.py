@@ -263,14 +263,15 @@ class GuardMiddleware:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._checked:
             self._check_late(scope)
-        found = self.serving.table.find(route_path(scope, self._root_path), None)
+        serving = self.serving  # kept: another thread may put another configuration in force meanwhile
+        found = serving.table.find(route_path(scope, self._root_path), None)
         if found == "deny":
             await refuse_websocket(self._not_listed(scope), scope, receive, send, fields=())
             return
         if found == "pass":
             await self._serve_websocket(scope, receive, send, self._unclaimed(scope))
             return
-        denied, admission = await self._admit_websocket(scope, self.serving.plan(found))
+        denied, admission = await self._admit_websocket(scope, serving.plan(found))
         if denied is not None:
             await refuse_websocket(denied, scope, receive, send, fields=self.fields(denied))
             return
