@@ -72,6 +72,7 @@ _MOST_UNSETTLED: Final = 10_000
 """How many cancellations are kept while the storage does not answer."""
 _HANDED_OVER: Final = 256
 """How many settlements are handed over in one step: the first of them also show whether the storage is back."""
+_CHARGED: Final = frozenset({Unit.NANOUSD, Unit.TOKENS})
 _SLOTS: Final = Unit.SLOTS  # kept: looking it up costs more than the rest of the loop that asks for it
 
 _UNAVAILABLE: Final = Refusal(
@@ -484,7 +485,8 @@ class Engine:
         claims = ids + asked.calls
         if claims == hold.claims:
             return _drafted(hold, context, call, attempt)
-        bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, now_ms, attempt))
+        at_ms = hold.draft.at_ms if hold.draft is not None and _same_amounts(hold.claims, claims) else now_ms
+        bundle = Bundle(hold.call_id, claims, draft(hold.call_id, context, call, at_ms, attempt))
         asking = asking or Asking()
         degraded = False
         answer: Answer | Refusal
@@ -1104,6 +1106,21 @@ class Engine:
 
 def _lease(policies: Sequence[Policy]) -> bool:
     return any(isinstance(policy, Leased) and policy.leased for policy in policies)
+
+
+def _same_amounts(before: Sequence[Claim], claims: Sequence[Claim]) -> bool:
+    """Whether tokens and money stay as they were taken, in the windows of then (`Storage.amend`): the record is of then, too."""
+    held = {claim.meter.key: claim for claim in before if claim.meter.unit in _CHARGED}
+    for claim in claims:
+        if claim.meter.unit not in _CHARGED:
+            continue
+        old = held.get(claim.meter.key)
+        if old is None or old.amount != claim.amount:
+            return False
+        limit = claim.meter.limit
+        if limit is not None and (old.meter.limit is None or limit < old.meter.limit):
+            return False
+    return True
 
 
 def _drafted(hold: Hold, context: Context, call: Call | None, attempt: Attempt) -> Hold:
