@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import psycopg
 
-from asgi_llm_guard.control import Actor
+from asgi_llm_guard.control import Actor, Control
+from asgi_llm_guard.control.state import ControlState
 
 CLOCK_MS: Final = 1_795_000_000_000
 SECRET: Final = "canary-secret-of-the-control"
@@ -47,3 +50,25 @@ def tables(url: str) -> list[str]:
 def dump(url: str) -> str:
     """Everything in a database, as text."""
     return "\n".join(repr(row) for name in tables(url) for row in run_sql(url, f"SELECT * FROM {name}"))
+
+
+class Hanging:
+    """An administration that takes questions, and answers them when the test says so."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self.answers = threading.Event()
+
+    async def version(self) -> int:
+        await asyncio.to_thread(self.answers.wait, 60)
+        return await self._control.version()
+
+    async def state(self) -> ControlState:
+        await asyncio.to_thread(self.answers.wait, 60)
+        return await self._control.state()
+
+    def prepare(self, state: ControlState) -> Callable[[], None]:
+        return self._control.prepare(state)
+
+    async def aclose(self) -> None:
+        """The test closes what is behind it."""

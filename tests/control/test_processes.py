@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from tests.control.kit import ANNA, SECRET
-from tests.control.work import LIMIT_S, database, follow, follow_from_afar, write_and_die
+from tests.control.work import LIMIT_S, POLL_S, database, follow, follow_from_afar, write_and_die
 from tests.servers import RedisServer
 from tests.storage.sqlite_kit import workers
 
@@ -40,14 +42,22 @@ def put(folder: Path, limit: int) -> int:
     return asyncio.run(change())
 
 
-def answers(pipes: list[Connection]) -> list[tuple[float, int]]:
-    """When each worker was refused, and by which version."""
+def answers(pipes: list[Connection]) -> list[tuple[list[float], int]]:
+    """When each worker called, until it was refused, and by which version."""
     found = []
     for pipe in pipes:
-        assert pipe.poll(LIMIT_S + 5)
+        assert pipe.poll(2 * LIMIT_S)
         found.append(pipe.recv())
     assert None not in found, "a worker never followed"
     return found
+
+
+def took_s(called_at: Sequence[float], changed_at: float) -> float:
+    """How long a worker went on after a change. Where its machine let it wait for longer than it meant to, that is not
+    counted: it could not have followed then.
+    """
+    times = [changed_at, *(at for at in called_at if at > changed_at)]
+    return sum(min(after - before, 2 * POLL_S) for before, after in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -58,7 +68,7 @@ def test_a_change_is_in_force_everywhere_within_two_seconds(folder: Path, count:
         changed_at = time.time()
         seen = answers([pipe for _, pipe in started])
     assert {of for _, of in seen} == {version}
-    assert max(at for at, _ in seen) - changed_at < WITHIN_S
+    assert max(took_s(called_at, changed_at) for called_at, _ in seen) < WITHIN_S
 
 
 @pytest.mark.parametrize("writer", ["dies", pytest.param("put", marks=pytest.mark.slow)])
@@ -76,4 +86,4 @@ def test_who_does_not_reach_the_database_follows(folder: Path, writer: str) -> N
         changed_at = time.time()
         seen = answers([pipe for _, pipe in started])
     assert len({version for _, version in seen}) == 1
-    assert max(at for at, _ in seen) - changed_at < WITHIN_S
+    assert max(took_s(called_at, changed_at) for called_at, _ in seen) < WITHIN_S

@@ -19,7 +19,9 @@ from asgi_llm_guard.storage.sqlite import SqliteStorage
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
 DATABASE, STORE = "control.db", "guard.db"
-LIMIT_S = 10.0
+LIMIT_S = 60.0
+POLL_S = 0.02
+"""So long a worker waits between two calls."""
 
 
 def open_store(folder: Path) -> Storage:
@@ -28,7 +30,7 @@ def open_store(folder: Path) -> Storage:
     if not named.exists():
         return SqliteStorage(folder / STORE)
     url, namespace = named.read_text().split()
-    return RedisStorage(url, namespace=namespace)
+    return RedisStorage(url, namespace=namespace, timeout_s=10)
 
 
 def database(folder: Path) -> str:
@@ -36,7 +38,7 @@ def database(folder: Path) -> str:
 
 
 def follow(folder: Path, number: int, pipe: Connection) -> None:
-    """Call now and then until a call is refused; say when that was. Needs no word of when it begins."""
+    """Call now and then until a call is refused; say when each call was. Needs no word of when it begins."""
     asyncio.run(_follow(folder, pipe, Control(database(folder), secret=SECRET)))
 
 
@@ -49,21 +51,25 @@ def follow_from_afar(folder: Path, number: int, pipe: Connection) -> None:
 async def _follow(folder: Path, pipe: Connection, control: Control) -> None:
     guard = Guard([Iterations(1_000_000)], storage=open_store(folder), control=control)
     context = Context(caller="svc", agent="writer", session="s1")
-    await _until(guard, context, refused=False)
+    assert await _until(guard, context, refused=False)
     pipe.send("ready")
-    refused = await _until(guard, context, refused=True)
-    pipe.send((time.time(), guard.control_version) if refused else None)
+    called_at = await _until(guard, context, refused=True)
+    pipe.send((called_at, guard.control_version) if called_at else None)
     await guard.aclose()
     await control.aclose()
 
 
-async def _until(guard: Guard, context: Context, *, refused: bool) -> bool:
+async def _until(guard: Guard, context: Context, *, refused: bool) -> list[float]:
+    """When each call was answered, up to the first that was answered so; none, if it never was."""
+    called_at: list[float] = []
     ends = time.monotonic() + LIMIT_S
     while time.monotonic() < ends:
-        if await _refused(guard, context) is refused:
-            return True
-        await asyncio.sleep(0.02)
-    return False
+        answer = await _refused(guard, context)
+        called_at.append(time.time())
+        if answer is refused:
+            return called_at
+        await asyncio.sleep(POLL_S)
+    return []
 
 
 async def _refused(guard: Guard, context: Context) -> bool:

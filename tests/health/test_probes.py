@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from tests.control.kit import Hanging
 from tests.middleware.asgi import Exchange, request, start, websocket
 
 from asgi_llm_guard import Budget, Guard, GuardMiddleware, Iterations, RateLimit, Route
 from asgi_llm_guard.claims import Heartbeat
+from asgi_llm_guard.control import Control
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
@@ -173,13 +175,18 @@ async def test_draining(guard: Guard) -> None:
 
 async def test_administration_that_was_never_loaded(clock: FrozenClock) -> None:
     """M16: while no administration data were loaded an instance is not ready; asking begins to load them."""
-    guard = Guard(control="sqlite://:memory:", clock=clock)
+    control = Control("sqlite://:memory:")
+    hanging = Hanging(control)
+    guard = Guard(control=hanging, clock=clock)  # type: ignore[arg-type]  # it does what is asked of one
     app = guard.health_app()
     first = await get(app)
     assert guard.follower is not None
-    await guard.follower.closed()
+    hanging.answers.set()
+    while await guard.follower.closed():
+        pass
     then = await get(app)
     await guard.aclose()
+    await control.aclose()
 
     assert (first.status, first.json["checks"]["control"]) == (503, "missing")
     assert then.status == 200
