@@ -89,8 +89,7 @@ class Ledger:
         roller = self._rollers.pop() if self._rollers else rollups.Roller()
         done = 0
         while done < at_most:
-            step = partial(roller.step, most=min(rollups.STEPS[self.database.dialect], at_most - done))
-            count = await self._write(step)
+            count = await self._write(partial(roller.step, most=at_most - done))
             roller.confirm()
             done += count
             if not count:

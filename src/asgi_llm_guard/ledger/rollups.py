@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from asgi_llm_guard.ledger.bulk import Kind, add_to_sums, chunks, marks, numbered, numbers_of
+from asgi_llm_guard.ledger.pace import Pace
 from asgi_llm_guard.ledger.tables import (
     DAY_MS,
     GRAINS,
@@ -30,13 +31,10 @@ from asgi_llm_guard.ledger.tables import (
     mark,
     set_mark,
 )
-from asgi_llm_guard.sql import Connection, Dialect
+from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage_rows import quoted
 
-__all__ = ["STEPS", "Piece", "Roller", "list_of", "unrolled"]
-
-STEPS: Final[dict[Dialect, int]] = {"sqlite": 300, "postgresql": 2_000}
-"""How many records a transaction rolls up. On SQLite about 12 ms: settlements in the same file wait meanwhile."""
+__all__ = ["Piece", "Roller", "list_of", "unrolled"]
 
 _MAX_KNOWN: Final = 200_000
 
@@ -89,13 +87,15 @@ class Roller:
         self._set_ids: dict[str, int] = {}
         self._in_doubt = False
         self._rolled_to = 0
+        self._pace = Pace()
 
     def step(self, connection: Connection, most: int) -> int:
-        """Roll up at most so many records, or corrections, in this transaction; how many were.
+        """Roll up at most so many records, or corrections, in this transaction, or as many as its pace is; how many were.
 
         Call `confirm` when it has ended well: numbers that were given out in one that failed are nobody's.
         """
         lock(connection)
+        most = min(most, self._pace.most(connection))
         rolled_to = mark(connection, "rolled_to")
         # The mark never goes back, but in a database that was restored: there its numbers are others' too.
         if self._in_doubt or rolled_to < self._rolled_to:

@@ -1,0 +1,45 @@
+"""How many records a transaction rolls up: few where others write to the same file, many where nobody does.
+
+On SQLite settlements and admissions in the same file wait for the transaction. So its steps are small as long as anybody
+else writes, and grow only after that many of them in a row between which nobody has: in a service a second goes by in
+small steps after each write of others, so that at most one of them in a second waits for a large step. Who catches up
+with a backlog that nobody adds to (a file that was brought along, a service that does not run yet) is alone at once.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from asgi_llm_guard.sql import Connection
+
+__all__ = ["ALONE", "LARGE", "SMALL", "TOGETHER", "Pace"]
+
+SMALL: Final = 300
+"""Records of a step on SQLite: some 12 ms."""
+
+LARGE: Final = 5_000
+"""Of one where nobody else writes: some 150 ms, for half of the work."""
+
+ALONE: Final = 80
+"""So many small steps, about a second, nobody else must have written before a large one."""
+
+TOGETHER: Final = 2_000
+"""Records of a step on PostgreSQL, where only those wait who append to the ledger."""
+
+
+class Pace:
+    """Of one user of a database: asked once in each of its transactions."""
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self._alone = 0
+
+    def most(self, connection: Connection) -> int:
+        """How many records this transaction may take."""
+        if connection.dialect == "postgresql":
+            return TOGETHER
+        # It changes with what other connections commit, and only with that.
+        version: int = connection.execute("PRAGMA data_version")[0][0]
+        self._alone = self._alone + 1 if version == self._version else 0
+        self._version = version
+        return SMALL if self._alone < ALONE else LARGE
