@@ -78,9 +78,9 @@ class Sharded(RuleBasedStateMachine):
         self.reached[what] += 1
         event(what)
 
-    def claims(self, data: st.DataObject, least: int = 1) -> tuple[Claim, ...]:
+    def claims(self, data: st.DataObject, least: int = 1, most: int = 4) -> tuple[Claim, ...]:
         meters = data.draw(st.lists(st.sampled_from(METERS), min_size=least, max_size=5, unique_by=lambda m: m.key))
-        return tuple(Claim(meter, data.draw(st.integers(0, 4))) for meter in meters)
+        return tuple(Claim(meter, data.draw(st.integers(0, most))) for meter in meters)
 
     def pick(self, data: st.DataObject, *states: str) -> str | None:
         ids = [call_id for call_id, call in self.calls.items() if call.state in states]
@@ -98,6 +98,14 @@ class Sharded(RuleBasedStateMachine):
     def reserve_again(self, data: st.DataObject) -> None:
         call_id = self.pick(data, "open", "unknown", "refused", "settled")
         if call_id is not None:
+            self.ask(call_id, self.calls[call_id])
+
+    @rule()
+    def reserve_a_day_after_a_refusal(self) -> None:
+        refused = [call_id for call_id, call in self.calls.items() if call.state == "refused"]
+        if refused:
+            self.wait(DAY_MS)
+        for call_id in refused[-3:]:
             self.ask(call_id, self.calls[call_id])
 
     @rule(data=st.data(), shard=st.integers(0, SHARDS - 1), after=st.integers(0, 1))
@@ -120,7 +128,7 @@ class Sharded(RuleBasedStateMachine):
             answer = self.run(call.process.storage.reserve(call.process.owner, ((bundle,),)))
         except StorageError as error:
             self.note("failed reserve")
-            if again not in ("open", "settled"):
+            if again not in ("open", "settled", "unknown"):  # what was unknown stays so, whatever this one was
                 call.state = "unknown" if error.sent else "refused"
             return
         if isinstance(answer, Granted):
@@ -135,20 +143,34 @@ class Sharded(RuleBasedStateMachine):
             if again != "settled":  # a group may refuse what home would have told the end of
                 call.state = "refused"
             assert not all(receipt.fits for receipt in answer.states[0])
-            if not self.down and not call.process.storage._unreturned:
+            if not self.down and not call.process.storage._shards._unreturned:
                 assert self.run(self.shards.held()) <= before
         else:
             assert again in ("open", "settled", "unknown"), again
             self.note("ended")
             call.state = "over" if again != "settled" else "settled"
 
-    @rule(data=st.data())
-    def amend(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), most=st.sampled_from((4, 40)))
+    def amend(self, data: st.DataObject, most: int) -> None:
+        call_id = self.pick(data, "open")
+        if call_id is None:
+            self.reserve(data)
+        else:
+            self.change(call_id, self.claims(data, most=most))
+
+    @rule(data=st.data(), after=st.integers(0, 1))
+    def lose_the_answer_to_an_amend(self, data: st.DataObject, after: int) -> None:
+        """A call is changed, and shards do not tell what became of it."""
         call_id = self.pick(data, "open")
         if call_id is None:
             return
+        for shard in self.shards.shards:
+            shard.down(after=after, unanswered=1)
+        self.change(call_id, self.claims(data))
+        self.come_back()
+
+    def change(self, call_id: str, claims: tuple[Claim, ...]) -> None:
         call = self.calls[call_id]
-        claims = self.claims(data)
         try:
             answer = self.run(call.process.storage.amend(call.process.owner, Bundle(call_id, claims, draft(call_id))))
         except StorageError:
@@ -173,6 +195,14 @@ class Sharded(RuleBasedStateMachine):
         if call.state != "unsettled":
             call.actuals = tuple(data.draw(st.integers(0, claim.amount)) for claim in call.claims)
         self.tell(call_id, Settlement(call_id, call.actuals, record(call_id, 1)))
+
+    @rule(data=st.data(), after=st.integers(0, 1))
+    def lose_the_answer_to_a_settlement(self, data: st.DataObject, after: int) -> None:
+        """A call is settled, and shards do not tell what became of that."""
+        for shard in self.shards.shards:
+            shard.down(after=after, unanswered=1)
+        self.settle(data)
+        self.come_back()
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
