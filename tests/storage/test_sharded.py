@@ -823,11 +823,14 @@ async def test_a_node_that_dies_leaves_nothing_held_on_the_others(namespace: str
         )
         assert isinstance(storage, ShardedStorage)
         meters = [subject("caller", f"team-{n}", 1_000) for n in range(40)]
-        slots = {m.key: cluster.slot_of(f"{{{namespace}.{storage._place(m.key)}}}") for m in meters}
+        slots = {m.key: cluster.slot_of(f"{{{namespace}.{place_by_subject(m.key) % 8}}}") for m in meters}
         dying = cluster.masters[2]
         here = [m for m in meters if cluster.node_of(slots[m.key]) is not dying]
         there = [m for m in meters if cluster.node_of(slots[m.key]) is dying]
-        first, second = here[0], next(m for m in here if storage._place(m.key) != storage._place(here[0].key))
+        first, second = (
+            here[0],
+            next(m for m in here if place_by_subject(m.key) % 8 != place_by_subject(here[0].key) % 8),
+        )
         await take(storage, "warm", claim(first), claim(second), claim(there[0]))
         await settle(storage, "warm", 0, 0, 0)
         asking = [
@@ -843,13 +846,13 @@ async def test_a_node_that_dies_leaves_nothing_held_on_the_others(namespace: str
                 await storage.read((there[0],))
         for n in range(20):
             storage.settle((Settlement(f"c{n}", ()),))
-        await storage.shards[storage._place(first.key)].settle((Settlement("flush-1", ()),))
-        await storage.shards[storage._place(second.key)].settle((Settlement("flush-2", ()),))
+        await storage.shards[place_by_subject(first.key) % 8].settle((Settlement("flush-1", ()),))
+        await storage.shards[place_by_subject(second.key) % 8].settle((Settlement("flush-2", ()),))
         assert [await level(storage, m) for m in (first, second)] == [(0, 0), (0, 0)]
         with pytest.raises(StorageError, match="left alone"):
             await storage.read((there[0],))
         assert storage.available()
-        assert not storage.shards[storage._place(there[0].key)].available()  # type: ignore[attr-defined]
+        assert not storage.shards[place_by_subject(there[0].key) % 8].available()  # type: ignore[attr-defined]
         await take(storage, "alive", claim(first), claim(second))
         await storage.aclose()
 

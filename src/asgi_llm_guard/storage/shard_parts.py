@@ -1,4 +1,4 @@
-"""What a storage over several shards is made of: where meters lie, how plans are cut up, how answers are put together.
+"""What is done with the parts of a call over several shards: how plans are cut up, and how answers are put together.
 
 All of it without I/O and without state; `sharded.py` has the rules.
 """
@@ -6,36 +6,22 @@ All of it without I/O and without state; `sharded.py` has the rules.
 from __future__ import annotations
 
 import re
-import threading
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from time import monotonic
-from typing import Final, TypeVar
-
-import msgspec
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 from asgi_llm_guard.claims import Bundle, Claim, Meter, Plan, Reading, Receipt, Settled, Settlement
-from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.storage.base import Pending
-from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
-from asgi_llm_guard.storage.export import Snapshot
-from asgi_llm_guard.storage.pending import Handed, again
-from asgi_llm_guard.usage import UsageRecord
+from asgi_llm_guard.storage.shard_calls import Group, Held
 from asgi_llm_guard.windows import BUCKET, DISTINCT, SLIDING
 
 __all__ = [
     "NOBODY",
-    "Chained",
-    "Group",
-    "Held",
     "Part",
     "Place",
-    "Together",
     "call_of",
     "cut",
     "exact",
-    "holds_of_call",
-    "merge",
+    "first_of",
     "not_taken",
     "place_by_subject",
     "settled_of",
@@ -52,9 +38,6 @@ NOBODY: Final = frozenset({"anonymous", "global"})
 
 _CALLERS: Final = frozenset({"session", "user", "caller"})
 _SUB: Final = re.compile(r"~\d+(?:\.[0-9a-f.]+|@[0-9.]*)?$")
-_PIECE: Final = re.compile(r"~\d+@([0-9.]*)$")
-
-T = TypeVar("T")
 
 
 def place_by_subject(key: str) -> int:
@@ -79,36 +62,7 @@ def first_of(claims: Sequence[Claim]) -> Meter | None:
     return claims[0].meter if claims else None
 
 
-# -------------------------------------------------------------------------------------- holds
-
-
-class Group:
-    """What one shard holds of a call."""
-
-    __slots__ = ("call_id", "claims")
-
-    def __init__(self, call_id: str, claims: tuple[Claim, ...]) -> None:
-        self.call_id = call_id
-        self.claims = claims
-        """As they were last sent there. Once there, a meter keeps its place."""
-
-
-class Held:
-    """One call of this process whose claims lie in several shards."""
-
-    __slots__ = ("asked", "claims", "groups", "home", "owner", "plan", "receipts")
-
-    def __init__(self, owner: str, home: int, claims: tuple[Claim, ...], groups: dict[int, Group], plan: int) -> None:
-        self.owner = owner
-        self.home = home
-        self.claims = claims
-        self.groups = groups
-        """By shard, without home. One without an id is another process's."""
-        self.plan = plan
-        self.receipts: tuple[Receipt, ...] = ()
-        """Empty until it is granted."""
-        self.asked = False
-        """Home was asked: it may know of the call."""
+# -------------------------------------------------------------------------------------- plans
 
 
 class Part:
@@ -236,184 +190,3 @@ def settled_of(call: Held, home: Settled, others: Sequence[tuple[int, Settled]])
     theirs = iter(home.overages)
     overages = [over.get(claim.meter.key, 0) if claim.meter.key in away else next(theirs, 0) for claim in call.claims]
     return Settled(home.call_id, home.status, tuple(overages))
-
-
-class Together:
-    """One answer made of several. A `Pending`; it fails when all are there and one has failed."""
-
-    __slots__ = ("_lock", "_make", "_pendings", "_waited")
-
-    def __init__(
-        self,
-        pendings: Sequence[Pending[tuple[Settled, ...]]],
-        make: Callable[[Sequence[tuple[Settled, ...]]], tuple[Settled, ...]],
-    ) -> None:
-        self._pendings = pendings
-        self._make = make
-        self._lock = threading.Lock()
-        self._waited = 0
-
-    def done(self) -> bool:
-        return all(pending.done() for pending in self._pendings)
-
-    def result(self, timeout: float | None = None) -> tuple[Settled, ...]:
-        until = None if timeout is None else monotonic() + timeout
-        answers: list[tuple[Settled, ...] | StorageError] = []
-        for pending in self._pendings:
-            try:
-                answers.append(pending.result(None if until is None else max(0.0, until - monotonic())))
-            except StorageError as error:
-                answers.append(error)
-        return self._of(answers)
-
-    def __await__(self) -> Generator[object, None, tuple[Settled, ...]]:
-        answers: list[tuple[Settled, ...] | StorageError] = []
-        for pending in self._pendings:
-            try:
-                answers.append((yield from pending.__await__()))
-            except StorageError as error:
-                answers.append(error)
-        return self._of(answers)
-
-    def add_done_callback(self, callback: Callable[[Pending[tuple[Settled, ...]]], object], /) -> None:
-        left = [len(self._pendings)]
-
-        def one(_: Pending[tuple[Settled, ...]]) -> None:
-            with self._lock:
-                left[0] -= 1
-                last = not left[0]
-            if last:
-                callback(self)
-
-        for pending in self._pendings:
-            pending.add_done_callback(one)
-
-    def _of(self, answers: Sequence[tuple[Settled, ...] | StorageError]) -> tuple[Settled, ...]:
-        good = []
-        for answer in answers:
-            if isinstance(answer, StorageError):
-                raise again(answer) from answer.__cause__
-            good.append(answer)
-        return self._make(good)
-
-
-class Chained:
-    """An answer that asks for one more. A `Pending`; `then` is called once, by whoever hears of the first one first."""
-
-    __slots__ = ("_first", "_lock", "_second", "_then")
-
-    def __init__(
-        self,
-        first: Pending[tuple[Settled, ...]],
-        then: Callable[[tuple[Settled, ...]], Pending[tuple[Settled, ...]]],
-    ) -> None:
-        self._first = first
-        self._then = then
-        self._lock = threading.RLock()
-        self._second: Pending[tuple[Settled, ...]] | None = None
-        first.add_done_callback(self._heard)
-
-    def _heard(self, _: Pending[tuple[Settled, ...]]) -> None:
-        self._next()
-
-    def _next(self) -> Pending[tuple[Settled, ...]]:
-        """The second one; the first is there."""
-        with self._lock:
-            if self._second is None:
-                try:
-                    self._second = self._then(self._first.result())
-                except StorageError as error:
-                    failed: Handed[tuple[Settled, ...]] = Handed()
-                    failed.decide(None, error)
-                    self._second = failed
-            return self._second
-
-    def done(self) -> bool:
-        return self._first.done() and self._next().done()
-
-    def result(self, timeout: float | None = None) -> tuple[Settled, ...]:
-        until = None if timeout is None else monotonic() + timeout
-        self._first.result(timeout)
-        return self._next().result(None if until is None else max(0.0, until - monotonic()))
-
-    def __await__(self) -> Generator[object, None, tuple[Settled, ...]]:
-        yield from self._first.__await__()
-        return (yield from self._next().__await__())
-
-    def add_done_callback(self, callback: Callable[[Pending[tuple[Settled, ...]]], object], /) -> None:
-        def first(_: Pending[tuple[Settled, ...]]) -> None:
-            self._next().add_done_callback(lambda _: callback(self))
-
-        self._first.add_done_callback(first)
-
-
-# --------------------------------------------------------------------------------------- copies
-
-
-def holds_of_call(hold: Hold, home: int, place: Place) -> dict[int, Hold]:
-    """A hold by shards, each with its receipts. The ids of the others say which places their receipts have."""
-    at: dict[int, list[int]] = {home: []}
-    for number, receipt in enumerate(hold.receipts):
-        at.setdefault(place(receipt.claim.meter.key), []).append(number)
-    return {
-        shard: msgspec.structs.replace(
-            hold,
-            call_id=hold.call_id if shard == home else f"{hold.call_id}~{shard}@{'.'.join(map(str, numbers))}",
-            receipts=tuple([hold.receipts[number] for number in numbers]),
-            draft=hold.draft if shard == home else None,
-        )
-        for shard, numbers in at.items()
-    }
-
-
-def merge(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """The state of all shards as that of one storage."""
-    owners: dict[str, Owner] = {}
-    tombstones: dict[str, Tombstone] = {}
-    records: dict[str, UsageRecord] = {}
-    for snapshot in snapshots:
-        for name, owner in snapshot.owners:
-            mine = owners.setdefault(name, Owner(0))
-            mine.lapse_at_ms = max(mine.lapse_at_ms, owner.lapse_at_ms)
-            mine.lapsed_ms = max(mine.lapsed_ms, owner.lapsed_ms)
-        for call_id, tombstone in snapshot.tombstones:
-            known = tombstones.get(call_id)
-            if known is None or known.reason == "cancelled":
-                tombstones[call_id] = tombstone
-        for record in snapshot.records:
-            records[record.call_id] = record
-    holds = _joined({hold.call_id: hold for snapshot in snapshots for hold in snapshot.holds})
-    expired = _joined({call_id: t.hold for call_id, t in tombstones.items() if t.hold is not None})
-    ended = [
-        (call_id, msgspec.structs.replace(tombstone, hold=expired.get(call_id)))
-        for call_id, tombstone in tombstones.items()
-        if tombstone.hold is None or call_id in expired
-    ]
-    return Snapshot(
-        cells=[cell for snapshot in snapshots for cell in snapshot.cells],
-        members=[member for snapshot in snapshots for member in snapshot.members],
-        owners=sorted(owners.items()),
-        holds=sorted(holds.values(), key=lambda hold: (hold.at_ms, hold.call_id)),
-        tombstones=sorted(ended, key=lambda entry: (entry[1].until_ms, entry[0])),
-        records=sorted(records.values(), key=lambda record: (record.at_ms, record.call_id)),
-    )
-
-
-def _joined(holds: dict[str, Hold]) -> dict[str, Hold]:
-    """Holds with those put together again that `holds_of_call` has cut up, as far as all of a call are there."""
-    pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for call_id in holds:
-        piece = _PIECE.search(call_id)
-        if piece is not None and call_id[: piece.start()] in holds:
-            places = tuple([int(number) for number in piece[1].split(".") if number])
-            pieces.setdefault(call_id[: piece.start()], []).append((call_id, places))
-    for call_id, parts in sorted(pieces.items(), key=lambda piece: -len(piece[0])):  # pieces of pieces first
-        home = holds[call_id]
-        receipts = dict[int, Receipt]()
-        for piece_id, places in parts:
-            receipts.update(zip(places, holds.pop(piece_id).receipts, strict=True))
-        theirs = iter(home.receipts)
-        total = len(receipts) + len(home.receipts)
-        whole = tuple([receipts[n] if n in receipts else next(theirs) for n in range(total)])
-        holds[call_id] = msgspec.structs.replace(home, receipts=whole)
-    return holds
