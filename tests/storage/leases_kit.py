@@ -37,7 +37,7 @@ def around(store: Storage, clock: FrozenClock, *, workers: int = 1) -> LeasingSt
 
 def fetches() -> list[asyncio.Task[object]]:
     """The chunks that are on their way in this loop."""
-    return [task for task in asyncio.all_tasks() if "LeasingStorage" in repr(task.get_coro())]
+    return [task for task in asyncio.all_tasks() if "Chunks._fetch" in repr(task.get_coro())]
 
 
 async def turn() -> None:

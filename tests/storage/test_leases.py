@@ -1274,7 +1274,7 @@ async def test_a_shrunk_chunk_that_meets_the_end_of_its_window_takes_nothing_of_
     clock.advance(ms=HOUR_MS)
     book = storage._book.let_go(storage._book.slots(ME).values(), START_MS + 1)
     for lease in book:
-        await storage._shrink(lease)
+        await storage._chunks.shrink(lease)
     assert await level(store, hot) == (0, 0)
     await settle(storage, "open", 10)
     assert await level(store, hot) == (0, 0)

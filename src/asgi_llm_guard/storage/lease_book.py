@@ -334,6 +334,17 @@ class Book:
             slot.used = False
         return self.let_go(idle, now_ms)
 
+    def leave(self, owner: str) -> list[str]:
+        """Return all that `owner` leases; gives the call ids of the chunks that are on their way."""
+        on_their_way = []
+        for slot in self.owners.pop(owner, {}).values():
+            for lease in tuple(slot.leases):
+                self.close(lease)
+            if slot.fetching is not None:
+                on_their_way.append(slot.fetching)
+                slot.fetching = None
+        return on_their_way
+
     def abandon(self) -> None:
         """The store knows nothing of these leases any more: neither spend them nor return them."""
         for slots in self.owners.values():

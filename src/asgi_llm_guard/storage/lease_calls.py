@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Plan, Receipt, Settled, Settlement
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage.base import Pending
-from asgi_llm_guard.storage.lease_book import Lease, Slot
+from asgi_llm_guard.storage.lease_book import Book, Lease, Slot
 
 __all__ = [
     "Answering",
     "Asked",
     "Call",
+    "Calls",
     "Change",
     "Fetch",
     "Gone",
@@ -30,6 +32,9 @@ __all__ = [
     "replayed",
     "unheard",
 ]
+
+_PURGE: Final = 2
+"""So many ended calls are looked at for each one that ends."""
 
 Parts = list[Lease | None]
 """For each claim of a plan the lease that it was taken from; `None`: the store was asked."""
@@ -152,6 +157,93 @@ class Gone(msgspec.Struct, gc=False):
     reply: Reply | None = None
     """How to answer with what the store says of it."""
     overages: tuple[int, ...] = ()
+
+
+class Calls:
+    """The calls of one process by their ids. Whoever uses it holds the lock of the process's leases."""
+
+    def __init__(self, book: Book, tombstone_ms: int) -> None:
+        self.known: dict[str, Call | Asked | Gone] = {}
+        self.tombstone_ms = tombstone_ms
+        """How long an ended call id is known."""
+        self._book = book
+        self._line: deque[str] = deque()
+        """Call ids that may be forgotten some time."""
+
+    def are_new(self, plan: Plan, now_ms: int) -> bool:
+        """Whether none of the call ids is known; forgets those that were known for long enough."""
+        new = True
+        for bundle in plan:
+            known = self.known.get(bundle.call_id)
+            if known is not None:
+                if forgotten(known, now_ms):
+                    del self.known[bundle.call_id]
+                else:
+                    new = False
+        return new
+
+    def open(self, owner: str, plan: Plan, parts: Parts, receipts: tuple[Receipt, ...], number: int) -> None:
+        """Remember the calls of a plan."""
+        if len(plan) == 1:
+            self.known[plan[0].call_id] = Call(owner, plan[0], parts, receipts, number)
+            return
+        at = 0
+        for bundle in plan:
+            upto = at + len(bundle.claims)
+            self.known[bundle.call_id] = Call(owner, bundle, parts[at:upto], receipts[at:upto], number)
+            at = upto
+
+    def of(self, owner: str | None = None) -> list[Call]:
+        """The open calls of an owner, or of all."""
+        return [
+            call for call in self.known.values() if isinstance(call, Call) and (owner is None or call.owner == owner)
+        ]
+
+    def put_back(self, plans: Sequence[Plan], offers: Sequence[Parts], but: int | None = None) -> None:
+        """Undo what was taken from leases for each plan, but for one of them."""
+        for number, (plan, parts) in enumerate(zip(plans, offers, strict=False)):
+            if number == but:
+                continue
+            for claim, lease in zip(claims_of(plan), parts, strict=False):
+                if lease is not None:
+                    lease.give_back(claim.amount)
+                    self._book.freed(lease)
+
+    def expire(self, call: Call, now_ms: int) -> None:
+        """The store has ended the call: charge what it holds of leases as it was held."""
+        if call.expired:
+            return
+        call.expired = True
+        for claim, lease in zip(call.bundle.claims, call.parts, strict=True):
+            if lease is not None:
+                lease.settle(claim.amount, claim.amount)
+                self._book.freed(lease)
+        call.until_ms = now_ms + self.tombstone_ms
+        self.end(call.bundle.call_id, call)
+
+    def end(self, call_id: str, known: Gone | Call) -> None:
+        """Remember that a call id is spent, and forget some that were long enough."""
+        line, now_ms = self._line, known.until_ms - self.tombstone_ms
+        for _ in range(_PURGE):
+            if not line:
+                break
+            other = self.known.get(line[0])
+            if other is not None and not forgotten(other, now_ms):
+                if not (isinstance(other, Gone) and other.unsent):
+                    break
+                line.rotate(-1)  # it waits for the store, for as long as that takes
+                continue
+            self.known.pop(line.popleft(), None)
+        self.known[call_id] = known
+        line.append(call_id)
+
+    def abandon(self) -> None:
+        """The store has lost its data: nothing of what is open is known any more."""
+        for call_id, known in tuple(self.known.items()):
+            if isinstance(known, Asked):
+                known.settled = True
+            if not isinstance(known, Gone):
+                del self.known[call_id]
 
 
 class Fetch(NamedTuple):
