@@ -15,6 +15,7 @@ from asgi_llm_guard.cli.changing import follow
 from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, run, with_urls
 from asgi_llm_guard.cli.failures import Exit
 from asgi_llm_guard.cli.files import EVERY, Part
+from asgi_llm_guard.cli.names import without_effect
 from asgi_llm_guard.cli.tables import Column, safe, table, terminal_width
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
 
@@ -107,6 +108,10 @@ async def _examine(
             if not offline and not missing:
                 findings += await _ask_store(guard)
                 findings += await _ask_ledger(guard)
+            models = [*(each.model for each in named), *(each.model for each in _of_departments(settings))]
+            findings += without_effect(
+                guard, settings, extra=extra, paths=paths, models=models, alone=application is None
+            )
         if application is None and settings is not None and own is not None:
             paths = _listed(settings, own)
     finally:

@@ -103,10 +103,12 @@ def application() -> Served:
     """
     from asgi_llm_guard.gateway import Gateway
     from asgi_llm_guard.settings.build import build_admin_options, build_gateway_arguments
+    from asgi_llm_guard.settings.names import check_alerts
     from asgi_llm_guard.settings.reload import watch
 
     tool = Tool(os.environ[CONFIG_VARIABLE], as_json=False)
     settings = tool.settings()
+    check_alerts(settings)
     guard = tool.guard(settings, needs=EVERY, makes=EVERY)
     arguments = build_gateway_arguments(settings)
     try:
@@ -129,7 +131,9 @@ def application() -> Served:
 def _validate(settings: GuardSettings) -> None:
     from asgi_llm_guard.gateway.entries import parse_deployments
     from asgi_llm_guard.settings import build_gateway_arguments, build_guard_arguments
+    from asgi_llm_guard.settings.names import check_alerts
 
+    check_alerts(settings)
     build_guard_arguments(settings)
     parse_deployments(build_gateway_arguments(settings)["deployments"])
 

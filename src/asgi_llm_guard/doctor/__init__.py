@@ -13,19 +13,24 @@ from asgi_llm_guard.doctor.configuration import (
     models_named,
 )
 from asgi_llm_guard.doctor.findings import Finding, Severity, worst
+from asgi_llm_guard.doctor.names import Known, Named, examine_names, named_by
 
 __all__ = [
     "Finding",
     "GuardedPath",
+    "Known",
+    "Named",
     "Pricing",
     "Severity",
     "examine_application",
     "examine_clock",
     "examine_guard",
+    "examine_names",
     "examine_prices",
     "examine_records",
     "examine_store",
     "guards_of",
     "models_named",
+    "named_by",
     "worst",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "build_policies",
     "build_replacement",
     "build_then",
+    "place",
 ]
 
 
@@ -197,13 +198,13 @@ def _named(settings: GuardSettings, key: str) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f"{_place(settings, key)}: {key}: {error}") from None
+        raise ConfigurationError(f"{place(settings, key)}: {key}: {error}") from None
     except PydanticCustomError as error:  # of a table that is no more than names until it is built
         inside = str((error.context or {}).get("key", ""))
-        raise ConfigurationError(f"{_place(settings, key, inside)}: {key}.{inside}: {error.message()}") from None
+        raise ConfigurationError(f"{place(settings, key, inside)}: {key}.{inside}: {error.message()}") from None
 
 
-def _place(settings: GuardSettings, *path: str) -> str:
+def place(settings: GuardSettings, *path: str | int) -> str:
     """The file that the settings come from, and the line of a key where it has one."""
     line = None
     if settings.file is not None:
