@@ -106,7 +106,7 @@ class StreamGuard:
     def feed(self, chunk: bytes) -> bytes:
         """What to forward of a chunk; never raises."""
         self.fed = True
-        if self._gaps is not None:
+        if self._gaps is not None and chunk:
             self._gaps.part()
         forward = self.meter.feed(chunk)
         if self._timed:
@@ -114,6 +114,10 @@ class StreamGuard:
         if self.meter.text_bytes >= self._at and not self.wants_growth:
             self._look()
         return forward
+
+    def first_part(self) -> None:
+        """Something of it has come. Later calls change nothing."""
+        self._call.first_part()
 
     def finish(self) -> bytes:
         """The stream has come to its end by itself: what is still to be forwarded."""

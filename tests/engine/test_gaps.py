@@ -48,7 +48,8 @@ def ended(told: list[Event]) -> CallEnded:
 
 
 async def test_parts_of_a_streamed_route() -> None:
-    """C15: a streamed answer is told of with a gap for each part after the first, and one that is not, without."""
+    """C15: a streamed answer is told of with when it began and a gap for each part after the first, and one that is
+    not, without."""
     told: list[Event] = []
     pieces = [sse("hel"), sse("l"), sse("o", last=True), b"data: [DONE]\n\n"]
     body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "max_tokens": 50, "messages": []}
@@ -56,8 +57,10 @@ async def test_parts_of_a_streamed_route() -> None:
         async with Guard([Budget("$1/1d", per="global")], observers=(told.append,)) as guard:
             provider = Provider(pieces, headers=SSE_HEADERS) if streamed else Provider()
             assert (await ask(guarded(provider, guard), {**body, "stream": streamed})).status == 200
+            (record,) = await guard.storage.records()
         found = ended(told)
         assert (found.streamed, len(found.gaps_s)) == ((True, 3) if streamed else (False, 0))
+        assert (found.first_ms is not None, record.first_token_ms is not None) == (streamed, streamed)
         assert all(gap_s >= 0 for gap_s in found.gaps_s)
         told.clear()
 

@@ -392,6 +392,8 @@ class GuardedRequest:
             if self.ending is not None and self.ending.fired:
                 raise CutOff("the answer was ended")
             if self.stream is not None:
+                if message.get("body"):
+                    self.stream.first_part()
                 if self.relay is not None:
                     self.tail = message.get("body") or self.tail
                     await self.relay.pass_on(message)
