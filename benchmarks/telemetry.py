@@ -1,4 +1,4 @@
-"""What `instrument` costs a call: a guard without it, one with it whose providers do nothing, and one with the SDK.
+"""What `instrument` costs a call: a guard without it, one with it where no SDK is installed, and one with the SDK.
 
     python -m benchmarks.telemetry
 
@@ -13,13 +13,11 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 from benchmarks._harness import compare_async, table
-from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
-from opentelemetry.trace import NoOpTracerProvider
 
 from asgi_llm_guard import Budget, Context, Guard, Iterations, RateLimit, Usage
 from asgi_llm_guard.policies.base import Policy
@@ -60,7 +58,7 @@ def work(guard: Guard) -> Callable[[], Awaitable[None]]:
 
 async def main() -> None:
     plain, silent, sampled, told = (new_guard() for _ in range(4))
-    instrument(silent, tracer_provider=NoOpTracerProvider(), meter_provider=NoOpMeterProvider())
+    instrument(silent)  # with the providers that the API has while no SDK is installed
     tracers = [TracerProvider(sampler=TraceIdRatioBased(0.01)), TracerProvider()]
     for guard, tracer in zip((sampled, told), tracers, strict=True):
         tracer.add_span_processor(BatchSpanProcessor(Nowhere()))

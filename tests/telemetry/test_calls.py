@@ -21,7 +21,7 @@ from asgi_llm_guard import guarded as marked
 from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.claims import Granted
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.events import Admission, emit
+from asgi_llm_guard.events import Admission, CallEnded, emit
 from asgi_llm_guard.testing import Behaviour, FakeProvider, FrozenClock
 
 pytestmark = pytest.mark.anyio
@@ -221,6 +221,57 @@ async def test_sdk_that_traces_itself(clock: FrozenClock, told: Telemetry, *, st
     counting = [span.name for span in told.spans if "gen_ai.usage.output_tokens" in attributes(span)]
     assert len(counting) == 1
     assert told.calls == []
+
+
+@pytest.mark.parametrize("latest", [False, True])
+async def test_streams(clock: FrozenClock, told: Telemetry, monkeypatch: pytest.MonkeyPatch, *, latest: bool) -> None:
+    """C15: of streamed answers, and of no others, it is told when the first part came, and of each further one how
+    long it took; with the labels of the conventions, which have no errors among them."""
+    monkeypatch.setenv(SWITCH, LATEST if latest else "")
+    prefix = "gen_ai.client.inference" if latest else "gen_ai.client.operation"
+    guard = new(clock)
+    told.instrument(guard)
+    for way in (by_a_route, by_hand, by_a_hook):
+        await way(guard)
+    assert [name for name in told.collect() if "chunk" in name] == []
+    assert [event.name for span in told.calls for event in span.events] == []
+
+    await by_a_streamed_route(guard)
+    await guard.aclose()
+    metrics = told.collect()
+    (gaps,), (first,) = metrics[f"{prefix}.time_per_output_chunk"], metrics[f"{prefix}.time_to_first_chunk"]
+    assert (gaps.count, first.count) == (2, 1)
+    for point in (gaps, first):
+        assert (point.explicit_bounds[0], point.explicit_bounds[-1]) == (0.01, 81.92)
+        assert dict(point.attributes) == {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name" if latest else "gen_ai.system": "openai",
+            "gen_ai.request.model": "test-model",
+        }
+    assert [event.name for event in told.calls[-1].events] == ["llm_guard.first_chunk"]
+    assert attributes(told.calls[-1]).get("gen_ai.request.stream") == (True if latest else None)
+    assert all("gen_ai.response.time_to_first_chunk" not in attributes(span) for span in told.calls[:-1])
+
+
+def test_gaps_are_told_as_they_were(clock: FrozenClock, told: Telemetry) -> None:
+    """C15: each time that was taken between two parts is one of the histogram's, in seconds, also of a stream that failed."""
+    guard = new(clock)
+    told.instrument(guard)
+    call = guard.describe(MODEL, input_tokens=10, max_output_tokens=10)
+    ended = CallEnded(
+        context=ADA, call=call, call_id="1", outcome="estimated", failure="ValueError", began_ms=0, first_ms=250,
+        ended_ms=9_000, streamed=True, gaps_s=(0.005, 0.015, 5.0),
+    )  # fmt: skip
+    emit(guard.engine.observers, ended)
+
+    metrics = told.collect()
+    (gaps,) = metrics["gen_ai.client.operation.time_per_output_chunk"]
+    assert (gaps.count, gaps.sum, gaps.bucket_counts[:2], gaps.max) == (3, pytest.approx(5.02), (1, 1), 5.0)
+    (first,) = metrics["gen_ai.client.operation.time_to_first_chunk"]
+    assert first.sum == 0.25
+    (duration,) = metrics["gen_ai.client.operation.duration"]
+    assert duration.attributes["error.type"] == "ValueError"
+    assert "error.type" not in {**gaps.attributes, **first.attributes}
 
 
 async def test_cache_hits(clock: FrozenClock, told: Telemetry) -> None:

@@ -10,28 +10,28 @@ No prompt, answer, key, caller, user or session is in any of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Final, Protocol
 from weakref import WeakSet
 
 from opentelemetry import metrics, trace
 
-from asgi_llm_guard import events
 from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Policy
-from asgi_llm_guard.storage.base import Storage, Verbs
 from asgi_llm_guard.telemetry.attempts import AttemptObserver
 from asgi_llm_guard.telemetry.budgets import RemainingBudgets
 from asgi_llm_guard.telemetry.calls import CallObserver, OpenCalls
 from asgi_llm_guard.telemetry.decisions import DecisionObserver
 from asgi_llm_guard.telemetry.ids import IdHash
+from asgi_llm_guard.telemetry.instruments import Instruments, instruments_of
 from asgi_llm_guard.telemetry.labels import Labels
 from asgi_llm_guard.telemetry.logs import JsonLines, LogCorrelation, LogRefusals
 from asgi_llm_guard.telemetry.names import Conventions
 from asgi_llm_guard.telemetry.state import GuardState, Observed
 from asgi_llm_guard.telemetry.storing import measuring
+from asgi_llm_guard.telemetry.waking import Attachment, Measured, Tracing
 
 __all__ = ["Instrumentation", "Instrumented", "JsonLines", "LogCorrelation", "LogRefusals", "instrument"]
 
@@ -40,19 +40,11 @@ _lock: Final = threading.Lock()
 _instrumented: Final[WeakSet[Instrumented]] = WeakSet()
 
 
-class Instrumented(Observed, Protocol):
+class Instrumented(Observed, Measured, Protocol):
     """What is watched: a `Guard`."""
 
     @property
     def policies(self) -> Sequence[Policy]: ...
-
-    def observe(self, observer: events.Observer, /) -> Callable[[], None]:
-        """Tell `observer` every event, until what is given is called."""
-        ...
-
-    def measure(self, around: Callable[[Storage], Verbs] | None, /) -> None:
-        """Ask the storage through what `around` makes of it; `None`: directly."""
-        ...
 
     def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
         """The meters under the limits that hold now."""
@@ -66,43 +58,27 @@ class Instrumented(Observed, Protocol):
 class Instrumentation:
     """A guard that is watched. Made by `instrument`."""
 
-    __slots__ = ("_budgets", "_guard", "_state", "_stop")
+    __slots__ = ("_attachment", "_budgets", "_closed", "_guard", "_state")
 
     def __init__(
-        self, guard: Instrumented, stop: Callable[[], None], budgets: RemainingBudgets, state: GuardState
+        self, guard: Instrumented, attachment: Attachment, budgets: RemainingBudgets, state: GuardState
     ) -> None:
         self._guard = guard
-        self._stop = stop
+        self._attachment = attachment
         self._budgets = budgets
         self._state = state
+        self._closed = False
 
     def uninstrument(self) -> None:
         """No more spans and no more points come from it. May be called again."""
         with _lock:
-            if self._guard in _instrumented:
-                _instrumented.discard(self._guard)
-                self._guard.measure(None)
-        self._stop()
+            if self._closed:
+                return
+            self._closed = True
+            _instrumented.discard(self._guard)
+        self._attachment.close()
         self._budgets.close()
         self._state.close()
-
-
-class _Everything:
-    """Hands each event to those whom it concerns."""
-
-    __slots__ = ("_attempts", "_calls", "_decisions")
-
-    def __init__(self, attempts: AttemptObserver, calls: CallObserver, decisions: DecisionObserver) -> None:
-        self._attempts = attempts
-        self._calls = calls
-        self._decisions = decisions
-
-    def __call__(self, event: events.Event, /) -> None:
-        if isinstance(event, events.CallEnded):
-            self._calls.ended(event)
-            return
-        self._attempts(event)
-        self._decisions(event)
 
 
 def instrument(
@@ -130,16 +106,25 @@ def instrument(
     with _lock:
         if guard in _instrumented:
             raise ConfigurationError("instrument: the guard is instrumented already; call uninstrument() first")
+        made = _instrumentation(guard, tracer_provider, instruments_of(meter_provider), hashed)
         _instrumented.add(guard)
-    meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
-    tracer = trace.get_tracer(_SCOPE, tracer_provider=tracer_provider)
+    return made
+
+
+def _instrumentation(
+    guard: Instrumented,
+    tracer_provider: trace.TracerProvider | None,
+    instruments: Instruments,
+    hashed: IdHash | None,
+) -> Instrumentation:
+    tracing = Tracing(_SCOPE, tracer_provider)
     conventions, labels, open_calls = Conventions.chosen(), Labels(), OpenCalls()
-    budgets = RemainingBudgets(lambda: guard.policies, guard.raised, guard.begin_reading, guard.clock, meter)
-    state = GuardState(guard, meter)
-    everything = _Everything(
-        AttemptObserver(tracer, meter, guard.clock, conventions, labels),
-        CallObserver(tracer, meter, conventions, labels, open_calls, hashed),
-        DecisionObserver(meter, guard.clock, labels, open_calls),
+    handlers = (
+        AttemptObserver(tracing.tracer, instruments.meter, guard.clock, conventions, labels).handlers,
+        CallObserver(tracing.tracer, instruments, conventions, labels, open_calls, hashed).handlers,
+        DecisionObserver(instruments, guard.clock, labels, open_calls).handlers,
     )
-    guard.measure(measuring(meter))
-    return Instrumentation(guard, guard.observe(everything), budgets, state)
+    budgets = RemainingBudgets(lambda: guard.policies, guard.raised, guard.begin_reading, guard.clock, instruments)
+    state = GuardState(guard, instruments)
+    attachment = Attachment(guard, measuring(instruments.meter), handlers, instruments, tracing)
+    return Instrumentation(guard, attachment, budgets, state)

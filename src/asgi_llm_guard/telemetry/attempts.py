@@ -9,21 +9,20 @@ from opentelemetry.metrics import Meter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.events import Admission, AttemptEnded, CacheHit, Event, Refused
+from asgi_llm_guard.events import Admission, AttemptEnded, CacheHit, Refused
 from asgi_llm_guard.telemetry import names
 from asgi_llm_guard.telemetry.labels import Labels
-from asgi_llm_guard.telemetry.points import SECONDS, TOKENS, billed
+from asgi_llm_guard.telemetry.points import SECONDS, TOKENS, Attributes, billed
+from asgi_llm_guard.telemetry.waking import Handlers
 from asgi_llm_guard.usage import Usage
 
 __all__ = ["AttemptObserver"]
 
 _NS: Final = 1_000_000
 
-_Attributes = dict[str, str | int | float | bool]
-
 
 class AttemptObserver:
-    """An observer: makes a span, and points of histograms, of each `AttemptEnded`.
+    """Makes a span, and points of histograms, of each `AttemptEnded`.
 
     A span is made when its attempt is over, with the times at which it began and ended, under the span that is
     current for whoever made the call. Decisions, and answers from the cache, are events of the span that is current.
@@ -64,23 +63,36 @@ class AttemptObserver:
             explicit_bucket_boundaries_advisory=TOKENS,
         )
 
-    def __call__(self, event: Event, /) -> None:
-        """Take an event. Those that are none of these are passed over."""
-        match event:
-            case AttemptEnded():
-                self._ended(event)
-            case Admission(degraded=degraded):
-                trace.get_current_span().add_event("llm_guard.admitted", {"llm_guard.degraded": degraded})
-            case CacheHit(age_ms=age_ms):
-                trace.get_current_span().add_event("llm_guard.cache_hit", {"llm_guard.cache.age": age_ms / 1000})
-            case Refused(denied=denied):
-                attributes = {names.POLICY: denied.policy, "llm_guard.code": denied.code}
-                trace.get_current_span().add_event("llm_guard.refused", attributes)
+    @property
+    def handlers(self) -> Handlers:
+        """What takes events."""
+        return {
+            AttemptEnded: self._ended,
+            Admission: self._admitted,
+            CacheHit: self._hit,
+            Refused: self._refused,
+        }
+
+    def _admitted(self, event: Admission) -> None:
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.add_event("llm_guard.admitted", {"llm_guard.degraded": event.degraded})
+
+    def _hit(self, event: CacheHit) -> None:
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.add_event("llm_guard.cache_hit", {"llm_guard.cache.age": event.age_ms / 1000})
+
+    def _refused(self, event: Refused) -> None:
+        span = trace.get_current_span()
+        if span.is_recording():
+            attributes = {names.POLICY: event.denied.policy, names.CODE: event.denied.code}
+            span.add_event("llm_guard.refused", attributes)
 
     def _ended(self, event: AttemptEnded) -> None:
         provider, _, model = event.model.partition("/")
         usage = event.usage or _UNKNOWN
-        common: _Attributes = {
+        common: Attributes = {
             names.OPERATION: names.operation_of(None if event.call is None else event.call.dialect),
             self._conventions.provider_key: self._conventions.provider(provider),
         }
@@ -92,14 +104,11 @@ class AttemptObserver:
         span = self._tracer.start_span(
             f"{names.ATTEMPT} {model}",
             kind=SpanKind.CLIENT,
-            attributes={**common, names.REQUEST_MODEL: model, **self._details(event, usage)},
+            attributes={**common, names.REQUEST_MODEL: model},
             start_time=start_ns,
         )
-        for name, after_ms in ((names.CONNECTED, event.connected_ms), (names.FIRST_CHUNK, event.first_ms)):
-            if after_ms is not None:
-                span.add_event(name, timestamp=start_ns + round(after_ms * _NS))
-        if event.failure is not None:
-            span.set_status(Status(StatusCode.ERROR, event.failure))
+        if span.is_recording():
+            self._describe(span, event, usage, start_ns)
         span.end(end_ns)
 
         deployment, label = self._labels.deployment(event.deployment, event.call, model)
@@ -108,7 +117,15 @@ class AttemptObserver:
             labels[names.OUTCOME] = event.outcome
         self._record(span, event, usage, labels)
 
-    def _details(self, event: AttemptEnded, usage: Usage) -> _Attributes:
+    def _describe(self, span: Span, event: AttemptEnded, usage: Usage, start_ns: int) -> None:
+        span.set_attributes(self._details(event, usage))
+        for name, after_ms in ((names.CONNECTED, event.connected_ms), (names.FIRST_CHUNK, event.first_ms)):
+            if after_ms is not None:
+                span.add_event(name, timestamp=start_ns + round(after_ms * _NS))
+        if event.failure is not None:
+            span.set_status(Status(StatusCode.ERROR, event.failure))
+
+    def _details(self, event: AttemptEnded, usage: Usage) -> Attributes:
         found: dict[str, str | int | float | bool | None] = {
             names.DEPLOYMENT: event.deployment,
             names.ATTEMPT_NUMBER: event.number,
@@ -123,7 +140,7 @@ class AttemptObserver:
                 found[names.TIME_TO_FIRST] = event.first_ms / 1000
         return {name: value for name, value in found.items() if value is not None}
 
-    def _record(self, span: Span, event: AttemptEnded, usage: Usage, labels: _Attributes) -> None:
+    def _record(self, span: Span, event: AttemptEnded, usage: Usage, labels: Attributes) -> None:
         context = trace.set_span_in_context(span)  # examples of a bucket lead to the attempt
         for histogram, after_ms in (
             (self._duration, event.total_ms),

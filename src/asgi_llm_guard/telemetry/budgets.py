@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-from opentelemetry.metrics import CallbackOptions, Observation
-from opentelemetry.metrics import Meter as Instruments
+from opentelemetry.metrics import Observation
 
 from asgi_llm_guard.claims import Meter, Reading, Unit
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.policies.base import Configured, Policy
 from asgi_llm_guard.telemetry import names
+from asgi_llm_guard.telemetry.instruments import Instruments
 from asgi_llm_guard.telemetry.readings import Latest
 
 __all__ = ["ProviderLimits", "RemainingBudgets"]
@@ -90,33 +90,39 @@ class RemainingBudgets:
         self._begin = read
         self._latest: Latest[tuple[_Read, ...]] = Latest(self._ask, clock)
         self._first = True
+        self._gauges: list[Callable[[], None]] = []
         for name, kind, said in (
             (names.REMAINING, "remaining", "What is left of a provider's budget in its current window."),
             (names.PROVIDER_LIMIT, "limit", "A provider's budget."),
         ):
-            self._gauge(instruments, name, "{USD}", said, _of_providers(kind))
+            self._gauge(instruments, name, kind, "{USD}", said, _of_providers(kind))
         for unit, (name, suffix, scale) in _UNITS.items():
             for kind, said in _SAID.items():
-                self._gauge(instruments, f"llm_guard.{name}.{kind}", suffix, said, _of_others(unit, kind, scale))
+                self._gauge(instruments, f"llm_guard.{name}.{kind}", kind, suffix, said, _of_others(unit, kind, scale))
 
     def close(self) -> None:
-        """Give no more points: a gauge cannot be taken back from its meter."""
+        """Give no more points."""
         self._latest.close()
+        for remove in self._gauges:
+            remove()
 
     def _gauge(
         self,
         instruments: Instruments,
         name: str,
+        kind: str,
         unit: str,
         description: str,
         points: Callable[[Sequence[_Read]], list[Observation]],
     ) -> None:
         waits, self._first = self._first, False
 
-        def observe(_options: CallbackOptions) -> list[Observation]:
+        def read() -> list[Observation]:
             return points(self._latest.answer(waits=waits) or ())
 
-        instruments.create_observable_gauge(name, [observe], unit=unit, description=description)
+        # Guards that share a storage say the same. Else the one that is nearer to its limit is the one to hear of.
+        merge = max if kind == "held" else min
+        self._gauges.append(instruments.gauge(name, read, merge=merge, unit=unit, description=description))
 
     def _ask(self) -> Future[tuple[_Read, ...]]:
         """Read what is limited now: quotas, and policies, may have been changed."""

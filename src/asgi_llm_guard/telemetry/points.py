@@ -7,7 +7,9 @@ from typing import Final
 
 from asgi_llm_guard.usage import Usage
 
-__all__ = ["SECONDS", "TOKENS", "billed", "by_modality"]
+__all__ = ["SECONDS", "TOKENS", "Attributes", "billed", "by_modality"]
+
+Attributes = dict[str, str | int | float | bool]
 
 SECONDS: Final = tuple(round(0.01 * 2**power, 2) for power in range(14))
 """The buckets that the conventions ask for."""
