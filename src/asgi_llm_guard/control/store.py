@@ -23,25 +23,21 @@ import msgspec
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.control import tables
 from asgi_llm_guard.control.audit import Seals, append, find, verify
-from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change, Conflict, NotThere, Verified
-from asgi_llm_guard.control.data import kind_of, read, shown, written
+from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change, Conflict, NotThere, Verified, text_of
+from asgi_llm_guard.control.data import shown
+from asgi_llm_guard.control.entries import apply, check_size, target_of, warm_prices
 from asgi_llm_guard.control.keys import ControlKeys
 from asgi_llm_guard.control.live import LiveSettings, settings_of
 from asgi_llm_guard.control.state import ControlState, Head, decode, encode, kept_kind, kept_row, made
-from asgi_llm_guard.control.values import Key, Kind, Price, Value, check_instant, check_kind, check_name, name_of
+from asgi_llm_guard.control.tries import SEVERAL, Counted, count, counted_before, has_ended
+from asgi_llm_guard.control.values import Key, Kind, Value, check_instant
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.keys import ApiKeys
-from asgi_llm_guard.overlay import Raise
-from asgi_llm_guard.pricing.overrides import key_of
 from asgi_llm_guard.sql import Connection, Database, open_database
-from asgi_llm_guard.stops import Stop
 from asgi_llm_guard.windows import duration_ms
 
 __all__ = ["Control"]
-
-MAX_SIZE: Final = 4_000_000
-"""The most characters that all entries may have together: every process reads them as one document."""
 
 _SEQ: Final = "SELECT seq, at_ms, version, actor, role, address, verb, target, old, new, reason, refused, digest"
 
@@ -108,12 +104,14 @@ class Control:
         return state
 
     async def audit(self, query: AuditQuery = AuditQuery()) -> Sequence[AuditEntry]:  # noqa: B008 - immutable
-        """What was changed or refused, the newest first.
+        """What was changed or refused, the newest first. Of many tries that were refused the first ones have a row each
+        (see `tries.py`), the others are counted, and have one together when their hour is over.
 
         Raises:
             StorageError: the database does not answer.
         """
         await self._ready()
+        await self._tell_counts()
         return await self.database.read(lambda connection: find(connection, query))
 
     async def verify_audit(self, *, since: Head | None = None) -> Verified:
@@ -194,7 +192,8 @@ class Control:
         new: object = None,
         refused: str | None = None,
     ) -> None:
-        """Add a row to the audit for what is no change of an entry: a reset, a stopped session, a refused try.
+        """Add a row to the audit for what is no change of an entry: a reset, a stopped session, a refused try. A refused one
+        after many others is only counted.
 
         `old`, `new`: JSON data; never with a secret in it.
 
@@ -205,13 +204,49 @@ class Control:
 
         def work(connection: Connection) -> None:
             version, head = _take(connection)
-            head = append(
-                connection, self._seals, head, at_ms=self._clock.now_ms(), version=version, actor=actor, verb=verb,
-                target=target, old=old, new=new, reason=reason, refused=refused,
-            )  # fmt: skip
+            at_ms = self._clock.now_ms()
+            head = self._with_counts(connection, version, head, at_ms)
+
+            def add(counted: Counted | None) -> None:
+                nonlocal head
+                if counted is not None:
+                    head = self._told(connection, version, head, at_ms, counted)
+                    return
+                head = append(
+                    connection, self._seals, head, at_ms=at_ms, version=version, actor=actor, verb=verb,
+                    target=target, old=old, new=new, reason=reason, refused=refused,
+                )  # fmt: skip
+
+            if refused is None:
+                add(None)
+            else:
+                count(connection, actor.name, text_of(verb), at_ms, add=add)
             _release(connection, version, head)
 
         await self.database.write(work)
+
+    async def _tell_counts(self) -> None:
+        """Put the counts of hours that are over into the audit."""
+        at_ms = self._clock.now_ms()
+        if not await self.database.read(lambda connection: has_ended(connection, at_ms)):
+            return
+
+        def work(connection: Connection) -> None:
+            version, head = _take(connection)
+            _release(connection, version, self._with_counts(connection, version, head, at_ms))
+
+        await self.database.write(work)
+
+    def _with_counts(self, connection: Connection, version: int, head: Head, at_ms: int) -> Head:
+        for counted in counted_before(connection, at_ms):
+            head = self._told(connection, version, head, at_ms, counted)
+        return head
+
+    def _told(self, connection: Connection, version: int, head: Head, at_ms: int, counted: Counted) -> Head:
+        return append(
+            connection, self._seals, head, at_ms=at_ms, version=version, actor=counted.actor, verb=counted.verb,
+            target=SEVERAL, refused=counted.why,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- keys
 
@@ -426,7 +461,7 @@ class Control:
         """Make the changes, and say so; or say why not."""
         await self._ready()
         if any(change.kind == "price" for change in changes):
-            _warm_prices()
+            warm_prices()
         tried: list[Change] = []
 
         def work(connection: Connection) -> None:
@@ -435,8 +470,8 @@ class Control:
             changed = max(version + 1, now_ms)
             for change in changes:
                 tried.append(change)
-                kind, name = _target(change)
-                old, new = _apply(connection, change, kind, name, changed, now_ms)
+                kind, name = target_of(change)
+                old, new = apply(connection, change, kind, name, changed, now_ms)
                 if old == new:
                     continue
                 head = append(
@@ -444,7 +479,7 @@ class Control:
                     target=f"{kind}:{name}", old=_audited(old), new=_audited(new), reason=reason,
                 )  # fmt: skip
                 version = changed
-            _check_size(connection)
+            check_size(connection)
             _release(connection, version, head)
 
         try:
@@ -478,79 +513,6 @@ def _verb(change: Change, given: str | None) -> str:
     return given or ("remove" if change.value is None else "put")
 
 
-def _target(change: Change) -> tuple[Kind, str]:
-    """What a change is about.
-
-    Raises:
-        ConfigurationError: there is no such kind, or the name is none.
-    """
-    kind = check_kind(change.kind)
-    name = check_name(kind, change.name)
-    if kind == "price":
-        name = key_of(name)  # one entry for all spellings of a model
-    return kind, name
-
-
-def _apply(
-    connection: Connection, change: Change, kind: Kind, name: str, version: int, now_ms: int
-) -> tuple[Value | None, Value | None]:
-    """Change one entry; what it was, and what it is now.
-
-    Raises:
-        ConfigurationError, Conflict, NotThere: nothing was changed.
-    """
-    rows = connection.execute("SELECT version, value FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
-    there, data = rows[0] if rows else (0, None)
-    if change.expected is not None and change.expected != there:
-        raise Conflict(kind, name, expected=change.expected, version=there, by=_changed_by(connection, kind, name))
-    old = None if data is None else kept_row(kind, name, data)
-    if change.value is None:
-        if old is None:
-            raise NotThere(kind, name)
-        connection.execute("DELETE FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
-        return old, None
-    new = _new(change, kind, name, old, now_ms)
-    if new != old:
-        connection.execute(
-            "INSERT INTO control_entries (kind, name, version, value) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT (kind, name) DO UPDATE SET version = excluded.version, value = excluded.value",
-            (kind, name, version, msgspec.json.encode(written(new), order="deterministic").decode()),
-        )
-    return old, new
-
-
-def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) -> Value:
-    given = change.value
-    if isinstance(given, Mapping):
-        if kind == "key" and old is None:
-            raise NotThere(kind, name)  # keys are made by `new_key`
-        new = read(kind, name, given, old=old, ours=False)
-        # What has ended is kept and exported, but nobody makes it.
-        if isinstance(new, (Raise, Stop)):
-            ends: int | None = new.until_ms
-            if ends is not None and ends <= now_ms:
-                raise ConfigurationError(f"{kind} {name!r}: until_ms: {ends} has passed")
-    else:
-        assert given is not None  # noqa: S101 - a removal, which was made before
-        if kind_of(given) != kind:
-            raise ConfigurationError(f"{kind} {name!r}: expected a {kind}, got a {type(given).__name__}")
-        _check_names(given, name)
-        new = read(kind, name, written(given))
-        if isinstance(new, Key) and isinstance(old, Key) and old.revoked_ms is not None and new.revoked_ms is None:
-            # As in a document of before, which must not bring a key back that has leaked since.
-            new = msgspec.structs.replace(new, revoked_ms=old.revoked_ms)
-    _check_price(new)
-    return new
-
-
-def _check_names(given: Value, name: str) -> None:
-    """Models have several spellings, and raises and stops may be made without an id; others say their name."""
-    said = name_of(given)
-    if said in (name, "") or (isinstance(given, Price) and key_of(said) == name):
-        return
-    raise ConfigurationError(f"{kind_of(given)} {name!r}: the value says {said!r}")
-
-
 def _active_before(state: ControlState, key: Key, now_ms: int) -> Key | None:
     """The key that it takes the place of, or the one before that, and so on: the first that is still active."""
     seen = {key.id}
@@ -560,20 +522,6 @@ def _active_before(state: ControlState, key: Key, now_ms: int) -> Key | None:
         if key.is_active(now_ms):
             return key
     return None
-
-
-def _check_price(value: Value) -> None:
-    if isinstance(value, Price):
-        from asgi_llm_guard.pricing import PriceBook
-
-        PriceBook.snapshot(overrides={value.model: value.entry})
-
-
-def _warm_prices() -> None:
-    """Reading the list of prices takes a moment: not while others wait for their turn to write."""
-    from asgi_llm_guard.pricing.snapshot import bundled
-
-    bundled()
 
 
 def _audited(value: Value | None) -> dict[str, Any] | None:
@@ -633,20 +581,3 @@ def _state(connection: Connection, known: ControlState | None) -> ControlState:
             yield known_kind, kept_row(known_kind, name, value), changed
 
     return made(version, head, entries())
-
-
-def _check_size(connection: Connection) -> None:
-    ((size,),) = connection.execute("SELECT COALESCE(SUM(LENGTH(name) + LENGTH(value) + 40), 0) FROM control_entries")
-    if size > MAX_SIZE:
-        raise ConfigurationError(
-            f"control: all entries together may have {MAX_SIZE} characters, and would have {size}; "
-            "remove keys that are over, and raises and stops that have ended"
-        )
-
-
-def _changed_by(connection: Connection, kind: Kind, name: str) -> str | None:
-    rows = connection.execute(
-        "SELECT actor FROM control_audit WHERE target = ? AND refused IS NULL ORDER BY seq DESC LIMIT 1",
-        (f"{kind}:{name}",),
-    )
-    return None if not rows else str(rows[0][0])

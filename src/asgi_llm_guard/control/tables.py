@@ -5,6 +5,8 @@
     control_entries   kind, name, the version of the last change, the value as JSON
     control_audit     one row for each change and each refused try, numbered without gaps, each with a digest over itself
                       and the digest before
+    control_tries     how many tries of an actor and verb were refused within an hour (`tries.py`), and how many of them have
+                      a row; an hour that is over is taken out, and put into the audit
 
 Triggers refuse every change of an audited row, every removal, and gaps.
 """
@@ -59,6 +61,18 @@ _TABLES: Final = (
     "CREATE INDEX control_audit_target ON control_audit (target, seq)",
     "CREATE INDEX control_audit_at ON control_audit (at_ms, seq)",
 )
+
+_TRIES: Final = """
+    CREATE TABLE IF NOT EXISTS control_tries (
+        hour_ms BIGINT NOT NULL,
+        actor TEXT NOT NULL,
+        verb TEXT NOT NULL,
+        tries BIGINT NOT NULL,
+        told BIGINT NOT NULL,
+        PRIMARY KEY (hour_ms, actor, verb)
+    )
+    """
+"""Made beside the tables of a release that had none; one of before leaves it alone."""
 
 _TRIGGERS: Final = {
     "sqlite": (
@@ -127,8 +141,9 @@ def create(connection: Connection, now_ms: int) -> None:
                 f"control: the tables have schema {schema}; this release works with {SCHEMA}. Use the release that made "
                 "them, or a database of its own"
             )
+        connection.execute(_TRIES)
         return
-    for statement in (*_TABLES, *_TRIGGERS[connection.dialect]):
+    for statement in (*_TABLES, _TRIES, *_TRIGGERS[connection.dialect]):
         connection.execute(statement)
     # Not at 0: what another database published before must not be ahead of this one.
     connection.execute("INSERT INTO control_meta VALUES (1, ?, ?, 0, '')", (SCHEMA, max(1, now_ms)))
