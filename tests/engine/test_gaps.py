@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 from tests.decorator.values import BOUND, PRICES
 from tests.decorator.values import event as sse
 from tests.middleware.values import SSE_HEADERS, Provider, ask, guarded
@@ -63,6 +64,22 @@ async def test_parts_of_a_streamed_route() -> None:
         assert (found.first_ms is not None, record.first_token_ms is not None) == (streamed, streamed)
         assert all(gap_s >= 0 for gap_s in found.gaps_s)
         told.clear()
+
+
+async def test_what_is_no_part() -> None:
+    """C15: an empty message, with which many applications end a stream, is no part of it."""
+    told: list[Event] = []
+
+    async def application(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        for piece in (b"", sse("hello"), sse("you", last=True)):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    body = {"model": "openai/gpt-4o-mini", "max_tokens": 50, "messages": [], "stream": True}
+    async with Guard([Budget("$1/1d", per="global")], observers=(told.append,)) as guard:
+        assert (await ask(guarded(application, guard), body)).status == 200
+    assert len(ended(told).gaps_s) == 1
 
 
 async def test_items_of_a_stream() -> None:
