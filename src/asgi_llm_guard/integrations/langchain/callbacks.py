@@ -19,7 +19,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, GenerationChunk, LLMResult
 
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.errors import ConfigurationError
+from asgi_llm_guard.errors import ConfigurationError, LimitExceeded
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.integrations.calls import BegunCalls
 
@@ -82,6 +82,8 @@ class _Handler:
         if begun is not None:
             begun.used = True
             begun.call.record_chunk(token if chunk is None else chunk)
+            if begun.call.halted is not None:
+                raise LimitExceeded(begun.call.halted)
 
     def _ended(self, run_id: UUID, response: LLMResult) -> None:
         begun = self._calls.find(run_id)
@@ -133,7 +135,11 @@ class AsyncGuardCallback(_Handler, AsyncCallbackHandler):
         run_id: UUID,
         **_: Any,
     ) -> None:
-        """Count what a stream has given."""
+        """Count what a stream has given.
+
+        Raises:
+            LimitExceeded: the call was stopped meanwhile; LangChain ends the stream.
+        """
         self._chunk(run_id, token, chunk)
 
     async def on_llm_end(self, response: LLMResult, *, run_id: UUID, **_: Any) -> None:
@@ -184,7 +190,11 @@ class GuardCallback(_Handler, BaseCallbackHandler):
         run_id: UUID,
         **_: Any,
     ) -> None:
-        """Count what a stream has given."""
+        """Count what a stream has given.
+
+        Raises:
+            LimitExceeded: the call was stopped meanwhile; LangChain ends the stream.
+        """
         self._chunk(run_id, token, chunk)
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **_: Any) -> None:

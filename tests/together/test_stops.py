@@ -1,0 +1,122 @@
+"""A stop ends what is running on ways in that have no HTTP request of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+
+from asgi_llm_guard import Budget, Context, Guard, LimitExceeded
+from asgi_llm_guard.integrations.langchain import AsyncGuardCallback, GuardCallback
+from asgi_llm_guard.pricing import PriceBook
+from asgi_llm_guard.stops import Stop, StopScope
+
+pytestmark = pytest.mark.anyio
+
+PRICES = PriceBook.snapshot(overrides={"openai/acme-1": {"input": 1, "output": 1}})
+MIA = Context(caller="key-1", user="mia", session="s", departments=("sales",), agent="writer")
+STOPS: dict[StopScope, str] = {
+    "caller": "key-1", "user": "mia", "session": "s", "department": "sales", "agent": "writer",
+    "model": "openai/acme-1", "all": "",
+}  # fmt: skip
+WORDS = ["one ", "two ", "three ", "four "]
+
+
+class Model(BaseChatModel):
+    """Says four words. `said`: is told after each of them."""
+
+    said: Any = None
+
+    @property
+    def _llm_type(self) -> str:
+        return "words"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:  # noqa: ARG002 - LangChain's
+        return {"ls_provider": "openai", "ls_model_name": "acme-1", "ls_model_type": "chat", "ls_max_tokens": 100}
+
+    def _generate(self, messages: list[BaseMessage], *args: Any, **options: Any) -> ChatResult:
+        raise NotImplementedError
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],  # noqa: ARG002 - it says the same to everybody
+        stop: list[str] | None = None,  # noqa: ARG002 - as above
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,  # noqa: ARG002 - as above
+    ) -> Iterator[ChatGenerationChunk]:
+        for word in WORDS:
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=word))
+            if run_manager is not None:
+                run_manager.on_llm_new_token(word, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],  # noqa: ARG002 - as above
+        stop: list[str] | None = None,  # noqa: ARG002 - as above
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,  # noqa: ARG002 - as above
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        for word in WORDS:
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=word))
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(word, chunk=chunk)
+            yield chunk
+
+
+async def of_langchain(guard: Guard, got: list[str], stop: Stop) -> None:
+    model = Model(callbacks=[AsyncGuardCallback(guard)])
+    async with guard.open(MIA):
+        async for piece in model.astream("hello"):
+            got.append(str(piece.content))
+            if len(got) == 2:
+                guard.set_stops([stop])
+
+
+async def of_langchain_sync(guard: Guard, got: list[str], stop: Stop) -> None:
+    model = Model(callbacks=[GuardCallback(guard)])
+
+    def work() -> None:
+        with guard.open_sync(MIA):
+            for piece in model.stream("hello"):
+                got.append(str(piece.content))
+                if len(got) == 2:
+                    guard.set_stops([stop])
+
+    await asyncio.to_thread(work)
+
+
+async def of_call(guard: Guard, got: list[str], stop: Stop) -> None:
+    async def words() -> AsyncIterator[dict[str, Any]]:
+        for word in WORDS:
+            yield {"object": "chat.completion.chunk", "model": "acme-1", "choices": [{"index": 0, "delta": {"content": word}}]}
+
+    async with guard.open(MIA), guard.call(model="openai/acme-1", input="hello", max_output_tokens=100) as call:
+        async for chunk in call.stream(words()):
+            got.append(chunk["choices"][0]["delta"]["content"])
+            if len(got) == 2:
+                guard.set_stops([stop])
+
+
+@pytest.mark.parametrize("way", [of_langchain, of_langchain_sync, of_call])
+@pytest.mark.parametrize("scope", STOPS)
+async def test_a_stream_of_a_job_is_ended(way: Any, scope: StopScope) -> None:
+    """S8: a stop of whatever kind ends the stream of a job with its next part, and the call is charged for what came."""
+    guard = Guard([Budget("$1/daily", per="global")], prices=PRICES)
+    async with guard:
+        got: list[str] = []
+        with pytest.raises(LimitExceeded) as raised:
+            await way(guard, got, Stop(scope=scope, subject=STOPS[scope]))
+        assert raised.value.denied.code == "stopped"
+        assert got == WORDS[:2]
+        assert guard.open_admissions == 0
+        (record,) = await guard.storage.records()
+        assert record.outcome == "estimated"
+        assert 0 < (record.cost_nanousd or 0) <= (record.estimate_nanousd or 0)
+        assert await guard.storage.open_holds() == 0
