@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--hypothesis-profile") != "full":
         none = Constants()
         providers._get_local_constants = lambda: none
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: no full collection need look at these millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
