@@ -7,15 +7,19 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from botocore.exceptions import EventStreamError
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from tests.hooks.kit import in_thread
+from tests.hooks.test_botocore import on_stage, stream_of
 
 from asgi_llm_guard import Budget, Context, Guard, LimitExceeded
 from asgi_llm_guard.integrations.langchain import AsyncGuardCallback, GuardCallback
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.stops import Stop, StopScope
+from asgi_llm_guard.testing import Behaviour
 
 pytestmark = pytest.mark.anyio
 
@@ -95,7 +99,11 @@ async def of_langchain_sync(guard: Guard, got: list[str], stop: Stop) -> None:
 async def of_call(guard: Guard, got: list[str], stop: Stop) -> None:
     async def words() -> AsyncIterator[dict[str, Any]]:
         for word in WORDS:
-            yield {"object": "chat.completion.chunk", "model": "acme-1", "choices": [{"index": 0, "delta": {"content": word}}]}
+            yield {
+                "object": "chat.completion.chunk",
+                "model": "acme-1",
+                "choices": [{"index": 0, "delta": {"content": word}}],
+            }
 
     async with guard.open(MIA), guard.call(model="openai/acme-1", input="hello", max_output_tokens=100) as call:
         async for chunk in call.stream(words()):
@@ -120,3 +128,28 @@ async def test_a_stream_of_a_job_is_ended(way: Any, scope: StopScope) -> None:
         assert record.outcome == "estimated"
         assert 0 < (record.cost_nanousd or 0) <= (record.estimate_nanousd or 0)
         assert await guard.storage.open_holds() == 0
+
+
+async def test_a_stream_of_bedrock_is_ended() -> None:
+    """S8: a stopped stream of boto3 ends with an exception of Bedrock's, and is charged for what came."""
+    async with on_stage() as (stage, client):
+        stage.provider.script(Behaviour.slow())
+        stage.provider.release(3)
+        got: list[str] = []
+
+        def work() -> None:
+            for event in stream_of(client):
+                if "contentBlockDelta" in event:
+                    got.append(event["contentBlockDelta"]["delta"]["text"])
+                    stage.guard.set_stops([Stop(scope="all")])
+                    stage.provider.release()
+
+        async with stage.guard.open(MIA):
+            with pytest.raises(EventStreamError, match="stopped"):
+                await in_thread(work)
+
+        assert len(got) < 3
+        await stage.provider.until(lambda: stage.provider.open == 0)
+        (record,) = await stage.storage.records()
+        assert record.outcome == "estimated"
+        assert await stage.storage.open_holds() == 0

@@ -192,7 +192,7 @@ class _Said:
 class _Body:
     """The body of an answer, metered as it is read, in whichever way. All else is as with the body inside.
 
-    Nobody can stop waiting for it: a deadline that has passed shows when the next part has come.
+    Nobody can stop waiting for it: a deadline that has passed, or a stop, shows when the next part has come.
     """
 
     def __init__(self, raw: Any, exchange: Exchange) -> None:
@@ -254,6 +254,8 @@ class _Body:
         if self._left and not self._over:
             self.close()
             raise ResponseStreamingError(error=_ENDED)
+        if exchange.halted is not None and exchange.halt():
+            return self._halted(exchange.halted.message)
         try:
             part = read()
             if not part:
@@ -271,6 +273,13 @@ class _Body:
         if late or exchange.cut:
             self._leave()
         return forward
+
+    def _halted(self, message: str) -> bytes:
+        last = self._exchange.halted_end()
+        self._leave()
+        if not last:
+            raise ResponseStreamingError(error=message)
+        return last
 
     def _ended(self) -> bytes:
         self._over = True
