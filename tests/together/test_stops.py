@@ -41,7 +41,7 @@ class Model(BaseChatModel):
     def _llm_type(self) -> str:
         return "words"
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:  # noqa: ARG002 - LangChain's
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         return {"ls_provider": "openai", "ls_model_name": "acme-1", "ls_model_type": "chat", "ls_max_tokens": 100}
 
     def _generate(self, messages: list[BaseMessage], *args: Any, **options: Any) -> ChatResult:
@@ -49,10 +49,10 @@ class Model(BaseChatModel):
 
     def _stream(
         self,
-        messages: list[BaseMessage],  # noqa: ARG002 - it says the same to everybody
-        stop: list[str] | None = None,  # noqa: ARG002 - as above
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,  # noqa: ARG002 - as above
+        **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         for word in WORDS:
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=word))
@@ -62,10 +62,10 @@ class Model(BaseChatModel):
 
     async def _astream(
         self,
-        messages: list[BaseMessage],  # noqa: ARG002 - as above
-        stop: list[str] | None = None,  # noqa: ARG002 - as above
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,  # noqa: ARG002 - as above
+        **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         for word in WORDS:
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=word))
