@@ -19,7 +19,7 @@ from asgi_llm_guard import Budget, Concurrency, Context, Guard, Iterations, Mode
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Event, ShadowMisfit
 from asgi_llm_guard.policies.base import Policy
-from asgi_llm_guard.simulate import Agreement, Misfit, Simulation, Simulator, agreement, agreement_of_counts
+from asgi_llm_guard.simulate import Agreement, Misfit, Simulation, Simulator, agreement, agreement_of_counts, compare
 from asgi_llm_guard.simulate.report import MOST_SUBJECTS, Tally
 from asgi_llm_guard.usage import UsageRecord
 
@@ -189,6 +189,59 @@ def test_a_simulation_that_disagrees_says_so(tmp_path: Path) -> None:
     file = settings(tmp_path, '[[policies]]\nkind = "budget"\nlimits = ["$9/hourly"]\nper = "user"\nname = "budget"\n')
     told = document("simulate", "--config", file, "--since", "2d", "--against", "shadow", code=1)
     assert told["agreement"]["share"] < 0.99
+
+
+def test_without_reports_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    """W1: a ledger in which no shadow has left a mark agrees with nothing: no percentage, and exit 1."""
+    fill(tmp_path, calls=200)
+    file = settings(
+        tmp_path, '[[policies]]\nkind = "budget"\nlimits = ["$0.01/hourly"]\nper = "user"\nname = "budget"\n'
+    )
+    arguments = ("simulate", "--config", file, "--since", "2d", "--against", "shadow")
+    told = document(*arguments, code=1)["agreement"]
+    assert (told["share"], told["decisions"], told["policies"]) == (None, 0, [])
+    assert told["not_compared"]["budget"] > 20
+    said = call(*arguments).stdout
+    assert "Nothing to compare" in said
+    assert "the ledger has no report of a shadow of budget" in said
+    assert "%" not in said
+
+
+def test_only_what_was_reported_is_compared(tmp_path: Path) -> None:
+    """W1: the percentage is of the policies that reported, and of the whole hours; what was not compared is named, and
+    where it would have refused here, the exit code is 1."""
+    shadow = Budget("$0.01/hourly", per="user", name="budget").shadow()
+    fill(tmp_path, [shadow], calls=200)
+    budget = '[[policies]]\nkind = "budget"\nlimits = ["$0.01/hourly"]\nper = "user"\nname = "budget"\n'
+    wide = settings(tmp_path, f'{budget}[[policies]]\nkind = "iterations"\nlimit = 1000\n')
+    arguments = ("simulate", "--config", wide, "--since", "2d", "--against", "shadow")
+    told = document(*arguments)["agreement"]
+    assert (told["policies"], told["not_compared"]) == (["budget"], {"iterations": 0})
+    assert 0 < told["decisions"] == told["calls"] <= 200
+    assert told["share"] >= 0.99
+    assert "Not compared: the ledger has no report of a shadow of iterations:" in call(*arguments).stdout
+
+    narrow = settings(tmp_path, f'{budget}[[policies]]\nkind = "iterations"\nlimit = 8\n')
+    told = document("simulate", "--config", narrow, "--since", "2d", "--against", "shadow", code=1)["agreement"]
+    assert told["not_compared"]["iterations"] > 0
+    assert told["share"] >= 0.99
+
+
+def test_hours_that_the_period_cuts_are_not_compared() -> None:
+    """W1: reports are kept by the hour, so that only whole hours of the period are compared, and their calls alone count."""
+    hour_ms = 3_600_000
+    found, _ = replay(
+        [Budget("$1/daily", per="user", name="budget")], [record(n, 1800 * n) for n in range(6)], apart=True
+    )
+    assert found.hourly == ((T0, 2), (T0 + hour_ms, 2), (T0 + 2 * hour_ms, 2))
+    reports = [(T0, "budget", 99), (T0 + hour_ms, "budget", 1), (T0 + hour_ms, "another", 5)]
+    told = compare(found, reports, ["budget", "other"], since_ms=T0 + 1, until_ms=T0 + 3 * hour_ms - 1)
+    assert (told.since_ms, told.until_ms, told.calls) == (T0 + hour_ms, T0 + 2 * hour_ms, 2)
+    assert told.agreement == Agreement(decisions=2, both=1, only_simulated=1, only_reported=0)
+    assert (told.policies, dict(told.missing), told.holds) == (("budget",), {"other": 0}, False)
+
+    none = compare(found, reports, ["budget"], since_ms=T0 + 1, until_ms=T0 + hour_ms)
+    assert (none.since_ms, none.agreement, none.holds) == (none.until_ms, None, False)
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
@@ -18,14 +18,13 @@ from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
     from asgi_llm_guard.ledger import Ledger
-    from asgi_llm_guard.simulate import Agreement, Misfit, Simulation
+    from asgi_llm_guard.simulate import Comparison, Misfit, Simulation
     from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["simulate"]
 
 _BATCH: Final = 2_000
 _BOUNDS: Final = ("hold_wait_s", "session_limit", "anonymous_session_limit", "session_overflow", "session_ttl")
-_HOUR_MS: Final = 3_600_000
 _SHADOW: Final = ".shadow"
 
 
@@ -74,9 +73,10 @@ def simulate(
     asked by itself. With --against shadow the result is compared, hour by hour and policy by policy, with what the
     policies of CANDIDATE reported when they ran as shadows of the same names.
 
-    Exit codes: 0 replayed; 1 there are no records, or less than 99 % agree with --against; 4 the ledger is away.
+    Exit codes: 0 replayed; 1 there are no records; 1 with --against, too, where there was nothing to compare, less than
+    99 % agree, or a policy would have refused here of which there is no report; 4 the ledger is away.
     """
-    found, agreed = run(
+    found, compared = run(
         _simulate(
             tool,
             candidate,
@@ -88,16 +88,10 @@ def simulate(
         )
     )
     document: dict[str, Any] = {"since_ms": period[0], "until_ms": period[1], "simulation": found}
-    if agreed is not None:
-        document["agreement"] = {
-            "decisions": agreed.decisions,
-            "both": agreed.both,
-            "only_simulated": agreed.only_simulated,
-            "only_reported": agreed.only_reported,
-            "share": agreed.share,
-        }
-    tool.show(document, lambda: _text(found, agreed, top))
-    if not found.records or (agreed is not None and agreed.share < 0.99):
+    if compared is not None:
+        document["agreement"] = _agreement(compared)
+    tool.show(document, lambda: _text(found, compared, top))
+    if not found.records or (compared is not None and not compared.holds):
         raise click.exceptions.Exit(Exit.FOUND)
 
 
@@ -110,7 +104,7 @@ async def _simulate(
     against: bool,
     apart: bool,
     refusals: IO[str] | None,
-) -> tuple[Simulation, Agreement | None]:
+) -> tuple[Simulation, Comparison | None]:
     from asgi_llm_guard.settings import load_settings
     from asgi_llm_guard.settings.build import build_replacement
     from asgi_llm_guard.simulate import Simulator
@@ -139,10 +133,10 @@ async def _simulate(
         names = [policy.name for policy in (*policies, *(policy for route in routes for policy in route.extra))]
         if against and guard.books is not None:
             await guard.books.catch_up()  # what shadows have said lately
-        agreed = await _compared(ledger, found, period, names) if against else None
+        compared = await _compared(ledger, found, period, names) if against else None
     finally:
         await guard.aclose()
-    return found, agreed
+    return found, compared
 
 
 async def _records(ledger: Ledger, since_ms: int, until_ms: int) -> AsyncIterator[Sequence[UsageRecord]]:
@@ -160,25 +154,31 @@ async def _how_many(ledger: Ledger, since_ms: int, until_ms: int) -> int:
     return report.total.records
 
 
-async def _compared(ledger: Ledger, found: Simulation, period: Period, names: Sequence[str]) -> Agreement:
-    """With the hours that lie in the period as a whole; the others were counted in part."""
+async def _compared(ledger: Ledger, found: Simulation, period: Period, names: Sequence[str]) -> Comparison:
     from asgi_llm_guard.ledger.values import RefusalQuery
-    from asgi_llm_guard.simulate import agreement_of_counts
+    from asgi_llm_guard.simulate import compare
+    from asgi_llm_guard.simulate.report import plain_name
 
-    first = -(-period[0] // _HOUR_MS) * _HOUR_MS
-    last = period[1] - period[1] % _HOUR_MS
-    wanted = {name.removesuffix(_SHADOW) for name in names}
-    simulated: dict[Hashable, int] = {
-        (row.hour_ms, row.policy): row.misfits
-        for row in found.hours
-        if first <= row.hour_ms < last and not row.enforced
+    since_ms, until_ms = period
+    rows = await ledger.refusals(RefusalQuery(since_ms=since_ms, until_ms=until_ms, limit=10_000_000))
+    reports = [(row.hour_ms, plain_name(row.policy), row.count) for row in rows if plain_name(row.policy) != row.policy]
+    return compare(found, reports, [plain_name(name) for name in names], since_ms=since_ms, until_ms=until_ms)
+
+
+def _agreement(compared: Comparison) -> dict[str, Any]:
+    agreed = compared.agreement
+    return {
+        "since_ms": compared.since_ms,
+        "until_ms": compared.until_ms,
+        "calls": compared.calls,
+        "policies": compared.policies,
+        "not_compared": compared.missing,
+        "decisions": 0 if agreed is None else agreed.decisions,
+        "both": None if agreed is None else agreed.both,
+        "only_simulated": None if agreed is None else agreed.only_simulated,
+        "only_reported": None if agreed is None else agreed.only_reported,
+        "share": None if agreed is None else agreed.share,
     }
-    reported: dict[Hashable, int] = {}
-    for row in await ledger.refusals(RefusalQuery(since_ms=first, until_ms=max(first, last), limit=10_000_000)):
-        policy = row.policy.removesuffix(_SHADOW)
-        if policy != row.policy and policy in wanted:
-            reported[row.hour_ms, policy] = reported.get((row.hour_ms, policy), 0) + row.count
-    return agreement_of_counts(simulated, reported, decisions=found.calls * max(1, len(wanted)))
 
 
 def _write(file: IO[str], misfit: Misfit) -> None:
@@ -190,7 +190,7 @@ def _write(file: IO[str], misfit: Misfit) -> None:
 # ----------------------------------------------------------------------------------------- text
 
 
-def _text(found: Simulation, agreed: Agreement | None, top: int) -> str:
+def _text(found: Simulation, compared: Comparison | None, top: int) -> str:
     if not found.records:
         return "There are no usage records in this period."
     period = f"{instant(found.first_ms)} to {instant(found.last_ms)} UTC"
@@ -257,9 +257,25 @@ def _text(found: Simulation, agreed: Agreement | None, top: int) -> str:
         parts.append(table(columns, lines))
         if len(found.subjects) > top:
             parts[-1] += f"\n… and {count(len(found.subjects) - top)} more (--top)"
-    if agreed is not None:
-        parts.append(
-            f"{agreed.share:.2%} agree with what shadows reported: {count(agreed.both)} misfits on both sides, "
-            f"{count(agreed.only_simulated)} only here, {count(agreed.only_reported)} only there"
-        )
+    if compared is not None:
+        parts.append(_told(compared))
     return "\n\n".join(parts)
+
+
+def _told(compared: Comparison) -> str:
+    agreed = compared.agreement
+    if compared.since_ms == compared.until_ms:
+        return "Nothing to compare: the period has no whole hour in it, and reports are kept by the hour."
+    hours = f"{instant(compared.since_ms)[:16]} to {instant(compared.until_ms)[:16]} UTC"
+    missing = ", ".join(
+        f"{policy} ({count(number)} misfits here)" if number else policy for policy, number in compared.missing.items()
+    )
+    none = f"the ledger has no report of a shadow of {missing}: it did not run then, or would have refused nothing"
+    if agreed is None:
+        return f"Nothing to compare in {hours}: {none if missing else 'there are no calls'}."
+    text = (
+        f"{agreed.share:.2%} of {count(agreed.decisions)} decisions agree with what shadows reported "
+        f"({', '.join(compared.policies)}, {count(compared.calls)} calls, {hours}): {count(agreed.both)} misfits on both "
+        f"sides, {count(agreed.only_simulated)} only here, {count(agreed.only_reported)} only there"
+    )
+    return f"{text}\nNot compared: {none}." if missing else text

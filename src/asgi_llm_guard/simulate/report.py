@@ -1,9 +1,8 @@
-"""What a simulation has found: misfits one by one, in sums by policy, subject and hour, and how far two lists agree."""
+"""What a simulation has found: misfits one by one, and in sums by policy, subject and hour."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Hashable
 from typing import Final, TypeVar
 
 import msgspec
@@ -12,14 +11,11 @@ from asgi_llm_guard.usage import UsageRecord
 
 __all__ = [
     "MOST_SUBJECTS",
-    "Agreement",
     "Misfit",
     "PolicyRow",
     "Simulation",
     "SubjectRow",
     "Tally",
-    "agreement",
-    "agreement_of_counts",
     "plain_name",
 ]
 
@@ -122,51 +118,8 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     """Most calls first."""
     hours: tuple[HourRow, ...] = ()
     """In order."""
-
-
-class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """How far what was simulated is what was reported."""
-
-    decisions: int
-    """Calls, each asked of each policy."""
-    both: int
-    only_simulated: int
-    only_reported: int
-
-    @property
-    def share(self) -> float:
-        """The part of the decisions that are the same, from 0 to 1."""
-        return 1 - (self.only_simulated + self.only_reported) / self.decisions if self.decisions else 1.0
-
-    @property
-    def overlap(self) -> float:
-        """The part of the misfits of either that both have, from 0 to 1: the stricter measure where few are refused."""
-        either = self.both + self.only_simulated + self.only_reported
-        return self.both / either if either else 1.0
-
-
-def agreement(simulated: AbstractSet[Hashable], reported: AbstractSet[Hashable], *, decisions: int) -> Agreement:
-    """Compare misfit by misfit: sets of the same keys, such as call and policy."""
-    return Agreement(
-        decisions=decisions,
-        both=len(simulated & reported),
-        only_simulated=len(simulated - reported),
-        only_reported=len(reported - simulated),
-    )
-
-
-def agreement_of_counts(
-    simulated: Mapping[Hashable, int], reported: Mapping[Hashable, int], *, decisions: int
-) -> Agreement:
-    """Compare numbers of misfits, such as those of an hour and a policy: where single ones were not kept."""
-    keys = simulated.keys() | reported.keys()
-    pairs = [(simulated.get(key, 0), reported.get(key, 0)) for key in keys]
-    return Agreement(
-        decisions=decisions,
-        both=sum(min(pair) for pair in pairs),
-        only_simulated=sum(max(0, one - other) for one, other in pairs),
-        only_reported=sum(max(0, other - one) for one, other in pairs),
-    )
+    hourly: tuple[tuple[int, int], ...] = ()
+    """The instant of each hour (UTC) in which there were calls, and how many, in order."""
 
 
 class _Sum:
@@ -197,6 +150,7 @@ class Tally:
         self._subjects: dict[tuple[str, str, str, bool], _Sum] = {}
         self._hours: dict[tuple[int, str, bool], _Sum] = {}
         self._misfits: dict[tuple[int, str, bool], int] = {}
+        self._hourly: dict[int, int] = {}
         self._last: tuple[str, set[tuple[str, bool]]] = ("", set())
 
     def saw(self, record: UsageRecord, *, first: bool) -> None:
@@ -208,6 +162,8 @@ class Tally:
         self._last_ms = record.at_ms
         self._records += 1
         self._calls += first
+        hour_ms = record.at_ms - record.at_ms % _HOUR_MS
+        self._hourly[hour_ms] = self._hourly.get(hour_ms, 0) + first
         self._cost += record.cost_nanousd or 0
 
     def refused(self, record: UsageRecord, *, shorter: bool) -> None:
@@ -298,6 +254,7 @@ class Tally:
             policies=tuple(sorted(policies, key=lambda row: (-row.calls, row.policy, row.code))),
             subjects=tuple(sorted(subjects, key=lambda row: (-row.calls, row.policy, row.subject))),
             hours=tuple(hours),
+            hourly=tuple(sorted(self._hourly.items())),
         )
 
 
