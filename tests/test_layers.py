@@ -24,7 +24,7 @@ LAYERS = {
     "rules": "agents charge control.changes control.data control.state control.values denials describe estimate gaps idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
     "policies": "policies",
     "adapters": "control identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache chores claimed configuration engine exchange following guard guard_arguments halting holds loss moment open_admissions opening operating outage replays scope session_ids signals standing streams waiters",
+    "engine": "active_call admission attempts background cache chores claimed configuration engine exchange following guard guard_arguments halting moment open_admissions opening operating replays scope signals standing streams",
     "skins": "alerts decorator gateway health httpx integrations middleware",
     "consoles": "admin",
     "roots": "__init__ cli doctor settings simulate testing",

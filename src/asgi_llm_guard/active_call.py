@@ -13,7 +13,8 @@ from asgi_llm_guard.charge import Charge, actuals, believed, charge_of, draft, f
 from asgi_llm_guard.claimed import Claimed, State, request_settlement
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
-from asgi_llm_guard.engine import Hold
+from asgi_llm_guard.describe import as_used
+from asgi_llm_guard.engine.holds import Hold
 from asgi_llm_guard.errors import LimitExceeded
 from asgi_llm_guard.events import CallEnded, UsageAnomaly, emit
 from asgi_llm_guard.gaps import Gaps
@@ -357,12 +358,11 @@ class ActiveCall(Claimed):
     def _debits(self, usage: Usage, cost_nanousd: int | None) -> tuple[Claim, ...]:
         """What policies would have claimed, had the call been described: charged although it was not held."""
         assert self.hold is not None  # noqa: S101 - asked for by `_settlement` only
-        engine = self.admission.engine
-        described = engine.describe_used(usage, cost_nanousd)
+        described, now_ms = as_used(usage, cost_nanousd), self.admission.engine.clock.now_ms()
         held = {claim.meter.key for claim in self.hold.claims}
         debits: dict[str, Claim] = {}
         for policy in self.policies:  # one by one: a policy that would have refused does not hide the others
-            asked = ask((policy,), self.admission.context, described, engine.clock.now_ms(), requests=False)
+            asked = ask((policy,), self.admission.context, described, now_ms, requests=False)
             for claim in asked.calls:
                 if claim.meter.key not in held and claim.meter.unit in _MEASURED:
                     debits[claim.meter.key] = claim

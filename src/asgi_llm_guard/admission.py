@@ -37,7 +37,8 @@ from asgi_llm_guard.claims import Receipt, Settled, Settlement
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.denials import together
-from asgi_llm_guard.engine import Engine, Hold
+from asgi_llm_guard.engine import Engine
+from asgi_llm_guard.engine.holds import Hold
 from asgi_llm_guard.errors import ContextError, StorageError
 from asgi_llm_guard.halting import Front, call_back
 from asgi_llm_guard.outcomes import Refusals

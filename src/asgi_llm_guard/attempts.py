@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from asgi_llm_guard.active_call import ActiveCall
     from asgi_llm_guard.charge import Attempt
     from asgi_llm_guard.claimed import Claimed
-    from asgi_llm_guard.engine import Hold
+    from asgi_llm_guard.engine.holds import Hold
 
 __all__ = ["MOST_ATTEMPTS", "Attempts", "Siblings", "Turns"]
 

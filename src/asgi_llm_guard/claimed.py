@@ -19,7 +19,8 @@ from asgi_llm_guard.charge import FIRST, Attempt, Charge
 from asgi_llm_guard.claims import Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.engine import Asking, Candidate, Hold, Reserved
+from asgi_llm_guard.engine.holds import Asking, Hold, Reserved
+from asgi_llm_guard.engine.plans import Candidate
 from asgi_llm_guard.errors import ContextError, LimitExceeded
 from asgi_llm_guard.gaps import Gaps
 from asgi_llm_guard.halting import Wait
@@ -219,7 +220,7 @@ class Claimed:
             if requests:
                 self._keep_side(answer.request)
         halted = admission.halted
-        if halted is None and (stopped := engine.stopped(admission.context, self.call)) is not None:
+        if halted is None and (stopped := engine.overrides.stopped(admission.context, self.call)) is not None:
             halted = engine.refused(admission.context, self.call, stopped)
         if halted is not None:  # meanwhile
             self.release()
@@ -502,7 +503,7 @@ class Claimed:
                 self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
-            engine.tell_refused(context, refused)
+            engine.telling.denied_any(context, refused)
             if asking.unknown:
                 donor.hold = msgspec.structs.replace(hold, uncertain=True)
             donor._take_back()

@@ -22,7 +22,7 @@ from asgi_llm_guard.usage import Usage
 from asgi_llm_guard.wire.base import Ask
 from asgi_llm_guard.wire.peek import BodyView
 
-__all__ = ["Describer", "check_description"]
+__all__ = ["Describer", "as_used", "check_description"]
 
 _LARGEST_WINDOW: Final = 2_000_000
 """No model of today takes more, in tokens: for those whose window is not known."""
@@ -352,6 +352,18 @@ class Describer:
     def _output_tokens(self, limit: int | None, assumed: int | None, card: RateCard | None, choices: int) -> int:
         model_max = card.max_output_tokens if card is not None else None
         return output_tokens(limit, assumed or self._assumed_output_tokens, model_max, choices)
+
+
+def as_used(usage: Usage, cost_nanousd: int | None) -> Call:
+    """A call as it turned out to be, for policies that are asked after it."""
+    provider, model = provider_of(usage.model)
+    return Call(
+        provider=provider,
+        model=model or "unknown",
+        input_tokens=usage.input_tokens or 0,
+        output_tokens=usage.output_tokens or 0,
+        cost_nanousd=cost_nanousd,
+    )
 
 
 def _each_model(call: Call) -> list[Call]:

@@ -311,14 +311,14 @@ class Follower:
         except ConfigurationError as error:
             return _sentence(error)
         # From here on nothing can fail. What takes away comes before what gives.
-        engine.set_stops([entry.value for entry in state.stops.values()], administered=True)
+        engine.overrides.set_stops([entry.value for entry in state.stops.values()], administered=True)
         use()
         self._departments = departments
         for book in tuple(self._books):
             book.lay_over(departments)
         self._agents.lay_over(agents)
         engine.describer.prices = prices
-        engine.set_raises([entry.value for entry in state.raises.values()], administered=True)
+        engine.overrides.set_raises([entry.value for entry in state.raises.values()], administered=True)
         self._prices_change_ms = _next_change(state, now_ms)
         if old is not None:
             names = {*old.knowledge_bases, *state.knowledge_bases}

@@ -3,7 +3,7 @@
     extract   who asks: identity, session, agent                    middleware/, identity/
     describe  what is asked: model, bounds of tokens and cost       describe.py, estimate.py, pricing
     ask       every policy for its claims, or its refusal           plan.py, policies/
-    reserve   all claims or none, in one atomic step                engine.py, storage/
+    reserve   all claims or none, in one atomic step                engine/, storage/
     decide    `Denied`, or an open `Admission` with its calls       denials.py, admission.py
     handle    the application runs                                  middleware/, decorator.py
     record    what the provider says was used                       wire/
@@ -34,9 +34,10 @@ from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context, Target
-from asgi_llm_guard.denials import check_statuses, refuse
+from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
-from asgi_llm_guard.engine import Engine, OnDataLoss
+from asgi_llm_guard.engine import Engine
+from asgi_llm_guard.engine.data_loss import OnDataLoss
 from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
 from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
@@ -233,8 +234,10 @@ class Guard(Operated):
             ),
         )
         # Before policies are bound: what they may lease is no matter of the cache's.
-        self.cache = self._engine.cache = None if cache is None else ResponseCache(cache, self._engine.storage)
+        self.cache = None if cache is None else ResponseCache(cache, self._engine.storage)
         """Answers that are kept; `None`: none are."""
+        if self.cache is not None:
+            self._engine.keep_answers(self.cache)
         self.control = _control(control, self.clock)
         """Administration data; `None`: there are none."""
         self.follower = None if self.control is None else Follower(self.control, self._engine, registry)
@@ -346,7 +349,7 @@ class Guard(Operated):
 
     def measure(self, around: Callable[[Storage], Verbs] | None, /) -> None:
         """Ask the storage through what `around` makes of it (to measure it); `None`: directly."""
-        self._engine.measure(around)
+        self._engine.store.measure(around)
 
     def current_ids(self) -> tuple[str | None, str | None]:
         """The ids of the request and of the call that this code runs in; `None`: it runs in none."""
@@ -523,14 +526,14 @@ class Guard(Operated):
 
     async def heartbeat(self) -> None:
         """Keep this process's holds alive now. Done every 5 seconds in the background; for tests."""
-        await self._engine.heartbeat()
+        await self._engine.heart.heartbeat()
 
     @property
     def ready(self) -> bool:
         """Whether calls are decided by the storage, and new ones are taken: for readiness probes. Administration data that
         were not loaded yet begin to be when this is asked."""
         loaded = self.follower is None or self.follower.loaded
-        return loaded and self._engine.available and not self._draining
+        return loaded and self._engine.store.available and not self._draining
 
     def health(self) -> dict[str, object]:
         """What a readiness probe may show: no ids, no limits, no addresses.
@@ -541,18 +544,18 @@ class Guard(Operated):
         `control`: which version of the administration data is in force, and whether they can be followed.
         `behind` records were not in the ledger yet when this process looked last.
         """
-        engine = self._engine
-        state = "failed" if engine.state == "ok" and not engine.available else engine.state
+        engine, store = self._engine, self._engine.store
+        state = "failed" if store.state == "ok" and not store.available else store.state
         return {
             "ready": self.ready,
             "draining": self._draining,
             "storage": state,
-            "since_ms": engine.since_ms,
-            "last_error": engine.last_error,
+            "since_ms": store.since_ms,
+            "last_error": store.last_error,
             "unsettled": engine.unsettled,
             "degraded": engine.degraded,
             "waiting": engine.waiting,
-            "processes": engine.processes,
+            "processes": store.here.processes,
             "control": None if self.follower is None else self.follower.health(),
             "behind": 0 if self._books is None else self._books.behind,
         }
@@ -560,12 +563,12 @@ class Guard(Operated):
     @property
     def beat_ms(self) -> int | None:
         """When the storage answered a heartbeat of this process last, in ms since the epoch; `None`: never."""
-        return self._engine.beat_ms
+        return self._engine.heart.beat_ms
 
     @property
     def skew_ms(self) -> int:
         """How far the storage's clock was ahead of this process's then."""
-        return self._engine.skew_ms
+        return self._engine.heart.skew_ms
 
     def health_app(self, *, at: str = "", max_price_age: str | None = None, max_clock_skew_s: float = 30) -> HealthApp:
         """`Mount("/ops", guard.health_app(at="/ops"))`: an ASGI app with `/healthz` and `/readyz` (`docs/outages.md`).
@@ -620,7 +623,7 @@ class Guard(Operated):
         Raises:
             StorageError: the storage does not answer; calls are refused as before.
         """
-        await self._engine.accept_loss()
+        await self._engine.loss.accept()
 
     @property
     def draining(self) -> bool:
@@ -631,10 +634,8 @@ class Guard(Operated):
         """Count `admission` as open until `untrack`. One that was still being granted as the service went down ends."""
         self._open_admissions.add(admission)
         if self._draining and admission.halted is None:
-            engine = self._engine  # not `engine.refused`: most of them were not refused anything
-            admission.halt(
-                refuse(DRAINING, statuses=engine.statuses, now_ms=self.clock.now_ms(), disclose=engine.disclose)
-            )
+            # Not `engine.refused`: most of them were not refused anything.
+            admission.halt(self._engine.telling.refuse(DRAINING, self.clock.now_ms()))
 
     def untrack(self, admission: Admission) -> None:
         """The admission has ended."""
@@ -653,7 +654,7 @@ class Guard(Operated):
             left = self._open_admissions.halt(DRAINING)
             await self._open_admissions.wait(_LAST_EVENTS_S)
         left = max(left, self._open_admissions.abort())
-        await self._engine.retire()
+        await self._engine.heart.retire()
         await self._engine.chores.flush()
         return left
 

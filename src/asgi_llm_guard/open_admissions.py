@@ -21,7 +21,7 @@ class OpenAdmissions:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.forked()
-        engine.stopping.append(self.stop)
+        engine.overrides.stopping.append(self.stop)
         engine.forking.append(self.forked)
 
     def forked(self) -> None:
@@ -35,7 +35,7 @@ class OpenAdmissions:
     def add(self, admission: Admission) -> None:
         """It is open until `discard`. One that is stopped already ends."""
         self._admissions.add(admission)
-        if (stops := self._engine.stops) is not None:
+        if (stops := self._engine.overrides.stops) is not None:
             self._end_stopped(admission, stops)
 
     def discard(self, admission: Admission) -> None:

@@ -129,9 +129,9 @@ class Operated:
         if prices is not None and not isinstance(prices, PriceBook):
             raise ConfigurationError(f"replace: prices must be a PriceBook, got {prices!r}")
         engine, now = self._engine, self.configuration
-        bound = now.policies if policies is None else engine.bind_later(policies)
+        bound = now.policies if policies is None else engine.bindings.bind_later(policies)
         for route in routes or ():
-            engine.bind_later(route.extra)
+            engine.bindings.bind_later(route.extra)
         if agents is not None:
             agents = check_agents(agents)
             for policy in bound:
@@ -139,7 +139,7 @@ class Operated:
                     policy.with_agents(agents)
         if prices is not None:
             self._set_prices(prices)  # the last that may refuse
-        engine.know(bound, instead_of=now.policies)  # first: what is administered is laid over their quotas
+        engine.bindings.know(bound, instead_of=now.policies)  # first: what is administered is laid over their quotas
         self.configuration = Configuration(
             bound,
             now.identity if isinstance(identity, Unset) else identity,
@@ -151,7 +151,7 @@ class Operated:
         if agents is not None:
             self._agents.replace(agents)
         if checked is not None:
-            engine.statuses = checked
+            engine.telling.statuses = checked
 
     def set_raises(self, raises: Sequence[Raise]) -> None:
         """From now on these limits are higher, each until it ends, and no others but administered ones
@@ -160,7 +160,7 @@ class Operated:
         Raises:
             ConfigurationError: one of them cannot be: of a bucket, or in a unit that its policy does not count.
         """
-        self._engine.set_raises(raises, self._known_policies())
+        self._engine.overrides.set_raises(raises, self._known_policies())
 
     def set_stops(self, stops: Sequence[Stop]) -> None:
         """From now on these may call no more, each until it ends, and no others but those that administration data stop;
@@ -172,7 +172,7 @@ class Operated:
         Raises:
             ConfigurationError: one of them is no `Stop`.
         """
-        self._engine.set_stops(stops)
+        self._engine.overrides.set_stops(stops)
 
     def stop(self, stop: Stop) -> int:
         """End what is running in this process and matches, now and once; gives how many requests and jobs that were.
@@ -191,8 +191,8 @@ class Operated:
         now_ms, engine = self.clock.now_ms(), self._engine
         policies = (*self.policies, *self._routes.get(context.route or "", ()))
         meters = claimed_meters(policies, context, call, now_ms)
-        rows = standing_of(meters, await engine.storage.read(meters), engine.raises, now_ms)
-        refusal = engine.stopped(context, call) or ask(policies, context, call, now_ms).refusal
+        rows = standing_of(meters, await engine.storage.read(meters), engine.overrides.raises, now_ms)
+        refusal = engine.overrides.stopped(context, call) or ask(policies, context, call, now_ms).refusal
         return Standing(
             rows=tuple(rows),
             now_ms=now_ms,
@@ -239,7 +239,7 @@ class Operated:
 
     def _known_policies(self) -> list[Policy]:
         own = {(type(policy).__name__, policy.name) for policy in self.policies}
-        return [*self.policies, *(policy for kind, policy in self._engine.seen.items() if kind not in own)]
+        return [*self.policies, *(policy for kind, policy in self._engine.bindings.seen.items() if kind not in own)]
 
     def know_route(self, template: str, policies: Sequence[Policy]) -> None:
         """These policies of a route are asked in addition to the guard's."""
@@ -247,4 +247,4 @@ class Operated:
 
     def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
         """The meters under the limits that hold now: some may be raised for a while."""
-        return self._engine.raised(meters)
+        return self._engine.overrides.raised(meters)

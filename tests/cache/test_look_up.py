@@ -383,7 +383,7 @@ async def test_a_leader_that_fails_is_followed_by_another() -> None:
     """T8: an aborted call leaves no entry, and who waited for it makes the call instead."""
     client = caching()
     seen: list[events.Event] = []
-    client.guard.engine.observers = (seen.append,)
+    client.guard.engine.telling.observers = (seen.append,)
     cache = cache_of(client.guard)
 
     async def failing() -> None:

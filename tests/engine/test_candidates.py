@@ -167,7 +167,7 @@ async def test_limits_are_exact_beside_leases(new_guard: NewGuard) -> None:
             if model is not None:
                 call.record(Usage(input_tokens=100, output_tokens=50))
                 call.end()
-    await guard.engine.retire()
+    await guard.engine.heart.retire()
 
     assert sum(record.cost_nanousd or 0 for record in await guard.storage.records()) == held
     assert await guard.storage.open_holds() == 0

@@ -26,10 +26,10 @@ async def test_closed_guard_sends_no_heartbeats(new_guard: NewGuard) -> None:
     seen = Seen()
     guard = new_guard(Iterations(1), observers=[seen])
     async with guard.open(Context(session="s")), guard.call(model="openai/test-model"):
-        assert guard.engine in background._background._hearts
+        assert guard.engine.heart in background._background._hearts
 
     await guard.aclose()
     await guard.heartbeat()
 
-    assert guard.engine not in background._background._hearts
+    assert guard.engine.heart not in background._background._hearts
     assert [event for event in seen.events if isinstance(event, StorageFailed)] == []

@@ -22,7 +22,7 @@ from asgi_llm_guard import (
     Usage,
 )
 from asgi_llm_guard.claims import Ended, Granted, Plan, Refused
-from asgi_llm_guard.engine import _MOST_UNSETTLED
+from asgi_llm_guard.engine.settling import MOST_UNSETTLED
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Admission, BacklogFull, Event, SettledCall, StorageFailed, StorageRecovered
 from asgi_llm_guard.storage.base import Storage
@@ -64,14 +64,14 @@ async def test_cancellations_are_kept_in_bounds(clock: FrozenClock) -> None:
     storage = Slow(clock)
     guard = guard_over(storage, clock, Budget("$1/1d"), observers=[events.append])
     call = guard.describe(**CALL)
-    asked = [asyncio.create_task(guard.new_admission(CONTEXT).open(call)) for _ in range(_MOST_UNSETTLED + 100)]
+    asked = [asyncio.create_task(guard.new_admission(CONTEXT).open(call)) for _ in range(MOST_UNSETTLED + 100)]
     await asyncio.sleep(0)
     await storage.aclose()
     storage.gone.set()
     answers = await asyncio.gather(*asked)
     assert {(denied.code, denied.status) for denied in answers if denied is not None} == {("guard_unavailable", 503)}
-    assert guard.engine.unsettled == _MOST_UNSETTLED
-    assert [event for event in events if isinstance(event, BacklogFull)] == [BacklogFull(_MOST_UNSETTLED)]
+    assert guard.engine.unsettled == MOST_UNSETTLED
+    assert [event for event in events if isinstance(event, BacklogFull)] == [BacklogFull(MOST_UNSETTLED)]
 
 
 async def test_what_calls_have_used_is_kept_beyond_the_bound(clock: FrozenClock) -> None:
@@ -79,13 +79,13 @@ async def test_what_calls_have_used_is_kept_beyond_the_bound(clock: FrozenClock)
     storage = OutageStorage(MemoryStorage(clock=clock))
     guard = guard_over(storage, clock, Budget("$1000/1d", on_outage="allow"))
     storage.down()
-    for _ in range(_MOST_UNSETTLED + 1):
+    for _ in range(MOST_UNSETTLED + 1):
         await one_call(guard)
-    assert guard.engine.unsettled == _MOST_UNSETTLED + 1
+    assert guard.engine.unsettled == MOST_UNSETTLED + 1
     storage.up()
     await guard.heartbeat()
     assert guard.engine.unsettled == 0
-    assert len(await storage.records()) == _MOST_UNSETTLED + 1
+    assert len(await storage.records()) == MOST_UNSETTLED + 1
 
 
 async def test_settlements_that_were_taken_are_not_remembered(clock: FrozenClock) -> None:
@@ -94,10 +94,10 @@ async def test_settlements_that_were_taken_are_not_remembered(clock: FrozenClock
     guard = guard_over(storage, clock, Budget("$1/1d", on_outage="allow"))
     storage.lose_replies()
     await one_call(guard)
-    assert len(guard.engine._tried) == 1
+    assert len(guard.engine.settling.tried) == 1
     storage.up()
     await guard.heartbeat()
-    assert not guard.engine._tried
+    assert not guard.engine.settling.tried
 
 
 async def test_nothing_is_left_to_cancel_where_nothing_was_sent(clock: FrozenClock) -> None:

@@ -110,7 +110,7 @@ class World:
 
     async def lose(self) -> None:
         """The store is flushed, some time after its last decision."""
-        if self.random.random() < 0.3 and not self.guards[0].engine._totals._unsure:  # type: ignore[union-attr]
+        if self.random.random() < 0.3 and not self.guards[0].engine.loss.totals._unsure:  # type: ignore[union-attr]
             self.store = MemoryStorage(clock=self.clock)
             for link in self.links:
                 link.lose_data(self.store)

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 from tests.storage.values import DAY_MS, meter
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Reading, Receipt, Settled, Settlement
-from asgi_llm_guard.loss import Totals
-from asgi_llm_guard.outage import Fallback, LastSeen, left, lifted, over, share
+from asgi_llm_guard.engine.outage import Fallback, LastSeen, left, lifted, over, share
+from asgi_llm_guard.engine.totals import Totals
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.usage import UsageRecord

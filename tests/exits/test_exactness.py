@@ -55,7 +55,7 @@ async def test_a_hundred_dimes_on_five_dollars(storage: Storage, clock: FrozenCl
 
 async def test_twenty_on_ten_slots(stage: Stage) -> None:
     """Twenty requests at once on ten slots: exactly ten are admitted, and all ten slots are free afterwards."""
-    stage.guard.engine.hold_wait_s = 0
+    stage.guard.engine.waiters.wait_s = 0
     stage.provider.when(lambda request: True, Behaviour.hang())
 
     async def endpoint(request: Request) -> Response:

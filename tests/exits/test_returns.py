@@ -325,7 +325,7 @@ def tight(stage: Stage) -> list[Any]:
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 async def test_one_connection(stage: Stage, http: str, *, streamed: bool) -> None:
     """The next request on a connection finds the one before it settled, though there is room for one and no waiting."""
-    stage.guard.engine.hold_wait_s = 0
+    stage.guard.engine.waiters.wait_s = 0
 
     async def endpoint(request: Request) -> Response:
         return StreamingResponse(stage.stream()) if streamed else PlainTextResponse(await stage.complete())

@@ -70,7 +70,7 @@ async def test_close_by_the_client(stage: Stage) -> None:
 
 async def test_close_by_the_server(stage: Stage) -> None:
     """When the client sees the server's close, the slot of the connection is free."""
-    stage.guard.engine.hold_wait_s = 0
+    stage.guard.engine.waiters.wait_s = 0
     async with stage.serve(app_of(stage)) as server:
         for _ in range(2 * SLOTS):
             async with open_socket(server) as socket:
@@ -118,7 +118,7 @@ async def test_disconnect_in_the_middle_of_a_stream(stage: Stage) -> None:
 @pytest.mark.parametrize("extensions", [True, False], ids=["as a response", "as a close"])
 async def test_refused_handshake(stage: Stage, *, extensions: bool) -> None:
     """A handshake that is refused takes nothing: 429 where the server can say so, else 403; the others go on."""
-    stage.guard.engine.hold_wait_s = 0
+    stage.guard.engine.waiters.wait_s = 0
     async with stage.serve(app_of(stage, extensions=extensions)) as server:
         sockets = [await open_socket(server) for _ in range(SLOTS)]
         with pytest.raises(InvalidStatus) as refused:

@@ -135,7 +135,7 @@ async def test_router_neither_repeats_nor_cools_down(stage: Stage) -> None:
     """A refusal of ours is no failure of a deployment: the Router tries once, and uses it again afterwards."""
     router = stage.router(MODEL, num_retries=3, allowed_fails=0)
     refusals: list[object] = []
-    stage.guard.engine.observers = (
+    stage.guard.engine.telling.observers = (
         lambda event: refusals.append(event) if "Refused" in type(event).__name__ else None,
     )
     stage.policies(Budget("$0/1d", per="global"))

@@ -154,7 +154,7 @@ USER = [(b"x-user", b"alice"), (b"x-departments", b"research")]
 async def test_disclose(disclose: str) -> None:
     """C6: a refused quota names department, kind, period, limit and count, the numbers only where they may be shown."""
     guard = departments()
-    guard.engine.disclose = disclose  # type: ignore[assignment]
+    guard.engine.telling.disclose = disclose  # type: ignore[assignment]
     exchange = await ask(guarded(Provider(), guard), headers=USER)
     told = exchange.json["error"]["guard"]
     assert (exchange.status, told["scope"], told["unit"]) == (429, "department", "tokens")
@@ -498,7 +498,7 @@ async def test_decorator_without_a_model_means_the_described_call() -> None:
     """`@guarded` without a model on a route whose body describes the call adopts that description."""
     guard = new_guard(Budget("$1/1d", per="caller"))
     seen: list[Any] = []
-    guard.engine.observers = (seen.append,)
+    guard.engine.telling.observers = (seen.append,)
 
     @guarded_function(Iterations(3))
     async def handler(request: Request) -> JSONResponse:

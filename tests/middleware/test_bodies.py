@@ -156,7 +156,7 @@ async def measured_input(body: dict[str, Any]) -> int:
     """How many input tokens such a body is held for."""
     guard = new_guard(Budget("$1000/1d", per="caller"))
     seen: list[Any] = []
-    guard.engine.observers = (seen.append,)
+    guard.engine.telling.observers = (seen.append,)
     await ask(guarded(Provider(), guard), body)
     call = seen[0].call
     assert call is not None
@@ -308,7 +308,7 @@ async def test_assumed_output_tokens() -> None:
     for tokens in (10, 1_000):
         guard = new_guard(BUDGET)
         seen: list[Any] = []
-        guard.engine.observers = (seen.append,)
+        guard.engine.telling.observers = (seen.append,)
         await ask(guarded(Provider(), guard, routes=[Route(CHAT, assumed_output_tokens=tokens)]), body)
         assert seen[0].call.output_tokens == tokens
 

@@ -181,7 +181,7 @@ async def test_blocked_is_raised(storage: Storage, clock: FrozenClock) -> None:
     guard.set_raises([raise_of("user_budget", "usd", 2)])
     await spend(guard)
     guard.set_raises([])
-    assert guard.engine.raises is None
+    assert guard.engine.overrides.raises is None
     with pytest.raises(LimitExceeded):
         await spend(guard)
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_raised(clock: FrozenClock) -> None:
         MemoryStorage(clock=clock), clock, RateLimit("5/minute", algorithm="bucket", name="bucket"), Budget("$1/1d")
     )
     guard.set_raises([raise_of("user_budget", "usd", 1)])
-    before = guard.engine.raises
+    before = guard.engine.overrides.raises
     with pytest.raises(ConfigurationError, match="bucket"):
         guard.set_raises([raise_of("bucket", "calls", 5)])
     with pytest.raises(ConfigurationError, match="no limit in tokens"):
@@ -216,7 +216,7 @@ def test_what_cannot_be_raised(clock: FrozenClock) -> None:
         raise_of("sessions", "ids", 5)
     with pytest.raises(ConfigurationError, match="per user"):
         guard.set_raises([raise_of("user_budget", "usd", 5, scope="caller")])
-    assert guard.engine.raises is before
+    assert guard.engine.overrides.raises is before
     guard.set_raises([raise_of("of another process", "calls", 5)])
 
 

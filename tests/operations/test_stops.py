@@ -81,7 +81,7 @@ async def test_what_is_new_is_refused_and_takes_nothing(stage: Stage) -> None:
         assert (await server.request("/health")).status_code == 200
         assert (await server.request("/health", method="GET")).status_code == 200
         stage.guard.set_stops([])
-        assert stage.guard.engine.stops is None
+        assert stage.guard.engine.overrides.stops is None
         assert (await server.request("/wait" + CHAT, content=body_of())).status_code == 200
         await stage.settled(calls=1, requests=9)
 
@@ -136,7 +136,7 @@ async def test_a_halted_admission_claims_no_more(stage: Stage) -> None:
 async def test_a_growing_stream_holds_no_more(stage: Stage) -> None:
     """S8: what a running call wants to hold in addition is refused like any new call."""
     async with stage.guard.open(CONTEXT), stage.guard.call(**stage.describe("one")) as call:
-        stage.guard.engine.stops = None
+        stage.guard.engine.overrides.stops = None
         assert call.call is not None
         stage.guard.set_stops([ALL])
         denied = await call.grow(stage.guard.describe(MODEL, input_tokens=1, max_output_tokens=50))

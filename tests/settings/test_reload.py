@@ -249,7 +249,7 @@ async def test_a_key_that_was_left_out_is_the_default_again(file: Path, opened: 
         write(file, LIMIT.format(limit=9))
         assert await reload.check()
         assert await admitted(guard, "two", agent="crawler") == 9
-        assert guard.engine.statuses == {}
+        assert guard.engine.telling.statuses == {}
 
 
 async def test_files_that_the_settings_name(file: Path, opened: Open) -> None:

@@ -130,7 +130,7 @@ async def test_nothing_is_done_for_nobody(clock: FrozenClock) -> None:
     guard = new(clock)
     instrumentation = instrument(guard, tracer_provider=NoOpTracerProvider(), meter_provider=NoOpMeterProvider())
     assert guard.engine.observers == ()
-    assert guard.engine.verbs is guard.engine.storage
+    assert guard.engine.store.verbs is guard.engine.storage
     instrumentation.uninstrument()
     await guard.aclose()
 
@@ -151,7 +151,7 @@ async def one_call(guard=guard):
 
 async def main():
     await one_call()
-    assert guard.engine.verbs is guard.engine.storage
+    assert guard.engine.store.verbs is guard.engine.storage
     {later}
     await one_call()
     await guard.aclose()
@@ -174,7 +174,7 @@ calls = [
     if metric.name == "llm_guard.calls"
     for point in metric.data.data_points
 ]
-print(calls, len(exporter.get_finished_spans()), guard.engine.verbs is guard.engine.storage)
+print(calls, len(exporter.get_finished_spans()), guard.engine.store.verbs is guard.engine.storage)
 """
 METERS = "metrics.set_meter_provider(meters)"
 TRACERS = "trace.set_tracer_provider(tracers)"

@@ -128,7 +128,7 @@ async def test_verbs_of_the_storage(clock: FrozenClock, told: Telemetry, tmp_pat
     guard = new(
         clock, Iterations(9, per="caller"), storage="memory://" if kind == "memory" else f"sqlite:///{tmp_path}/g.db"
     )
-    assert guard.engine.verbs is guard.engine.storage
+    assert guard.engine.store.verbs is guard.engine.storage
     instrumentation = told.instrument(guard)
     async with guard.open(ADA), guard.call(**BOUND) as call:
         await call.amend(guard.describe(MODEL, input_tokens=200, max_output_tokens=50))
@@ -144,7 +144,7 @@ async def test_verbs_of_the_storage(clock: FrozenClock, told: Telemetry, tmp_pat
 
     assert guard.storage is guard.engine.storage
     instrumentation.uninstrument()
-    assert guard.engine.verbs is guard.engine.storage
+    assert guard.engine.store.verbs is guard.engine.storage
     await guard.aclose()
 
 
@@ -155,9 +155,9 @@ async def test_leases_that_come_later_are_measured(clock: FrozenClock, told: Tel
     app = guarded(
         Provider(), guard, routes=[Route("/v1/chat/completions", extra=[Budget("$9/1d", per="global", lease="$1")])]
     )
-    assert guard.engine.verbs is not guard.engine.storage
+    assert guard.engine.store.verbs is not guard.engine.storage
     assert (await ask(app)).status == 200
-    measured = guard.engine.verbs
+    measured = guard.engine.store.verbs
     assert isinstance(measured, MeasuredStorage)
     assert measured._storage is guard.engine.storage
     await guard.aclose()
@@ -266,7 +266,9 @@ async def test_raised_limits(clock: FrozenClock, told: Telemetry) -> None:
     """B7: a limit that is raised for a while is told as it holds now."""
     guard = new(clock, Budget("$1/1d", per="global", name="all"))
     told.instrument(guard)
-    guard.engine.set_raises([Raise(policy="all", unit="usd", amount=Decimal(4), until_ms=clock.now_ms() + 60_000)])
+    guard.engine.overrides.set_raises(
+        [Raise(policy="all", unit="usd", amount=Decimal(4), until_ms=clock.now_ms() + 60_000)]
+    )
 
     def left() -> dict[Any, Any]:
         return values(told, "llm_guard.budget.remaining", "llm_guard.policy")

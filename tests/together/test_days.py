@@ -49,7 +49,7 @@ async def test_a_call_that_is_taken_over_after_midnight(kind: str, most: int, li
             guard.call(model="openai/acme-1", input_tokens=1_000, max_output_tokens=1_000),
         ):
             clock.advance(seconds=10)
-            await guard.engine.heartbeat()
+            await guard.heartbeat()
             if limit > 100:
                 until_ms = clock.now_ms() + 60_000
                 guard.set_raises([Raise(policy="caller_budget", unit="usd", amount=limit - 100, until_ms=until_ms)])

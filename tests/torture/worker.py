@@ -176,7 +176,7 @@ class _Worker:
         while self.guard.engine.unsettled and time.monotonic() < give_up:  # noqa: ASYNC110 - the engine has no event
             await asyncio.sleep(0.05)
         beating.cancel()
-        let_go(self.guard.engine)
+        let_go(self.guard.engine.heart)
         if not self.guard.engine.unsettled:
             self.truth.end_well()
 
@@ -188,7 +188,7 @@ class _Worker:
                 await asyncio.sleep(self.spec.lapse_ms / 50_000)
                 self._stop = self.stopped()
             await self.guard.heartbeat()
-            if self.guard.engine.state != "failed":
+            if self.guard.engine.store.state != "failed":
                 last, beat = beat, time.monotonic()
                 if beat - last > self.spec.lapse_ms / 1000 * 0.8:
                     self.truth.count(_SLOW)

@@ -205,7 +205,7 @@ def _in_force(guard: Guard, before: Configuration) -> Callable[[Meter], Meter | 
     """What has become of meters since that configuration; nothing, of those that no policy limits any more."""
     replaced = {policy.name for policy in before.policies}
     policies = {policy.name: policy for policy in guard.policies}
-    others = {name for _, name in tuple(guard.engine.seen)} - set(policies)
+    others = {name for _, name in tuple(guard.engine.bindings.seen)} - set(policies)
 
     def in_force(meter: Meter) -> Meter | None:
         policy = policies.get(meter.policy)

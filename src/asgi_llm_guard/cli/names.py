@@ -32,7 +32,7 @@ def without_effect(
     from asgi_llm_guard.doctor import Known, Named, examine_names, named_by
     from asgi_llm_guard.settings.names import alert_names, deployment_policies
 
-    raises, stops = guard.engine.raises, guard.engine.stops
+    raises, stops = guard.engine.overrides.raises, guard.engine.overrides.stops
     now_ms = time.time_ns() // 1_000_000
     named = named_by(raises.raises if raises is not None else (), stops.stops if stops is not None else (), now_ms)
     others = [name for path in paths for name in path.policies]

@@ -74,7 +74,7 @@ def examine_guard(
                     "on_outage='local' keeps a share of the limit in each process; 'deny' refuses",
                 )
             )
-    if guard.engine.on_data_loss == "accept":
+    if guard.engine.loss.on_data_loss == "accept":
         findings.append(
             _warning(
                 "data_loss_open",

@@ -214,7 +214,7 @@ class GuardedRequest:
         replays, replay_ms = self.middleware.replays, self.plan.replay_ms
         if replays is None or replay_ms is None:
             return None
-        if (stopped := self.guard.engine.stopped(context, self.call)) is not None:
+        if (stopped := self.guard.engine.overrides.stopped(context, self.call)) is not None:
             return stopped  # nothing is given any more to those who are stopped
         try:
             return await replays.begin(self.scope, context, self._whole_body, replay_ms, self.dialect)

@@ -35,7 +35,8 @@ from asgi_llm_guard.charge import Charge, actuals
 from asgi_llm_guard.claims import ATTEMPT_SCOPE, Claim, Settlement, Unit
 from asgi_llm_guard.context import Context
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.engine import Hold, Reserved
+from asgi_llm_guard.describe import as_used
+from asgi_llm_guard.engine.holds import Hold, Reserved
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Admission, Event, ShadowMisfit
 from asgi_llm_guard.guard import Guard
@@ -409,7 +410,7 @@ class Simulator:
         usage = entry.record.usage
         if usage is None or entry.record.outcome == "cached":
             return ()
-        described = self._engine.describe_used(usage, cost_nanousd)
+        described = as_used(usage, cost_nanousd)
         held = {claim.meter.key for claim in entry.hold.claims}
         debits: dict[str, Claim] = {}
         for policy in entry.policies:

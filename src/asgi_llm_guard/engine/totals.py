@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from asgi_llm_guard.claims import Bundle, Claim, Receipt, Settled, Settlement
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.outage import over
+from asgi_llm_guard.engine.outage import over
 from asgi_llm_guard.windows import BUCKET, CALENDAR, DISTINCT, LIFETIME, SLIDING, SLOTS
 
 __all__ = ["Totals"]
