@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final, TypeVar
 
-from asgi_llm_guard.charge import Charge, actuals, believed, charge_of, draft, finished
+from asgi_llm_guard.charge import Charge, actuals, believed, charge_of, charged_nanousd, draft, finished
 from asgi_llm_guard.claimed import Claimed, State, request_settlement
 from asgi_llm_guard.claims import Claim, Receipt, Settled, Settlement, Unit
 from asgi_llm_guard.context import Call
@@ -300,7 +300,7 @@ class ActiveCall(Claimed):
             call_id=self.hold.call_id,
             outcome=charge.outcome,
             usage=charge.usage,
-            cost_nanousd=charge.cost_nanousd,
+            cost_nanousd=charged_nanousd(self.call, charge),
             failure=failure,
             attempt=self.attempt_number[1],
             began_ms=self._started_ms,

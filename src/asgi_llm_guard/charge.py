@@ -27,7 +27,7 @@ from asgi_llm_guard.pricing import Cost
 from asgi_llm_guard.usage import Outcome, Usage, UsageRecord
 from asgi_llm_guard.wire.base import Answer
 
-__all__ = ["FIRST", "Attempt", "Charge", "actuals", "believed", "charge_of", "draft", "finished"]
+__all__ = ["FIRST", "Attempt", "Charge", "actuals", "believed", "charge_of", "charged_nanousd", "draft", "finished"]
 
 # Looking a member up in its enumeration costs as much as all the rest of one claim.
 _NANOUSD: Final = Unit.NANOUSD
@@ -254,15 +254,23 @@ def draft(call_id: str, context: Context, call: Call | None, at_ms: int, attempt
     )
 
 
+def charged_nanousd(call: Call | None, charge: Charge) -> int | None:
+    """What a call costs whoever is charged; `None`: unknown."""
+    if charge.outcome in ("provider_error", "not_dispatched"):
+        return 0
+    if charge.cost_nanousd is None and call is not None:
+        return call.cost_nanousd
+    return charge.cost_nanousd
+
+
 def finished(
     record: UsageRecord, call: Call | None, charge: Charge, *, began_ms: int, first_ms: int | None, now_ms: int
 ) -> UsageRecord:
     """The usage record of a call that has ended at `now_ms`, from its draft."""
-    usage, cost_nanousd, tokens = charge.usage, charge.cost_nanousd, charge.tokens
+    usage, tokens = charge.usage, charge.tokens
     if charge.outcome == "provider_error":
-        cost_nanousd = tokens = 0
+        tokens = 0
     elif call is not None:
-        cost_nanousd = call.cost_nanousd if cost_nanousd is None else cost_nanousd
         tokens = call.total_tokens if tokens is None else tokens
     return msgspec.structs.replace(
         record,
@@ -270,7 +278,7 @@ def finished(
         model=record.model or (usage.model if usage is not None else None),
         billed_model=charge.billed_model or record.billed_model,
         usage=usage,
-        cost_nanousd=cost_nanousd,
+        cost_nanousd=charged_nanousd(call, charge),
         estimate_nanousd=0 if charge.outcome == "cached" else record.estimate_nanousd,
         tokens=tokens,
         outcome=charge.outcome,

@@ -92,7 +92,7 @@ class CallEnded(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     """What is known to have been used."""
     cost_nanousd: int | None = None
-    """What is charged; `None`: what was held."""
+    """What is charged, which is what was held where nothing else is known; `None`: that has no price."""
     failure: str | None = None
     """The class of the error that it ended in, or the kind of error that its provider answered."""
     attempt: int = 1
