@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shlex
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import promql_parser
 import pytest
 import yaml
@@ -33,6 +35,7 @@ from asgi_llm_guard import (
 )
 from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.claims import Unit
+from asgi_llm_guard.cli.root import program
 from asgi_llm_guard.events import Alert, emit
 from asgi_llm_guard.telemetry import instrument
 from asgi_llm_guard.testing import Behaviour, FrozenClock
@@ -270,3 +273,25 @@ def test_shipped() -> None:
     """S17: the rules and the dashboard are part of the source distribution."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert "/monitoring" in config["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+
+
+COMMANDS = re.findall(r"^asgi-llm-guard .+$|(?<=`)asgi-llm-guard [^`]+(?=`)", RUNBOOKS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_runbooks(command: str) -> None:
+    """S17: each command that a runbook tells to run has all that it needs, and is one that there is."""
+    _, *arguments = shlex.split(command)
+    place: click.Command = program
+    with click.Context(program) as context:
+        while isinstance(place, click.Group):
+            _, found, arguments = place.resolve_command(context, arguments)
+            assert found is not None
+            place = found
+        place.make_context(place.name, arguments, parent=context)
+
+
+def test_runbooks_have_commands() -> None:
+    """S17: the runbooks say how to raise a limit, to take newer prices and to drain records."""
+    for part in ("raise", "prices update", "ledger drain"):
+        assert any(command.startswith(f"asgi-llm-guard {part}") for command in COMMANDS)
