@@ -100,8 +100,15 @@ def grouped_by(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def shown() -> Series:
-    """What a scrape of an instrumented guard with everything in it has, after a bit of everything has happened."""
-    return asyncio.run(scraped())
+    """What a scrape of an instrumented guard with everything in it has, after a bit of everything has happened, by the
+    names of both generations of the conventions."""
+    labels: defaultdict[str, set[str]] = defaultdict(set)
+    for generation in ("", "gen_ai_latest_experimental"):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", generation)
+            for name, found in asyncio.run(scraped()).items():
+                labels[name] |= found
+    return labels
 
 
 async def scraped() -> Series:
