@@ -9,9 +9,22 @@ from typing import Any, Final
 from zoneinfo import ZoneInfo
 
 from asgi_llm_guard.ledger import Amounts, Ledger, UsageQuery, UsageReport
+from asgi_llm_guard.ledger.tables import GRAINS
+from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage import Usage, UsageRecord
 
-__all__ = ["DAY_MS", "HOUR_MS", "START_MS", "at", "expected", "record", "roll_all", "shown"]
+__all__ = [
+    "DAY_MS",
+    "HOUR_MS",
+    "START_MS",
+    "at",
+    "check_numbers",
+    "expected",
+    "record",
+    "roll_all",
+    "shown",
+    "unused_names",
+]
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
@@ -102,3 +115,31 @@ def _amounts(each: UsageRecord) -> Amounts:
         first_token_ms_sum=each.first_token_ms or 0,
         first_token_count=int(each.first_token_ms is not None),
     )
+
+
+def check_numbers(connection: Connection) -> None:
+    """Every sum has its series, and every series its lists."""
+    for grain in GRAINS:
+        query = f"SELECT count(*) FROM {grain.table} WHERE series NOT IN (SELECT id FROM ledger_series WHERE grain = ?)"
+        assert connection.execute(query, (grain.number,)) == [(0,)], grain.table
+    for column in ("departments", "tags"):
+        query = (
+            f"SELECT count(*) FROM ledger_series WHERE {column} IS NOT NULL AND {column} NOT IN"
+            " (SELECT id FROM ledger_sets)"
+        )
+        assert connection.execute(query) == [(0,)], column
+
+
+def unused_names(connection: Connection) -> int:
+    """How many series have no sum, and how many lists no series."""
+    count = 0
+    for grain in GRAINS:
+        query = f"SELECT count(*) FROM ledger_series WHERE grain = ? AND id NOT IN (SELECT series FROM {grain.table})"
+        count += connection.execute(query, (grain.number,))[0][0]
+    used = "SELECT departments FROM ledger_series UNION SELECT tags FROM ledger_series WHERE tags IS NOT NULL"
+    for query in (
+        f"SELECT count(*) FROM ledger_sets WHERE id NOT IN ({used})",
+        "SELECT count(*) FROM ledger_members WHERE id NOT IN (SELECT id FROM ledger_sets)",
+    ):
+        count += connection.execute(query)[0][0]
+    return count

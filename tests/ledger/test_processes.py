@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from tests.ledger.kit import HOUR_MS, START_MS, record
+from tests.ledger.kit import DAY_MS, HOUR_MS, START_MS, check_numbers, expected, record, shown, unused_names
 
-from asgi_llm_guard.ledger import Ledger, UsageQuery
+from asgi_llm_guard.ledger import Ledger, Retention, UsageQuery
+from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.usage import UsageRecord
 
 pytestmark = pytest.mark.anyio
@@ -88,3 +89,35 @@ async def test_rollers_at_the_same_time(ledger: Ledger, url: str) -> None:
     while await ledger.roll_up():
         pass
     await check(ledger, list(records.values()))
+
+
+async def test_retention_beside_rollers_in_other_processes(ledger: Ledger, url: str, clock: FrozenClock) -> None:
+    """C9: while three processes roll up, a fourth removes sums and the names that only these had, again and again; names
+    come back with later records, and what is kept is in the sums of its own users, each record once."""
+    ledger.retention = Retention(raw=None, hours="1d", days="1d", people="1d")
+    records = [
+        record(f"call-{n}", START_MS + n % 10 * DAY_MS, user=f"u{n % 70}", departments=(f"d{n % 10}",), cost_nanousd=n)
+        for n in range(2_000)
+    ]
+    await ledger.append(records[:1_000])
+    with ExitStack() as stack:
+        processes = [stack.enter_context(start(url)) for _ in range(3)]
+        for process in processes:
+            assert process.stdout is not None
+            await asyncio.to_thread(process.stdout.readline)
+        for first in range(1_000, 2_000, 100):
+            await ledger.append(records[first : first + 100])
+            clock.set(START_MS + (first // 200) * DAY_MS)
+            await ledger.retain()
+        for process in processes:
+            await asyncio.to_thread(process.communicate)
+        assert [process.returncode for process in processes] == [0] * 3
+    while await ledger.roll_up():
+        pass
+    await ledger.retain()
+    await ledger.database.read(check_numbers)
+    assert await ledger.database.read(unused_names) == 0
+    for by in (("user",), ("department",)):
+        query = UsageQuery(since_ms=START_MS + 8 * DAY_MS, until_ms=2**52, by=by)
+        report = await ledger.usage(query)
+        assert (shown(report), report.total) == expected(records, query)

@@ -10,11 +10,12 @@ Redis, or from memory). `roll_up` adds them to sums per hour and per day, exactl
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 from asgi_llm_guard.clock import Clock, SystemClock
-from asgi_llm_guard.ledger import keeping, reports, rollups, rows
+from asgi_llm_guard.ledger import keeping, reports, rollups, rows, unused
 from asgi_llm_guard.ledger.tables import make_tables
 from asgi_llm_guard.ledger.values import (
     Page,
@@ -98,16 +99,21 @@ class Ledger:
         return done
 
     async def retain(self) -> Retained:
-        """Remove what `retention` no longer keeps, in short transactions. Records go only after they were rolled up."""
+        """Remove what `retention` no longer keeps, in short transactions. Records go only after they were rolled up.
+
+        With the last sum of a user, or of anything else that sums are by, goes its name.
+        """
         now_ms = self._clock.now_ms()
         removed = Retained()
         while True:
             more = await self._write(lambda connection: keeping.remove(connection, self.retention, now_ms))
             if more == Retained():
-                return removed
+                break
             removed = Retained(
                 **{name: getattr(removed, name) + getattr(more, name) for name in Retained.__struct_fields__}
             )
+        await self._sweep()
+        return removed
 
     async def add_refusals(
         self,
@@ -167,6 +173,13 @@ class Ledger:
     async def aclose(self) -> None:
         """Let go of the database."""
         await self.database.aclose()
+
+    async def _sweep(self) -> None:
+        transactions, done = unused.sweep(), None
+        with suppress(StopIteration):
+            while True:
+                kind, work = transactions.send(done)
+                done = await (self._read(work) if kind == "read" else self._write(work))
 
     # ------------------------------------------------------------------------------------ tables
 

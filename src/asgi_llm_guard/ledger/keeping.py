@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from asgi_llm_guard.ledger.rollups import unrolled
 from asgi_llm_guard.ledger.tables import DAY_MS, GRAINS, RECORD_SUMS, SUMS, lock, mark, set_mark
+from asgi_llm_guard.ledger.unused import note_removed
 from asgi_llm_guard.ledger.values import AMOUNTS, Amounts, Difference, NotKeptError, Reconciliation, Retained, Retention
 from asgi_llm_guard.sql import Connection
 
@@ -64,6 +65,8 @@ def remove(connection: Connection, retention: Retention, now_ms: int) -> Retaine
             removed[kind] = sum(
                 _remove_sums(connection, grain.table, since_ms) for grain in GRAINS if grain.kept == kind
             )
+    if any(removed[grain.kept] for grain in GRAINS):
+        note_removed(connection)
     return Retained(**removed)
 
 

@@ -8,6 +8,10 @@ Rule 2: a record that was replaced after it was rolled up is subtracted as it wa
 
 Rule 3: what a report adds to the sums to be up to date is `unrolled`: the records behind the mark, and the difference
 that replaced ones make.
+
+Rule 4: a `Roller` remembers the numbers of series and lists only as long as `names` in ledger_meta is what it was; it
+looks in each transaction, in which nobody else can move it. Who takes names away moves it in the transaction after
+which they are not to be used (see `unused.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from asgi_llm_guard.ledger.tables import (
 from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.usage_rows import quoted
 
-__all__ = ["Piece", "Roller", "list_of", "unrolled"]
+__all__ = ["Piece", "Roller", "forget_numbers", "list_of", "unrolled"]
 
 _MAX_KNOWN: Final = 200_000
 
@@ -79,6 +83,13 @@ def unrolled(connection: Connection, since_ms: int = 0, until_ms: int = 2**53) -
             yield piece
 
 
+def forget_numbers(connection: Connection) -> int:
+    """Let every roller look for names anew from this transaction on; a number that was never given before."""
+    number = mark(connection, "names") + 1
+    set_mark(connection, "names", number)
+    return number
+
+
 class Roller:
     """Rolls up, and remembers the numbers of series from one step to the next. For one user at a time."""
 
@@ -87,6 +98,7 @@ class Roller:
         self._set_ids: dict[str, int] = {}
         self._in_doubt = False
         self._rolled_to = 0
+        self._names = 0
         self._pace = Pace()
 
     def step(self, connection: Connection, most: int) -> int:
@@ -97,12 +109,14 @@ class Roller:
         lock(connection)
         most = min(most, self._pace.most(connection))
         rolled_to = mark(connection, "rolled_to")
+        names = mark(connection, "names")
         # The mark never goes back, but in a database that was restored: there its numbers are others' too.
-        if self._in_doubt or rolled_to < self._rolled_to:
+        if self._in_doubt or rolled_to < self._rolled_to or names != self._names:
             self._known.clear()
             self._set_ids.clear()
         self._in_doubt = True
         self._rolled_to = rolled_to
+        self._names = names
         rows = connection.execute(
             f"SELECT {_READ} FROM ledger WHERE row > ? ORDER BY row LIMIT ?",  # noqa: S608 - our names
             (rolled_to, most),
@@ -181,7 +195,9 @@ class Roller:
         if unknown:
             found = numbers_of(connection, "ledger_series", "name", unknown)
             missing = [_series_row(name, *unknown[name]) for name in sorted(unknown.keys() - found.keys())]
-            found |= numbered(connection, "ledger_series", _SERIES_ROW, missing)
+            if missing:
+                found |= numbered(connection, "ledger_series", _SERIES_ROW, missing)
+                set_mark(connection, "series_made", mark(connection, "series_made") + len(missing))
             for name, number in found.items():
                 self._known[name.encode()] = number
         return [{values: self._known[name] for values, name in some.items()} for some in names]
