@@ -180,7 +180,7 @@ class Cluster:
         for endpoint in dict.fromkeys(candidate for candidate in candidates if candidate is not None):
             try:
                 reply = await ask_once(self._address, endpoint, "CLUSTER", "SLOTS")
-                table = self._table(endpoint, reply)
+                ranges = self._ranges(endpoint, reply)
             except LinkError as error:
                 step = "; it is no cluster: write redis:// in the URL" * ("cluster support disabled" in str(error))
                 reasons.append(str(error).removeprefix("redis: ") + step)
@@ -189,27 +189,30 @@ class Cluster:
                 reasons.append(f"{endpoint} answered something that is not a list of slots: {error!r}")
             else:
                 self._task = None
-                self._looked_up(table)
+                self._looked_up(ranges)
                 return
         self._task = None
         self._failed("; ".join(reasons))
 
-    def _table(self, asked: Endpoint, reply: Any) -> list[Endpoint | None]:
-        table: list[Endpoint | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+    def _ranges(self, asked: Endpoint, reply: Any) -> list[tuple[int, int, Endpoint]]:
+        """The first and the last slot of each range, and who has it."""
+        ranges = []
         for first, last, (host, port, *_), *_ in reply:
             # A node that does not know its own name is to be found where it was asked.
             endpoint = Endpoint(host.decode() if host and host != b"?" else asked.host, int(port))
-            table[first : last + 1] = [endpoint] * (last - first + 1)
-        if not any(table):
+            ranges.append((first, last, endpoint))
+        if not ranges:
             raise LinkError(f"redis: {asked} is a node without a cluster: it knows of no slots", sent=False)
-        return table
+        return ranges
 
-    def _looked_up(self, table: Sequence[Endpoint | None]) -> None:
+    def _looked_up(self, ranges: Sequence[tuple[int, int, Endpoint]]) -> None:
         self._looked_at = monotonic()
         if self._breaker.succeeded():
             self._on_change(self, "")
-        gone = self._nodes.keys() - set(table)
-        self._slots = [None if endpoint is None else self._node_at(endpoint) for endpoint in table]
+        gone = self._nodes.keys() - {endpoint for _, _, endpoint in ranges}
+        self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for first, last, endpoint in ranges:
+            self._slots[first : last + 1] = [self._node_at(endpoint)] * (last - first + 1)
         for node in list(self._nodes.values()):
             for slot in node.slots_under_way():
                 if self._slots[slot] is not node and slot not in self._detours:
