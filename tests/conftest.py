@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,6 +22,9 @@ from tests.servers import (
     shared_valkey,
     unique_namespace,
 )
+
+# No test leaves this machine: its thousands of HTTP clients need not read everybody's certificates, 20 ms each.
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("nobody.pem"))
 
 # The same examples on every run: a red test is the change's doing. `make check-full` searches for new ones.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
