@@ -351,6 +351,13 @@ class Guard(Operated):
         """Ask the storage through what `around` makes of it (to measure it); `None`: directly."""
         self._engine.store.measure(around)
 
+    def _asking(self) -> Context:
+        """Who asks where this code runs; nobody, outside of any request and job."""
+        scope = current_scope()
+        if scope is None:
+            return Context()
+        return (scope.admission if isinstance(scope, ActiveCall) else scope).context
+
     def current_ids(self) -> tuple[str | None, str | None]:
         """The ids of the request and of the call that this code runs in; `None`: it runs in none."""
         scope = current_scope()
@@ -518,7 +525,7 @@ class Guard(Operated):
                 outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)), limits)
                 denied = outcome.denied(self.clock.now_ms())
                 if denied is not None:
-                    raise LimitExceeded(denied)
+                    raise LimitExceeded(self._engine.telling.denied(self._asking(), None, denied))
                 kept = outcome.deployments
         return list(kept) if isinstance(kept, (list, tuple)) else [kept]
 

@@ -85,3 +85,20 @@ async def test_a_cheaper_model_that_may_not_be_asked_is_no_refusal(clock: Frozen
 
         assert made.asked == ["c"]
         assert await counted(made) == ([], [])
+
+
+async def test_a_list_of_deployments_of_which_none_is_left_is_a_refusal(clock: FrozenClock) -> None:
+    """Whom `guard.filter` leaves nothing is refused, of the request that asked, and counted as anybody else."""
+    budget = ProviderBudget({"openai": "$0/1d"})
+    async with fleet(clock, "a", policies=[budget]) as made:
+        assert made.guard.ledger is not None
+        async with made.guard.open(CONTEXT):
+            with pytest.raises(LimitExceeded):
+                await made.guard.filter(["openai/model-a"])
+
+        assert await counted(made) == (
+            [("provider_budget", "budget_exhausted")],
+            [("provider_budget", "budget_exhausted", 1)],
+        )
+        (event,) = [event for event in made.events if isinstance(event, Refused)]
+        assert event.context.caller == CONTEXT.caller
