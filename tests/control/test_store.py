@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from tests.control.kit import ANNA, BEN, CLOCK_MS, run_sql
@@ -24,7 +25,7 @@ from asgi_llm_guard.control import (
     Stop,
 )
 from asgi_llm_guard.errors import ConfigurationError, StorageError
-from asgi_llm_guard.sql import open_database
+from asgi_llm_guard.sql import Connection, Database, open_database
 from asgi_llm_guard.testing import FrozenClock
 
 pytestmark = pytest.mark.anyio
@@ -253,6 +254,88 @@ async def test_entries_of_a_newer_release_are_no_state(control: Control, databas
     run_sql(database_url, "UPDATE control_meta SET version = version + 1")
     with pytest.raises(NewerRelease, match="'moon'"):
         await control.state()
+
+
+@pytest.mark.parametrize("change", ["put", "remove", "revoke_key", "load"])
+async def test_changes_beside_entries_of_a_newer_release(control: Control, database_url: str, change: str) -> None:
+    """While a newer release is rolled out, a change that was made is said to be made, though all cannot be read back; a key
+    that has leaked can be revoked."""
+    await control.put("agent", "a", {}, actor=ANNA)
+    document = await control.export()
+    _, key = await control.new_key("svc", actor=ANNA)
+    run_sql(database_url, "INSERT INTO control_entries VALUES ('moon', 'x', 1, '{}')")
+    run_sql(database_url, "UPDATE control_meta SET version = version + 1")
+    before = await control.version()
+
+    work: dict[str, Callable[[], Awaitable[object]]] = {
+        "put": lambda: control.put("agent", "b", {"max_iterations": 5}, actor=ANNA),
+        "remove": lambda: control.remove("agent", "a", actor=ANNA),
+        "revoke_key": lambda: control.revoke_key(key.id, actor=ANNA),
+        "load": lambda: control.load(document.replace(b'"a"', b'"c"'), actor=ANNA),
+    }
+    with pytest.raises(NewerRelease, match=r"the change was made, as version .* 'moon'") as caught:
+        await work[change]()
+
+    assert caught.value.made == await control.version() > before
+    assert (await control.audit())[0].refused is None
+
+
+async def test_a_change_that_cannot_be_read_back_is_said_to_be_made(control: Control, database_url: str) -> None:
+    """Where the database goes away between a change and the answer, the change is known to have been made."""
+
+    class Leaving:
+        """A database that answers until something was changed."""
+
+        def __init__(self, database: Database) -> None:
+            self._database = database
+            self.left = False
+
+        async def write(self, work: Callable[[Connection], Any]) -> Any:
+            done = await self._database.write(work)
+            self.left = True
+            return done
+
+        async def read(self, work: Callable[[Connection], Any]) -> Any:
+            if self.left:
+                raise StorageError("gone")
+            return await self._database.read(work)
+
+    await control.put("agent", "a", {}, actor=ANNA)
+    leaving = Leaving(control.database)
+    other = Control(leaving, clock=FrozenClock(CLOCK_MS))  # type: ignore[arg-type]  # as much of one as is used
+    with pytest.raises(StorageError, match=r"the change was made, as version .*: gone"):
+        await other.put("agent", "b", {}, actor=ANNA)
+    assert "b" in (await control.state()).agents
+
+
+async def test_nothing_is_kept_that_nobody_can_read(control: Control) -> None:
+    """One value that JSON cannot carry would keep every process from all entries: it is refused, and all stays readable."""
+    stop = Stop(scope="all", reason=float("inf"))  # type: ignore[arg-type]  # the point
+    with pytest.raises(ConfigurationError, match="stop 's': a value cannot be kept"):
+        await control.put("stop", "s", stop, actor=ANNA)
+    assert not list(await control.state())
+
+
+@pytest.mark.parametrize("what", ["kind", "name", "expected", "overlap", "old", "new"])
+async def test_numbers_that_cannot_be_shown_are_refused_wherever_they_stand(control: Control, what: str) -> None:
+    """T13: a number that is too large to be written is told by where it stands, and the try is in the audit."""
+    huge: Any = 10**5_000
+    with pytest.raises(ConfigurationError, match=f"{what}: .* 16,610 bits"):
+        match what:
+            case "kind":
+                await control.put(huge, "a", {}, actor=ANNA)
+            case "name":
+                await control.put("agent", huge, {}, actor=ANNA)
+            case "expected":
+                await control.put("agent", "a", {}, expected=huge, actor=ANNA)
+            case "overlap":
+                await control.rotate_key("k1", overlap=huge, actor=ANNA)
+            case "old":
+                await control.note("v", "t", actor=ANNA, old={"a": huge})
+            case _:
+                await control.note("v", "t", actor=ANNA, new={"a": huge})
+    if what not in {"old", "new"}:
+        assert "16,610 bits" in ((await control.audit())[0].refused or "")
 
 
 async def test_a_row_that_is_no_entry(control: Control, open_control: Callable[[], Control], database_url: str) -> None:

@@ -12,6 +12,7 @@ from tests.control.strategies import values
 
 from asgi_llm_guard.control import Department, Key, NewerRelease
 from asgi_llm_guard.control.data import TYPES, kind_of, read, shown, written
+from asgi_llm_guard.control.numbers import check_sizes, told
 from asgi_llm_guard.control.state import ControlState, Head, decode, encode, made
 from asgi_llm_guard.control.values import KINDS, Kind, Value, name_of
 from asgi_llm_guard.errors import ConfigurationError
@@ -58,6 +59,44 @@ def test_no_limit_is_no_number(kind: Kind, rest: dict[str, Any], field: str, bad
     """T13: NaN, infinity, negatives, booleans, what is absurdly large and `null` are no limits; the field is named."""
     with pytest.raises(ConfigurationError, match=field):
         read(kind, "x", {**rest, field: bad})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, field) for kind, made in TYPES.items() for field in made.__struct_fields__], ids=str
+)
+@pytest.mark.parametrize("huge", [10**5_000, -(10**5_000)], ids=["huge", "minus huge"])
+def test_numbers_that_cannot_be_shown_are_named(kind: Kind, field: str, huge: int) -> None:
+    """T13: a number of more digits than Python writes is refused as any other one that is too large, with its field, where
+    it stands by itself and where it stands in something else."""
+    rest: dict[Kind, dict[str, Any]] = {
+        "key": {"prefix": "lg-k1", "digest": DIGEST, "caller": "c"},
+        "price": {"entry": {"input": 1, "output": 1}},
+        "raise": {"policy": "quota", "unit": "usd", "amount": 1, "until_ms": 1},
+        "stop": {"scope": "user", "subject": "mia"},
+    }
+    for bad in (huge, [huge], {"x_a": huge}, {"x_a": [{"deep": huge}]}):
+        with pytest.raises(ConfigurationError, match=rf"{kind} 'x': {field}.*2\^53 - 1, got one of 16,610 bits"):
+            read(kind, "x", {**rest.get(kind, {}), field: bad})
+
+
+def test_values_of_code_may_not_be_huge_either() -> None:
+    """T13: a value that code makes names the field, too."""
+    with pytest.raises(ConfigurationError, match=r"department 'x': daily_tokens: .* 16,610 bits"):
+        Department(name="x", daily_tokens=10**5_000)
+    with pytest.raises(ConfigurationError, match="a number of 16,610 bits"):
+        Department(name=10**5_000)  # type: ignore[arg-type]  # the point
+    assert told([10**5_000]) == "a list"
+    assert told("x" * 300) == "'" + "x" * 199 + "…"
+    check_sizes([[[[[[[[[[[[[[[[[[10**5_000]]]]]]]]]]]]]]]]]], "too deep to be looked into")
+
+
+@pytest.mark.parametrize("kind", ["raise", "stop"])
+@pytest.mark.parametrize("bad", [5, math.inf, [], True], ids=repr)
+def test_reasons_are_texts(kind: Kind, bad: object) -> None:
+    """S6: a reason that is no text is refused; infinity would be kept as nothing, which nobody could read again."""
+    rest = {"policy": "quota", "unit": "usd", "amount": 1, "until_ms": 1} if kind == "raise" else {"scope": "all"}
+    with pytest.raises(ConfigurationError, match="reason: expected a text"):
+        read(kind, "x", {**rest, "reason": bad}, ours=False)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1, True, 1e300, "NaN", None, []], ids=repr)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from asgi_llm_guard.control.numbers import told
 from asgi_llm_guard.control.state import Head
 from asgi_llm_guard.control.values import MAX_INSTANT_MS, Kind, Value
 from asgi_llm_guard.errors import ConfigurationError, GuardError
@@ -69,7 +70,7 @@ class Actor(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not text_of(self.name):
-            raise ConfigurationError(f"actor: expected the name of whoever makes the change, got {self.name!r}")
+            raise ConfigurationError(f"actor: expected the name of whoever makes the change, got {told(self.name)}")
         for name in "name", "role", "address":
             msgspec.structs.force_setattr(self, name, text_of(getattr(self, name)))
 
@@ -102,7 +103,7 @@ class AuditQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which entries, the newest first.
 
     Raises:
-        ConfigurationError: the limit is not a whole number from 1 to 10,000, or an instant or number is none.
+        ConfigurationError: the limit is not a whole number from 1 to 10,000, or an instant, number or text is none.
     """
 
     since_ms: int = 0
@@ -121,15 +122,18 @@ class AuditQuery(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 1 <= self.limit <= _MOST_ROWS:
             raise ConfigurationError(
-                f"audit: limit: expected a whole number from 1 to {_MOST_ROWS}, got {self.limit!r}"
+                f"audit: limit: expected a whole number from 1 to {_MOST_ROWS}, got {told(self.limit)}"
             )
+        for name in "actor", "verb", "target":
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigurationError(f"audit: {name}: expected a text, got {told(getattr(self, name))}")
         for name in "since_ms", "until_ms", "before":
             value = getattr(self, name)
             if (value is not None or name == "since_ms") and (
                 isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INSTANT_MS
             ):
                 raise ConfigurationError(
-                    f"audit: {name}: expected a whole number up to {MAX_INSTANT_MS}, got {value!r}"
+                    f"audit: {name}: expected a whole number up to {MAX_INSTANT_MS}, got {told(value)}"
                 )
 
 
@@ -153,5 +157,7 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
 
 def text_of(text: object) -> str:
     """A text as the audit keeps it: of one line, and of at most 1,000 characters."""
-    shown = "".join([char if char.isprintable() else " " for char in str(text)[:_MOST_TEXT]])
+    shown = "".join(
+        [char if char.isprintable() else " " for char in (text if isinstance(text, str) else told(text))[:_MOST_TEXT]]
+    )
     return shown.strip()

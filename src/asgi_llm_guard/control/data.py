@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from asgi_llm_guard.control.numbers import check_sizes, told
 from asgi_llm_guard.control.values import (
     UNLIMITED,
     Agent,
@@ -105,7 +106,9 @@ def kind_of(value: Value) -> Kind:
     for kind, made in TYPES.items():
         if isinstance(value, made):
             return kind
-    raise ConfigurationError(f"expected one of {', '.join(made.__name__ for made in TYPES.values())}, got {value!r}")
+    raise ConfigurationError(
+        f"expected one of {', '.join(made.__name__ for made in TYPES.values())}, got {told(value)}"
+    )
 
 
 def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours: bool = True) -> Value:
@@ -119,6 +122,7 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
     """
     check_name(kind, name)
     where = f"{kind} {name!r}"
+    check_sizes(data, where)
     if not isinstance(data, Mapping):
         raise ConfigurationError(f"{where}: expected its fields, got a {type(data).__name__}")
     made = TYPES[kind]
@@ -137,6 +141,8 @@ def read(kind: Kind, name: str, data: object, *, old: Value | None = None, ours:
                 raise ConfigurationError(f"{where}: {field} says {item!r}")
             continue
         fields[field] = _field(kind, field, item, where)
+        if field == "reason" and not ours and not isinstance(item, str):
+            raise ConfigurationError(f"{where}: reason: expected a text, got {told(item)}")
     fields[own] = name
     missing = [field for field in _REQUIRED[kind] if field not in fields]
     if missing:

@@ -9,7 +9,8 @@ import msgspec
 
 from asgi_llm_guard.control.changes import Change, Conflict, NotThere
 from asgi_llm_guard.control.data import kind_of, read, written
-from asgi_llm_guard.control.state import kept_row
+from asgi_llm_guard.control.numbers import check_sizes
+from asgi_llm_guard.control.state import NewerRelease, kept_row
 from asgi_llm_guard.control.values import Key, Kind, Price, Value, check_kind, check_name, name_of
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.overlay import Raise
@@ -17,7 +18,7 @@ from asgi_llm_guard.pricing.overrides import key_of
 from asgi_llm_guard.sql import Connection
 from asgi_llm_guard.stops import Stop
 
-__all__ = ["MAX_SIZE", "apply", "check_size", "target_of", "warm_prices"]
+__all__ = ["MAX_SIZE", "apply", "check_size", "entry_of", "target_of", "warm_prices"]
 
 MAX_SIZE: Final = 4_000_000
 """The most characters that all entries may have together: every process reads them as one document."""
@@ -27,8 +28,10 @@ def target_of(change: Change) -> tuple[Kind, str]:
     """What a change is about.
 
     Raises:
-        ConfigurationError: there is no such kind, or the name is none.
+        ConfigurationError: there is no such kind, the name is none, or what was seen is no version.
     """
+    for part in "kind", "name", "expected":
+        check_sizes(getattr(change, part), part)
     kind = check_kind(change.kind)
     name = check_name(kind, change.name)
     if kind == "price":
@@ -44,8 +47,7 @@ def apply(
     Raises:
         ConfigurationError, Conflict, NotThere: nothing was changed.
     """
-    rows = connection.execute("SELECT version, value FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
-    there, data = rows[0] if rows else (0, None)
+    there, data = _row(connection, kind, name)
     if change.expected is not None and change.expected != there:
         raise Conflict(kind, name, expected=change.expected, version=there, by=_changed_by(connection, kind, name))
     old = None if data is None else kept_row(kind, name, data)
@@ -56,12 +58,29 @@ def apply(
         return old, None
     new = _new(change, kind, name, old, now_ms)
     if new != old:
+        kept = msgspec.json.encode(written(new), order="deterministic").decode()
+        _check_kept(kind, name, kept)
         connection.execute(
             "INSERT INTO control_entries (kind, name, version, value) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (kind, name) DO UPDATE SET version = excluded.version, value = excluded.value",
-            (kind, name, version, msgspec.json.encode(written(new), order="deterministic").decode()),
+            (kind, name, version, kept),
         )
     return old, new
+
+
+def entry_of(connection: Connection, kind: Kind, name: str) -> tuple[Value | None, int]:
+    """One entry and its version, whatever else there is; `None` and 0: there is none.
+
+    Raises:
+        NewerRelease: this release cannot read it.
+    """
+    there, data = _row(connection, kind, name)
+    return (None if data is None else kept_row(kind, name, data)), there
+
+
+def _row(connection: Connection, kind: Kind, name: str) -> tuple[int, str | None]:
+    rows = connection.execute("SELECT version, value FROM control_entries WHERE kind = ? AND name = ?", (kind, name))
+    return rows[0] if rows else (0, None)
 
 
 def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) -> Value:
@@ -86,6 +105,18 @@ def _new(change: Change, kind: Kind, name: str, old: Value | None, now_ms: int) 
             new = msgspec.structs.replace(new, revoked_ms=old.revoked_ms)
     _check_price(new)
     return new
+
+
+def _check_kept(kind: Kind, name: str, kept: str) -> None:
+    """See that every process can read what is about to be kept: one entry that cannot be read keeps all others away.
+
+    Raises:
+        ConfigurationError: it cannot be.
+    """
+    try:
+        kept_row(kind, name, kept)
+    except NewerRelease as error:
+        raise ConfigurationError(f"{kind} {name!r}: a value cannot be kept: {error}") from None
 
 
 def _check_names(given: Value, name: str) -> None:

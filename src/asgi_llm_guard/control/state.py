@@ -36,6 +36,9 @@ T = TypeVar("T")
 class NewerRelease(ConfigurationError):  # noqa: N818 - what is so, as with `DataLost`
     """The data have kinds, fields or a format that this release does not know. Nothing of them was taken."""
 
+    made: int | None = None
+    """The version of a change that was made before they were read; `None`: none was."""
+
 
 class Entry(NamedTuple, Generic[T]):
     """A value, and the version at which it was changed last."""

@@ -25,10 +25,11 @@ from asgi_llm_guard.control import tables
 from asgi_llm_guard.control.audit import Seals, append, find, verify
 from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change, Conflict, NotThere, Verified, text_of
 from asgi_llm_guard.control.data import shown
-from asgi_llm_guard.control.entries import apply, check_size, target_of, warm_prices
+from asgi_llm_guard.control.entries import apply, check_size, entry_of, target_of, warm_prices
 from asgi_llm_guard.control.keys import ControlKeys
 from asgi_llm_guard.control.live import LiveSettings, settings_of
-from asgi_llm_guard.control.state import ControlState, Head, decode, encode, kept_kind, kept_row, made
+from asgi_llm_guard.control.numbers import check_sizes
+from asgi_llm_guard.control.state import ControlState, Head, NewerRelease, decode, encode, kept_kind, kept_row, made
 from asgi_llm_guard.control.tries import SEVERAL, Counted, count, counted_before, has_ended
 from asgi_llm_guard.control.values import Key, Kind, Value, check_instant
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
@@ -154,7 +155,9 @@ class Control:
         Raises:
             ConfigurationError: a field is malformed; names it.
             Conflict: it was changed meanwhile.
-            StorageError: the database does not answer. Look whether it was done: nobody knows.
+            NewerRelease: there are entries that this release does not know, as while others run a newer one. The change
+                was made: `made` is its version.
+            StorageError: the database does not answer. Look whether it was done: nobody knows, but where it says so.
         """
         return await self.put_all(
             (Change(kind=kind, name=name, value=value, expected=expected),), actor=actor, reason=reason
@@ -178,8 +181,8 @@ class Control:
         Raises:
             ConfigurationError, Conflict, NotThere, StorageError: as `put` and `remove`.
         """
-        await self._change(changes, actor=actor, reason=reason)
-        return await self.state()
+        version = await self._change(changes, actor=actor, reason=reason)
+        return await self._after(version)
 
     async def note(
         self,
@@ -198,8 +201,11 @@ class Control:
         `old`, `new`: JSON data; never with a secret in it.
 
         Raises:
+            ConfigurationError: a number in them is far too large.
             StorageError: the database does not answer.
         """
+        check_sizes(old, "old")
+        check_sizes(new, "new")
         await self._ready()
 
         def work(connection: Connection) -> None:
@@ -322,6 +328,7 @@ class Control:
         old = state.keys.get(key_id)
         now_ms = self._clock.now_ms()
         try:
+            check_sizes(overlap, "overlap")
             overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
             if old is None:
                 raise NotThere("key", key_id)
@@ -372,19 +379,17 @@ class Control:
         Raises:
             NotThere, Conflict, StorageError: as `remove`.
         """
-        state = await self.state()
-        entry = state.keys.get(key_id)
-        if entry is None:
+        await self._ready()
+        # This entry alone: what a newer release has put beside it must not keep a key that has leaked.
+        key, seen = await self.database.read(lambda connection: entry_of(connection, "key", key_id))
+        if not isinstance(key, Key):
             await self.note("revoke_key", f"key:{key_id}", actor=actor, reason=reason, refused="there is no such key")
             raise NotThere("key", key_id)
-        if entry.value.revoked_ms is not None:
-            return state
-        revoked = msgspec.structs.replace(entry.value, revoked_ms=self._clock.now_ms())
-        change = Change(
-            kind="key", name=key_id, value=revoked, expected=entry.version if expected is None else expected
-        )
-        await self._change((change,), actor=actor, reason=reason, verb="revoke_key")
-        return await self.state()
+        if key.revoked_ms is not None:
+            return await self.state()
+        revoked = msgspec.structs.replace(key, revoked_ms=self._clock.now_ms())
+        change = Change(kind="key", name=key_id, value=revoked, expected=seen if expected is None else expected)
+        return await self._after(await self._change((change,), actor=actor, reason=reason, verb="revoke_key"))
 
     # ----------------------------------------------------------------------------------- moving
 
@@ -417,8 +422,7 @@ class Control:
                 for kind, name, entry in there
                 if name not in given.of(kind)
             ]
-        await self._change(changes, actor=actor, reason=reason)
-        return await self.state()
+        return await self._after(await self._change(changes, actor=actor, reason=reason))
 
     def prepare(self, state: ControlState) -> Callable[[], None]:
         """Make ready what this object gives (`keys`, `knowledge_bases`) for a state; calling the answer puts it in force.
@@ -457,14 +461,31 @@ class Control:
         await self.database.write(lambda connection: tables.create(connection, now_ms))
         self._pid = os.getpid()
 
-    async def _change(self, changes: Sequence[Change], *, actor: Actor, reason: str, verb: str | None = None) -> None:
-        """Make the changes, and say so; or say why not."""
+    async def _after(self, version: int) -> ControlState:
+        """Everything as it is after a change; whoever cannot read it learns that the change was made all the same.
+
+        Raises:
+            NewerRelease, StorageError: as `state`.
+        """
+        try:
+            return await self.state()
+        except NewerRelease as error:
+            told = NewerRelease(f"the change was made, as version {version}, but: {error}")
+            told.made = version
+            raise told from None
+        except StorageError as error:
+            raise StorageError(
+                f"the change was made, as version {version}, but cannot be read back: {error}"
+            ) from error
+
+    async def _change(self, changes: Sequence[Change], *, actor: Actor, reason: str, verb: str | None = None) -> int:
+        """Make the changes, and say so; or say why not. The version after it."""
         await self._ready()
         if any(change.kind == "price" for change in changes):
             warm_prices()
         tried: list[Change] = []
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> int:
             version, head = _take(connection)
             now_ms = self._clock.now_ms()
             changed = max(version + 1, now_ms)
@@ -481,12 +502,13 @@ class Control:
                 version = changed
             check_size(connection)
             _release(connection, version, head)
+            return version
 
         try:
-            await self.database.write(work)
+            return await self.database.write(work)
         except (ConfigurationError, Conflict, NotThere) as error:
             last = tried[-1]
-            target = f"{last.kind}:{last.name}"
+            target = f"{text_of(last.kind)}:{text_of(last.name)}"
             await self.note(_verb(last, verb), target, actor=actor, reason=reason, refused=_why(error))
             raise
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import msgspec
 
+from asgi_llm_guard.control.numbers import check_sizes, told
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity.base import IdentityError, check_params, clean
 from asgi_llm_guard.overlay import Raise
@@ -87,7 +88,7 @@ class Department(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         from asgi_llm_guard.policies.quota import DepartmentQuota
 
-        where = _where("department", self.name)
+        where = _where("department", self.name, self)
         try:
             models = None if self.models is None else _texts("models", self.models)
             quota = DepartmentQuota(
@@ -120,7 +121,7 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True):
     """For policies of your own; names begin with `x_`."""
 
     def __post_init__(self) -> None:
-        where = _where("agent", self.name)
+        where = _where("agent", self.name, self)
         if self.max_iterations is not None and self.max_iterations != UNLIMITED:
             checked = check_params({"max_iterations": self.max_iterations}, prefix=f"{where}: ")
             _set(self, "max_iterations", checked["max_iterations"])
@@ -163,7 +164,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     """The id of the key that it was made to take the place of."""
 
     def __post_init__(self) -> None:
-        where = _where("key", self.id)
+        where = _where("key", self.id, self)
         if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
             raise ConfigurationError(f"{where}: prefix: expected 1 to 24 visible ASCII characters")
         check_instant(f"{where}: created_ms", self.created_ms)
@@ -225,7 +226,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     """Until when it holds; `None`: until it is changed."""
 
     def __post_init__(self) -> None:
-        where = _where("price", self.model)
+        where = _where("price", self.model, self)
         if not isinstance(self.entry, Mapping) or len(self.entry) > _MOST_PRICE:
             raise ConfigurationError(f"{where}: entry: expected rates such as {{'input': 2.5, 'output': 10}}")
         parse_prices({self.model: self.entry})
@@ -256,9 +257,9 @@ class KnowledgeBase(msgspec.Struct, frozen=True, kw_only=True):
     """Of its documents, likewise; `None`: they never change, or are revoked."""
 
     def __post_init__(self) -> None:
-        where = _where("knowledge_base", self.id)
+        where = _where("knowledge_base", self.id, self)
         if not isinstance(self.cache, bool):
-            raise ConfigurationError(f"{where}: cache: expected true or false, got {self.cache!r}")
+            raise ConfigurationError(f"{where}: cache: expected true or false, got {told(self.cache)}")
         if isinstance(self.version, int) and not isinstance(self.version, bool):
             _set(self, "version", str(self.version))
         for name in "acl", "version":
@@ -303,7 +304,7 @@ def check_kind(kind: object) -> Kind:
     for known in KINDS:
         if kind == known:
             return known
-    raise ConfigurationError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    raise ConfigurationError(f"kind: expected one of {', '.join(KINDS)}, got {told(kind)}")
 
 
 def check_name(kind: Kind, name: object, *, field: str = "name") -> str:
@@ -317,7 +318,7 @@ def check_name(kind: Kind, name: object, *, field: str = "name") -> str:
             return name
     except IdentityError as error:
         raise ConfigurationError(f"{kind}: {error.message}") from None
-    raise ConfigurationError(f"{kind}: {field}: expected a non-empty text without spaces around it, got {name!r}")
+    raise ConfigurationError(f"{kind}: {field}: expected a non-empty text without spaces around it, got {told(name)}")
 
 
 def check_instant(name: str, value: object) -> int:
@@ -327,12 +328,14 @@ def check_instant(name: str, value: object) -> int:
         ConfigurationError: not a whole number, negative, or after the year 9999.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INSTANT_MS:
-        raise ConfigurationError(f"{name}: expected milliseconds since 1970 (until the year 9999), got {value!r}")
+        raise ConfigurationError(f"{name}: expected milliseconds since 1970 (until the year 9999), got {told(value)}")
     return value
 
 
-def _where(kind: Kind, name: object) -> str:
-    return f"{kind} {check_name(kind, name)!r}"
+def _where(kind: Kind, name: object, value: msgspec.Struct) -> str:
+    where = f"{kind} {check_name(kind, name)!r}"
+    check_sizes(value, where)
+    return where
 
 
 def _set(value: msgspec.Struct, name: str, to: object) -> None:
@@ -341,7 +344,7 @@ def _set(value: msgspec.Struct, name: str, to: object) -> None:
 
 def _texts(name: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
-        raise ConfigurationError(f"{name}: expected a list of texts, got {values!r}")
+        raise ConfigurationError(f"{name}: expected a list of texts, got {told(values)}")
     if len(values) > _MOST_LIST:
         raise ConfigurationError(f"{name}: at most {_MOST_LIST} of them, got {len(values)}")
     return tuple(values)
@@ -349,7 +352,7 @@ def _texts(name: str, values: object) -> tuple[str, ...]:
 
 def _own_params(params: object, where: str) -> Mapping[str, object]:
     if not isinstance(params, Mapping) or not all(isinstance(name, str) and name.startswith("x_") for name in params):
-        raise ConfigurationError(f"{where}: params: names of your own begin with x_, got {params!r}")
+        raise ConfigurationError(f"{where}: params: names of your own begin with x_, got {told(params)}")
     _json(params, f"{where}: params")
     return MappingProxyType(plain(params))
 
@@ -361,7 +364,7 @@ def _json(value: object, where: str, depth: int = 0) -> None:
     if isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(name, str):
-                raise ConfigurationError(f"{where}: expected texts as names, got {name!r}")
+                raise ConfigurationError(f"{where}: expected texts as names, got {told(name)}")
             _encodable(name, where)
             _json(item, f"{where}.{name}", depth + 1)
     elif isinstance(value, (list, tuple)):
@@ -369,7 +372,7 @@ def _json(value: object, where: str, depth: int = 0) -> None:
             _json(item, where, depth + 1)
     elif isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):  # noqa: PLR0124 - NaN alone differs from itself
-            raise ConfigurationError(f"{where}: expected a finite number, got {value!r}")
+            raise ConfigurationError(f"{where}: expected a finite number, got {told(value)}")
     elif isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > 2**53 - 1:
             raise ConfigurationError(f"{where}: numbers are whole up to 2^53 - 1, got one of {value.bit_length()} bits")
