@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
+from starlette.types import Receive, Scope, Send
 from tests.decorator.values import ANSWER, BOUND, MODEL, PRICES, event
 from tests.gateway.kit import fleet
 from tests.middleware.values import SSE_HEADERS, Provider, ask, guarded
@@ -251,6 +252,34 @@ async def test_streams(clock: FrozenClock, told: Telemetry, monkeypatch: pytest.
     assert [event.name for event in told.calls[-1].events] == ["llm_guard.first_chunk"]
     assert attributes(told.calls[-1]).get("gen_ai.request.stream") == (True if latest else None)
     assert all("gen_ai.response.time_to_first_chunk" not in attributes(span) for span in told.calls[:-1])
+
+
+async def test_stream_that_is_seen_twice(clock: FrozenClock, told: Telemetry) -> None:
+    """C15: a stream that a hook sees and the route around it passes on is told of once, as the hook saw it."""
+    guard = new(clock)
+    told.instrument(guard)
+    pieces = [event("hel"), event("l"), event("o", last=True), b"data: [DONE]\n\n"]
+    body = {"model": MODEL, "stream": True, "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}]}
+
+    async def parts() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async def application(_scope: Scope, _receive: Receive, send: Send) -> None:
+        answer = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=parts())
+        async with guard.httpx_client(transport=httpx2.MockTransport(lambda _: answer)) as client:
+            url, inner = "https://api.openai.com/v1/chat/completions", {**body, "model": "test-model"}
+            async with client.stream("POST", url, json=inner) as response:
+                taken = b"".join([part async for part in response.aiter_raw()])
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        for half in (taken[:10], taken[10:]):
+            await send({"type": "http.response.body", "body": half, "more_body": half == taken[:10]})
+
+    assert (await ask(guarded(application, guard), body)).status == 200
+    await guard.aclose()
+    metrics = told.collect()
+    assert [point.count for point in metrics["gen_ai.client.operation.time_per_output_chunk"]] == [3]
+    assert [point.count for point in metrics["gen_ai.client.operation.time_to_first_chunk"]] == [1]
 
 
 def test_gaps_are_told_as_they_were(clock: FrozenClock, told: Telemetry) -> None:
