@@ -363,8 +363,8 @@ async def test_what_was_not_sent(clock: FrozenClock, told: Telemetry) -> None:
 
 
 async def test_billable_tokens(clock: FrozenClock, told: Telemetry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C15: metrics have the billed tokens where both are known; parts of the input and the output have counters of
-    their own, and audio and images are told apart from text."""
+    """C15: metrics have the billed tokens where both are known, and spans what was counted; parts of the input and the
+    output have counters of their own, and audio and images are told apart from text."""
     monkeypatch.setenv(SWITCH, LATEST)
     guard = new(clock)
     told.instrument(guard)
@@ -394,7 +394,15 @@ async def test_billable_tokens(clock: FrozenClock, told: Telemetry, monkeypatch:
         ("reasoning.output_tokens", "text"): 30,
     }
     (span,) = told.calls
-    assert attributes(span)["gen_ai.usage.input_tokens"] == 90
+    assert {name: tokens for name, tokens in attributes(span).items() if name.startswith("gen_ai.usage.")} == {
+        "gen_ai.usage.input_tokens": 90,
+        "gen_ai.usage.output_tokens": 40,
+        "gen_ai.usage.audio.input_tokens": 20,
+        "gen_ai.usage.image.input_tokens": 10,
+        "gen_ai.usage.cache_read.input_tokens": 5,
+        "gen_ai.usage.cache_write.input_tokens": 0,
+        "gen_ai.usage.reasoning.output_tokens": 30,
+    }
 
 
 async def test_times(clock: FrozenClock, told: Telemetry) -> None:

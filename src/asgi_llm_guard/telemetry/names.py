@@ -132,6 +132,10 @@ _NEWER_USAGE: Final = (
     ("gen_ai.usage.cache_read.input_tokens", "cache_read_tokens"),
     ("gen_ai.usage.cache_write.input_tokens", "cache_write_tokens"),
     ("gen_ai.usage.reasoning.output_tokens", "reasoning_tokens"),
+    ("gen_ai.usage.audio.input_tokens", "input_audio_tokens"),
+    ("gen_ai.usage.audio.output_tokens", "output_audio_tokens"),
+    ("gen_ai.usage.image.input_tokens", "input_image_tokens"),
+    ("gen_ai.usage.image.output_tokens", "output_image_tokens"),
 )
 
 INFERENCES: Final = frozenset({"chat", "generate_content", "text_completion"})
