@@ -85,3 +85,39 @@ def test_pages_that_there_cannot_be(after: str) -> None:
     """A place beyond all numbers of a database is not one that a page gave."""
     with pytest.raises(ConfigurationError, match="after"):
         RecordQuery(after=after)
+
+
+DIGITS = ("negative", "too large", "65 bits", "5,000 digits", "a fraction", "true")
+
+
+@pytest.mark.parametrize("absurd", [-1, 2**53, 2**64, 10**5_000, 1.5, True], ids=DIGITS)
+async def test_absurd_instants_are_refused_by_name(ledger: Ledger, absurd: int) -> None:
+    """An instant that no record can have, of however many digits, is refused by the name of its argument, before the
+    database is asked."""
+    for query in (UsageQuery, RecordQuery, RefusalQuery):
+        with pytest.raises(ConfigurationError, match="since_ms: expected milliseconds"):
+            query(since_ms=absurd, until_ms=5)
+        with pytest.raises(ConfigurationError, match="until_ms: expected milliseconds"):
+            query(since_ms=0, until_ms=absurd)
+    with pytest.raises(ConfigurationError, match="since_ms: expected milliseconds"):
+        await ledger.sessions(since_ms=-(2**64) if absurd == -1 else absurd)
+    with pytest.raises(ConfigurationError, match="since_ms: expected milliseconds"):
+        await ledger.reconcile(absurd, 5)
+    with pytest.raises(ConfigurationError, match="until_ms: expected milliseconds"):
+        await ledger.reconcile(0, absurd)
+
+
+@pytest.mark.parametrize("absurd", [-1, 10_000_001, 2**64, 10**5_000, 1.5, True], ids=DIGITS)
+async def test_absurd_limits_are_refused_by_name(ledger: Ledger, absurd: int) -> None:
+    """A limit that is no number of rows, of however many digits, is refused by its name."""
+    for query in (UsageQuery, RecordQuery, RefusalQuery):
+        with pytest.raises(ConfigurationError, match="limit: expected a whole number from 1"):
+            query(since_ms=0, until_ms=5, limit=absurd)
+    with pytest.raises(ConfigurationError, match="limit: expected a whole number from 1"):
+        await ledger.sessions(since_ms=0, limit=absurd)
+
+
+async def test_any_number_of_records_may_be_asked_to_be_rolled_up(ledger: Ledger) -> None:
+    """`at_most` is a bound, however large."""
+    await ledger.append([record("1")])
+    assert await ledger.roll_up(at_most=10**5_000) == 1

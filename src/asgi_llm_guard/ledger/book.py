@@ -28,6 +28,9 @@ from asgi_llm_guard.ledger.values import (
     SessionUsage,
     UsageQuery,
     UsageReport,
+    check_instant,
+    check_limit,
+    check_period,
 )
 from asgi_llm_guard.sql import Connection, Database, open_database
 from asgi_llm_guard.usage import UsageRecord
@@ -159,7 +162,13 @@ class Ledger:
                 return
 
     async def sessions(self, *, since_ms: int, limit: int = 100) -> Sequence[SessionUsage]:
-        """Sessions with calls since then, the latest first."""
+        """Sessions with calls since then, the latest first.
+
+        Raises:
+            ConfigurationError: an instant that is none, or a limit that is none.
+        """
+        check_instant("since_ms", since_ms)
+        check_limit("limit", limit)
         return await self._read(lambda connection: rows.sessions(connection, since_ms, limit))
 
     async def refusals(self, query: RefusalQuery) -> Sequence[RefusalCount]:
@@ -167,7 +176,12 @@ class Ledger:
         return await self._read(lambda connection: rows.refusals(connection, query))
 
     async def reconcile(self, since_ms: int, until_ms: int) -> Reconciliation:
-        """Compare the sums of hours and days with the records themselves, day by day."""
+        """Compare the sums of hours and days with the records themselves, day by day.
+
+        Raises:
+            ConfigurationError: a period that is none.
+        """
+        check_period(since_ms, until_ms)
         return await self._read(lambda connection: keeping.reconcile(connection, since_ms, until_ms))
 
     async def aclose(self) -> None:

@@ -34,6 +34,9 @@ __all__ = [
     "UsageQuery",
     "UsageReport",
     "UsageRow",
+    "check_instant",
+    "check_limit",
+    "check_period",
 ]
 
 T = TypeVar("T")
@@ -145,7 +148,7 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True):
     """At most that many rows; `UsageReport.left_out` says how many there are beyond it."""
 
     def __post_init__(self) -> None:
-        _period(self.since_ms, self.until_ms)
+        check_period(self.since_ms, self.until_ms)
         for name in self.by:
             if name not in DIMENSIONS:
                 raise ConfigurationError(f"by: expected some of {', '.join(DIMENSIONS)}, got {name!r}")
@@ -154,7 +157,7 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True):
         _filters(self.where)
         if self.order not in get_args(Order):
             raise ConfigurationError(f"order: expected cost, calls or key, got {self.order!r}")
-        _positive("limit", self.limit)
+        check_limit("limit", self.limit)
         Calendar("day", self.tz)
 
 
@@ -193,9 +196,9 @@ class RecordQuery(msgspec.Struct, frozen=True, kw_only=True):
     """`Page.next` of the page before; `None`: from the start."""
 
     def __post_init__(self) -> None:
-        _period(self.since_ms, self.until_ms)
+        check_period(self.since_ms, self.until_ms)
         _filters(self.where)
-        _positive("limit", self.limit)
+        check_limit("limit", self.limit)
         if self.after is not None:
             self.position()
 
@@ -261,10 +264,10 @@ class RefusalQuery(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 10_000
 
     def __post_init__(self) -> None:
-        _period(self.since_ms, self.until_ms)
+        check_period(self.since_ms, self.until_ms)
         for name in ("policy", "scope", "route"):
             _writable(name, getattr(self, name))
-        _positive("limit", self.limit)
+        check_limit("limit", self.limit)
 
 
 # ---------------------------------------------------------------------------------- retention
@@ -332,10 +335,14 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
         return not self.differences
 
 
-def _period(since_ms: int, until_ms: int) -> None:
+def check_period(since_ms: int, until_ms: int) -> None:
+    """Refuse what is no period.
+
+    Raises:
+        ConfigurationError: an instant before 1970 or after the year 287,000, or an end before the beginning.
+    """
     for name, value in (("since_ms", since_ms), ("until_ms", until_ms)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-            raise ConfigurationError(f"{name}: expected milliseconds since 1970, got {value!r}")
+        check_instant(name, value, least=0)
     if until_ms < since_ms:
         raise ConfigurationError(f"until_ms: {until_ms} lies before since_ms, {since_ms}")
 
@@ -345,7 +352,9 @@ def _filters(where: Mapping[str, str | None]) -> None:
         if name not in FILTERS:
             raise ConfigurationError(f"where: expected some of {', '.join(FILTERS)}, got {name!r}")
         if value is not None and not isinstance(value, str):
-            raise ConfigurationError(f"where.{name}: expected text, or None for records without one, got {value!r}")
+            raise ConfigurationError(
+                f"where.{name}: expected text, or None for records without one, got {_shown(value)}"
+            )
         _writable(f"where.{name}", value)
 
 
@@ -354,6 +363,28 @@ def _writable(name: str, value: str | None) -> None:
         raise ConfigurationError(f"{name}: no record has NUL or half of a surrogate pair in it, got {value!r}")
 
 
-def _positive(name: str, value: int) -> None:
+def check_instant(name: str, value: int, *, least: int = -(2**53)) -> None:
+    """Refuse what is no instant.
+
+    Raises:
+        ConfigurationError: before `least` or after the year 287,000.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**53:
+        raise ConfigurationError(f"{name}: expected milliseconds since 1970, got {_shown(value)}")
+
+
+def check_limit(name: str, value: int) -> None:
+    """Refuse a number of rows that is none.
+
+    Raises:
+        ConfigurationError: not a whole number from 1 to 10,000,000.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 10_000_000:
-        raise ConfigurationError(f"{name}: expected a whole number from 1 to 10000000, got {value!r}")
+        raise ConfigurationError(f"{name}: expected a whole number from 1 to 10000000, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a {type(value).__name__} of too many digits to be shown"
