@@ -12,29 +12,13 @@ from asgi_llm_guard.cli.booked import with_ledger
 from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, run
 from asgi_llm_guard.cli.periods import Period, period_options
 from asgi_llm_guard.cli.tables import Column, count, instant, table, usd
+from asgi_llm_guard.ledger.values import DIMENSIONS, TIMES
 
 if TYPE_CHECKING:
     from asgi_llm_guard.ledger.values import Amounts, SessionUsage, UsageReport
 
 __all__ = ["filters", "sessions", "top", "usage"]
 
-_DIMENSIONS: Final = (
-    "department",
-    "agent",
-    "user",
-    "caller",
-    "model",
-    "provider",
-    "route",
-    "deployment",
-    "tag",
-    "outcome",
-    "session",
-    "hour",
-    "day",
-    "month",
-)
-_TIMES: Final = frozenset({"hour", "day", "month"})
 _NOBODY: Final = "(none)"
 
 
@@ -47,8 +31,8 @@ def filters(values: Iterable[str]) -> dict[str, str | None]:
     where: dict[str, str | None] = {}
     for value in values:
         name, equals, wanted = value.partition("=")
-        if not equals or name not in _DIMENSIONS or name in _TIMES:
-            known = ", ".join(each for each in _DIMENSIONS if each not in _TIMES)
+        if not equals or name not in DIMENSIONS or name in TIMES:
+            known = ", ".join(each for each in DIMENSIONS if each not in TIMES)
             raise click.BadParameter(f"expected NAME=VALUE with one of {known}, got {value!r}")
         if name in where:
             raise click.BadParameter(f"{name} is given twice; a record has to be of one")
@@ -72,11 +56,11 @@ _where = click.option(
 @click.option(
     "--by",
     multiple=True,
-    type=click.Choice(_DIMENSIONS),
+    type=click.Choice(DIMENSIONS),
     default=("department",),
     show_default=True,
     metavar="DIMENSION",
-    help=f"A row for each: {', '.join(_DIMENSIONS)}. May be given several times.",
+    help=f"A row for each: {', '.join(DIMENSIONS)}. May be given several times.",
 )
 @_where
 @click.option("--order", type=click.Choice(["cost", "calls", "key"]), help="Default: by cost; times by time.")
@@ -94,14 +78,14 @@ def usage(
 
     By department and by tag a call counts in full for each of its own; the total counts it once.
     """
-    _report(tool, period, tz, by, where, order or ("key" if by[:1] and by[0] in _TIMES else "cost"), limit)
+    _report(tool, period, tz, by, where, order or ("key" if by[:1] and by[0] in TIMES else "cost"), limit)
 
 
 @click.command()
 @command_options
 @ledger_option
 @period_options("24h")
-@click.argument("dimension", type=click.Choice(_DIMENSIONS), default="user", metavar="[DIMENSION]")
+@click.argument("dimension", type=click.Choice(DIMENSIONS), default="user", metavar="[DIMENSION]")
 @_where
 @click.option("--order", type=click.Choice(["cost", "calls"]), default="cost", show_default=True)
 @click.option("--limit", "-n", type=click.IntRange(1, 1_000), default=10, show_default=True, help="How many.")
@@ -159,7 +143,7 @@ def _usage(report: UsageReport, by: Sequence[str]) -> str:
         return "Nothing was used in this period."
     unpriced = report.total.unpriced > 0
     columns = [
-        *(Column(name.upper(), keep=name in _TIMES) for name in by),
+        *(Column(name.upper(), keep=name in TIMES) for name in by),
         Column("CALLS", align="right"),
         Column("COST", align="right"),
         *([Column("UNPRICED", align="right")] if unpriced else []),
