@@ -130,8 +130,7 @@ class Operated:
             raise ConfigurationError(f"replace: prices must be a PriceBook, got {prices!r}")
         engine, now = self._engine, self.configuration
         bound = now.policies if policies is None else engine.bindings.bind_later(policies)
-        for route in routes or ():
-            engine.bindings.bind_later(route.extra)
+        extra = {route.path: engine.bindings.bind_later(route.extra) for route in routes or ()}
         if agents is not None:
             agents = check_agents(agents)
             for policy in bound:
@@ -148,6 +147,9 @@ class Operated:
             streams or now.streams,
             now.routes if routes is None else tuple(routes),
         )
+        if routes is not None:
+            before, self._routes = self._routes, extra
+            engine.bindings.know(_all(extra), instead_of=_all(before))
         if agents is not None:
             self._agents.replace(agents)
         if checked is not None:
@@ -248,3 +250,8 @@ class Operated:
     def raised(self, meters: Sequence[Meter], /) -> tuple[Meter, ...]:
         """The meters under the limits that hold now: some may be raised for a while."""
         return self._engine.overrides.raised(meters)
+
+
+def _all(policies: Mapping[str, Sequence[Policy]]) -> list[Policy]:
+    """The policies of all routes."""
+    return [policy for extra in policies.values() for policy in extra]

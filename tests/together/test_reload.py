@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 
-from asgi_llm_guard import Context, Guard, Quota, QuotaBook
+from asgi_llm_guard import Budget, Context, Guard, GuardMiddleware, Iterations, Quota, QuotaBook, Route
 from asgi_llm_guard.control import Actor, Control
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.following import CHORE
-from asgi_llm_guard.testing import FrozenClock
+from asgi_llm_guard.identity import Identity
+from asgi_llm_guard.testing import FrozenClock, asgi_client
 
 pytestmark = pytest.mark.anyio
 
@@ -41,3 +44,36 @@ async def test_administered_quotas_hold_before_a_new_configuration_does(clock: F
         assert quota is not None
         assert quota.daily_cost == 0
         assert in_force[:1] == [False]
+
+
+async def listed(guard: Guard, route: str) -> tuple[list[str], list[str]]:
+    """The limits of a department, and those that a call of it by a route would claim on."""
+    call = guard.describe("openai/gpt-4o-mini")
+    standing = await guard.standing(Context(route=route, departments=("research",)), call)
+    return (
+        [meter.policy for meter, _ in await guard.meters_of("department", "research")],
+        [row.policy for row in standing.rows],
+    )
+
+
+async def test_limits_of_routes_that_are_no_more_are_not_shown() -> None:
+    """S7: what pages and callers are shown of limits goes by the routes in force, at once and once they were asked for."""
+    routes = [
+        Route("/x", extra=[Budget("$5/daily", per="department", name="of_x")]),
+        Route("/y", extra=[Budget("$6/daily", per="department", name="of_y")]),
+    ]
+    async with Guard([Iterations(50)], identity=lambda _: Identity(caller="ada")) as guard:
+        application: Any = GuardMiddleware(Starlette(), guard=guard, routes=routes)
+        assert await listed(guard, "/x") == (["of_x", "of_y"], ["of_x"])
+
+        for _ in range(2):
+            guard.replace(routes=[Route("/x"), routes[1]])
+            assert await listed(guard, "/x") == (["of_y"], [])
+            assert await listed(guard, "/y") == (["of_y"], ["of_y"])
+            async with asgi_client(application) as client:
+                await client.post("/y")
+            assert await listed(guard, "/y") == (["of_y"], ["of_y"])
+
+        guard.replace(routes=[])
+        with pytest.raises(ConfigurationError, match="no policy counts per 'department'"):
+            await listed(guard, "/y")
