@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 
 from asgi_llm_guard.claims import Bundle, Claim, Granted, Meter, Rule, Settlement, Unit, meter_key
-from asgi_llm_guard.storage.cells import State, reserve, settle
+from asgi_llm_guard.storage.cells import reserve, settle
 from asgi_llm_guard.storage.counting import Cell
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers, MemoryStorage
+from asgi_llm_guard.storage.state import State
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Calendar, Lifetime, Rolling, Sliding, Slots, Window
 

@@ -168,7 +168,7 @@ async def measure(server: RedisServer, rounds: int, operations: int) -> None:
     heart = loop.create_task(_beat(storage))
     _, bare = await loop.create_connection(Bare, server.host, server.port)
     floor = Floor(bare, namespace)
-    floor.head = storage.reserve_arguments([])
+    floor.head = storage._namespace.reserve_arguments([])  # noqa: SLF001 - just what the storage itself says
     client = redis.asyncio.Redis.from_url(server.url, protocol=2, max_connections=100)
 
     async def plain() -> Any:

@@ -21,7 +21,7 @@ LAYERS = {
     "values": "errors clock context claims windows money decision usage events",
     "drivers": "sql",
     "protocols": "storage.base storage.entries storage.shared storage.streams policies.base identity.base",
-    "rules": "agents charge control.changes control.data control.numbers control.state control.values denials describe estimate gaps idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
+    "rules": "agents charge control.changes control.data control.numbers control.state control.values denials describe estimate gaps idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting storage.mistakes storage.releasing storage.state storage.taking stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
     "policies": "policies",
     "adapters": "control identity ledger storage telemetry",
     "engine": "active_call admission attempts background cache chores claimed configuration engine exchange following guard guard_arguments halting moment open_admissions opening operating replays scope signals standing streams",

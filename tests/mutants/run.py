@@ -65,6 +65,9 @@ _STORAGE = (
 TARGETS = (
     Target(module="asgi_llm_guard.storage.cells", suites=_STORAGE),
     Target(module="asgi_llm_guard.storage.counting", suites=_STORAGE),
+    Target(module="asgi_llm_guard.storage.releasing", suites=_STORAGE),
+    Target(module="asgi_llm_guard.storage.state", suites=_STORAGE),
+    Target(module="asgi_llm_guard.storage.taking", suites=_STORAGE),
     Target(
         module="asgi_llm_guard.charge",
         suites=(("tests/mutants/test_plan.py", "tests/engine/test_charge.py"), ("tests/engine/test_outcomes.py",)),

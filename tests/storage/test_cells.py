@@ -12,9 +12,9 @@ from tests.storage.values import HOUR_MS, SECOND_MS, START_MS, WINDOWS, claim, d
 
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.storage import cells
-from asgi_llm_guard.storage.cells import Needs, State
 from asgi_llm_guard.storage.counting import Cell, Members, counts_until
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
+from asgi_llm_guard.storage.state import Needs, State
 from asgi_llm_guard.windows import BUCKET, CALENDAR, LIFETIME, ROLLING, SLIDING, Bucket, Distinct, Sliding, Window
 
 OWNERS = ("p1", "p2", "p3")

@@ -24,9 +24,9 @@ from tests.storage.values import (
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Reading, Settlement
 from asgi_llm_guard.storage import cells
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Storage
-from asgi_llm_guard.storage.cells import Needs, State
 from asgi_llm_guard.storage.counting import GRACE_MS
 from asgi_llm_guard.storage.memory import MemoryLedger, MemoryMembers
+from asgi_llm_guard.storage.state import Needs, State
 from asgi_llm_guard.testing import FrozenClock
 from asgi_llm_guard.windows import Bucket, Distinct, Rolling, Sliding, Slots
 

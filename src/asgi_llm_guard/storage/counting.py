@@ -1,4 +1,4 @@
-"""How one cell counts: what each kind of window does with it. Pure functions, as in `cells.py`, whose verbs use them.
+"""How one cell counts: what each kind of window does with it. Pure functions, as the verbs in `cells.py` that use them.
 
 What a cell's fields mean depends on its window:
 
@@ -10,7 +10,7 @@ What a cell's fields mean depends on its window:
 | `Slots` | 0, slots held | 0 | 0 |
 | `Distinct` | has no cell: its ids are `Members` | | |
 
-The usual cases of taking and giving back are not here but in the loops of `cells.py`, which are hot.
+The usual cases of taking and giving back are not here but in the loops of `taking.py` and `releasing.py`, which are hot.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ import msgspec
 
 from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Receipt, Rule, Unit
 from asgi_llm_guard.errors import GuardError, StorageError
-from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
 from asgi_llm_guard.storage.counting import Cell
+from asgi_llm_guard.storage.state import Hold, Owner, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 

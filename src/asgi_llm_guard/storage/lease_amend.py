@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Receipt, Refused
 from asgi_llm_guard.errors import DataLost
-from asgi_llm_guard.storage.lease_book import Lease, claimed_twice, lower
+from asgi_llm_guard.storage.lease_book import Lease, lower
 from asgi_llm_guard.storage.lease_calls import Call, Calls, Change, Fetch, Gone, refused_states
 from asgi_llm_guard.storage.lease_chunks import Chunks
+from asgi_llm_guard.storage.mistakes import claimed_twice
 
 __all__ = ["Amending"]
 

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from typing import Any, Final, cast
 
 from asgi_llm_guard.claims import Claim, Meter, Receipt, Settlement
+from asgi_llm_guard.storage.mistakes import claimed_twice
 from asgi_llm_guard.windows import CALENDAR
 
-__all__ = ["WORTH", "Book", "Lease", "Slot", "claimed_twice", "lower"]
+__all__ = ["WORTH", "Book", "Lease", "Slot", "lower"]
 
 WORTH: Final = 4
 """A chunk is asked for only if it holds this many claims of the size that was last asked for."""
@@ -26,10 +27,6 @@ WORTH: Final = 4
 def lower(limit: int | None, other: int | None) -> bool:
     """Whether `limit` is the stricter one."""
     return limit is not None and (other is None or limit < other)
-
-
-def claimed_twice(key: str) -> ValueError:
-    return ValueError(f"two claims of one plan are on the meter {key!r}; merge them into one")
 
 
 class Lease:

@@ -22,6 +22,7 @@ from asgi_llm_guard.storage.lease_calls import (
     replayed,
 )
 from asgi_llm_guard.storage.lease_chunks import Chunks
+from asgi_llm_guard.storage.mistakes import called_twice, not_open
 
 __all__ = ["Reserving"]
 
@@ -132,16 +133,14 @@ class Reserving:
                 calls.append(known)
         if len(calls) < len(plan):
             missing = next(bundle.call_id for bundle in plan if bundle.call_id not in self._calls.known)
-            raise ValueError(
-                f"reserve: call ids are reserved together, but {missing!r} is not open and others of its plan are"
-            )
+            raise not_open(missing)
         return calls if any(call.inner for call in calls) else replayed(calls, now_ms)
 
     def _offer(self, owner: str, plans: Sequence[Plan], now_ms: int) -> list[Parts]:
         """Take from leases what they have, for each plan up to the first that needs nothing else."""
         first = plans[0]
         if len(first) > 1 and len({bundle.call_id for bundle in first}) < len(first):
-            raise ValueError("reserve: two bundles of one plan have the same call id")
+            raise called_twice()
         book = self._book
         slots = book.slots(owner)
         offers: list[Parts] = []

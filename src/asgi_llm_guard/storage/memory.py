@@ -18,7 +18,6 @@ from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.storage import cells as verbs
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Completed, Pending
-from asgi_llm_guard.storage.cells import Hold, Owner, State, Tombstone
 from asgi_llm_guard.storage.counting import Cell, copy, disposable
 from asgi_llm_guard.storage.entries import Bounds, check_space
 from asgi_llm_guard.storage.export import Snapshot, parse_lines, write_lines
@@ -27,6 +26,7 @@ from asgi_llm_guard.storage.memory_shared import MemoryShared
 from asgi_llm_guard.storage.memory_stream import Log, MemoryStream
 from asgi_llm_guard.storage.open_calls import newest, open_call
 from asgi_llm_guard.storage.shared import OpenCall
+from asgi_llm_guard.storage.state import Hold, Owner, State, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["MAX_RECORDS", "MemoryLedger", "MemoryMembers", "MemoryStorage"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from asgi_llm_guard.claims import Claim
-from asgi_llm_guard.storage.cells import Hold
 from asgi_llm_guard.storage.shard_parts import call_of
 from asgi_llm_guard.storage.shared import OpenCall, OpenHold
+from asgi_llm_guard.storage.state import Hold
 
 __all__ = ["newest", "open_call", "open_holds_of", "whole_calls"]
 

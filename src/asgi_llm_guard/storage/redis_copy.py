@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import msgspec
 
-from asgi_llm_guard.storage.cells import Hold, Owner
 from asgi_llm_guard.storage.counting import GRACE_MS, Cell, counts_until, disposable
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.redis_codec import Codec, pack_text, write_record
 from asgi_llm_guard.storage.redis_link import Link
+from asgi_llm_guard.storage.state import Hold, Owner
 from asgi_llm_guard.windows import BUCKET, SLIDING, SLOTS
 
 __all__ = ["Copy"]

@@ -7,13 +7,13 @@ from typing import Any, Final, cast
 
 from asgi_llm_guard.claims import Receipt
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.storage.cells import Hold, Tombstone
 from asgi_llm_guard.storage.open_calls import newest, open_call
 from asgi_llm_guard.storage.redis_codec import read_record
 from asgi_llm_guard.storage.redis_loops import Connected, Lanes
 from asgi_llm_guard.storage.redis_namespace import Namespace
 from asgi_llm_guard.storage.redis_scripts import HOLD
 from asgi_llm_guard.storage.shared import OpenCall
+from asgi_llm_guard.storage.state import Hold, Tombstone
 
 __all__ = ["Holds"]
 

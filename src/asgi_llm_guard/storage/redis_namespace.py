@@ -17,7 +17,7 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import DataLost
 from asgi_llm_guard.storage.redis_codec import Codec, Shape, pack_text
 from asgi_llm_guard.storage.redis_lane import Group
-from asgi_llm_guard.windows import DISTINCT, SLOTS
+from asgi_llm_guard.storage.releasing import overages_of, paired
 
 __all__ = ["Namespace"]
 
@@ -129,7 +129,8 @@ class Namespace:
                 overages = tuple(reply[2:]) or (0,) * reply[1]
                 if status == 4 and group.sent and settlement.record is not None:
                     # The try before this one was executed, and its answer lost: this is not somebody else's.
-                    status, overages = 1, _overages(settlement)
+                    status = 1
+                    overages = overages_of(settlement.receipts, paired(settlement.receipts, settlement.actuals))
                 group.replies[place] = Settled(settlement.call_id, cast("Any", _STATUS[status]), overages)
                 continue
             if status == 8:
@@ -175,16 +176,3 @@ class Namespace:
         elif epoch and epoch.split(b" ")[2] + b" " == self.epoch:  # another process has accepted the loss
             self.adopt(epoch)
             self.lost = None
-
-
-def _overages(settlement: Settlement) -> tuple[int, ...]:
-    """As the store would say them of a settlement whose receipts are to hand."""
-    if not settlement.actuals:
-        return (0,) * len(settlement.receipts)
-    actuals = (*settlement.actuals, *(None,) * len(settlement.receipts))
-    return tuple(
-        max(0, actual - receipt.claim.amount)
-        if actual is not None and receipt.taken and receipt.claim.meter.kind not in (SLOTS, DISTINCT)
-        else 0
-        for receipt, actual in zip(settlement.receipts, actuals, strict=False)
-    )

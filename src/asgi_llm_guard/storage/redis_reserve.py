@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 from asgi_llm_guard.claims import Bundle, Claim, Durable, Ended, Granted, Plan, Receipt, Refused
 from asgi_llm_guard.errors import DataLost, StorageError
+from asgi_llm_guard.storage.mistakes import called_twice, claimed_twice, no_member, no_plan, not_open
 from asgi_llm_guard.storage.redis_codec import Shape
 from asgi_llm_guard.storage.redis_hello import Greeting
 from asgi_llm_guard.storage.redis_holds import Holds
@@ -107,10 +108,7 @@ class Reserving:
             if code == 3:
                 return await self._replayed(lane, reply, now_ms)
             if code == 7:
-                raise ValueError(
-                    "reserve: call ids are reserved together, but "
-                    f"{plans[0][reply[1] - 1].call_id!r} is not open and others of its plan are"
-                )
+                raise not_open(plans[0][reply[1] - 1].call_id)
             await self._prepare(lane, code, owner)
         raise StorageError("redis: the store keeps asking for the reservation once more; nothing was taken")
 
@@ -205,17 +203,14 @@ def _check(plans: Sequence[Plan]) -> None:
             claim without a member.
     """
     if not plans:
-        raise ValueError("reserve: expected at least one plan, got none")
+        raise no_plan()
     if len(plans[0]) > 1 and len({bundle.call_id for bundle in plans[0]}) < len(plans[0]):
-        raise ValueError("reserve: two bundles of one plan have the same call id")
+        raise called_twice()
     for plan in plans:
         keys = [claim.meter.key for bundle in plan for claim in bundle.claims]
         if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"two claims of one plan are on the meter {twice!r}; merge them into one")
+            raise claimed_twice(next(key for key in keys if keys.count(key) > 1))
         for bundle in plan:
             for claim in bundle.claims:
                 if claim.meter.kind == DISTINCT and claim.member is None:
-                    raise ValueError(
-                        f"{claim.meter.policy}: a claim on distinct ids names its id, got None (meter {claim.meter.key!r})"
-                    )
+                    raise no_member(claim.meter)

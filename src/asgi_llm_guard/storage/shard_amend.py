@@ -15,7 +15,7 @@ import msgspec
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Receipt, Refused
 from asgi_llm_guard.errors import DataLost, StorageError
 from asgi_llm_guard.storage.base import Storage
-from asgi_llm_guard.storage.lease_book import claimed_twice
+from asgi_llm_guard.storage.mistakes import claimed_twice
 from asgi_llm_guard.storage.shard_asking import Shards
 from asgi_llm_guard.storage.shard_calls import Calls, Group, Held
 from asgi_llm_guard.storage.shard_parts import Part, cut, exact, not_taken, union

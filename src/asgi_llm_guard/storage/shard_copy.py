@@ -12,11 +12,11 @@ from typing import Any, Final
 import msgspec
 
 from asgi_llm_guard.claims import Receipt
-from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.shard_asking import Shards
 from asgi_llm_guard.storage.shard_calls import Group, Held
 from asgi_llm_guard.storage.shard_parts import Place
+from asgi_llm_guard.storage.state import Hold, Owner, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 
 __all__ = ["cut_up", "merge"]

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from asgi_llm_guard.claims import Claim, Meter, Receipt, Rule, Unit
-from asgi_llm_guard.storage.cells import Hold
+from asgi_llm_guard.storage.state import Hold
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 

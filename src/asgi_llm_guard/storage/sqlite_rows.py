@@ -24,7 +24,6 @@ from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage import cells
-from asgi_llm_guard.storage.cells import Hold, Needs, Owner, State, Tombstone
 from asgi_llm_guard.storage.counting import GRACE_MS, disposable
 from asgi_llm_guard.storage.sqlite_codec import HoldCodec
 from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
@@ -52,6 +51,7 @@ from asgi_llm_guard.storage.sqlite_tables import (
     write_rows,
 )
 from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
+from asgi_llm_guard.storage.state import Hold, Needs, Owner, State, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.usage_rows import row_of_record
 

@@ -12,10 +12,10 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from asgi_llm_guard.errors import StorageError
-from asgi_llm_guard.storage.cells import Hold, Owner, Tombstone
 from asgi_llm_guard.storage.counting import Cell
 from asgi_llm_guard.storage.export import Snapshot
 from asgi_llm_guard.storage.sqlite_codec import HoldCodec
+from asgi_llm_guard.storage.state import Hold, Owner, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.usage_rows import LEDGER_COLUMNS, LEDGER_LIST, record_of_row, row_of_record
 
