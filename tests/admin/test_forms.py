@@ -14,10 +14,11 @@ import httpx2
 import pytest
 from tests.admin.kit import CALLER_KEY, NOW_MS, TOKENS, Desk, desk, hidden, options
 
-from asgi_llm_guard import Budget, Guard, RateLimit
+from asgi_llm_guard import Budget, Concurrency, Context, Guard, RateLimit
 from asgi_llm_guard.control import Actor, Control, ControlState, NewerRelease
 from asgi_llm_guard.identity.base import Identity, IdentityError, Scope
 from asgi_llm_guard.ledger import RefusalCount
+from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.storage.limits import LimitsStorage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import OutageStorage, asgi_client
@@ -308,6 +309,27 @@ async def test_callers_pages_while_the_store_is_away() -> None:
         head = await client.head("/", headers={"x-who": "mia", "accept": "text/html"})
         assert (head.status_code, head.content) == (200, b"")
         assert (await client.get("/static/admin.css")).status_code == 200
+    await guard.aclose()
+
+
+async def test_callers_read_their_limits_in_words() -> None:
+    """T15: on the callers' page money is rounded, with all of it beside it, numbers are grouped, and a limit without a window
+    says so."""
+    policies: list[Policy] = [Concurrency(4, per="caller"), Budget(["$5/daily", "2000000 tokens/daily"], per="caller")]
+    guard = Guard(policies, identity=_Strange())
+    async with asgi_client(guard.usage_app()) as client:
+        async with (
+            guard.open(Context(caller="mia")),
+            guard.call(model="openai/gpt-4o-mini", input_tokens=1_234, max_output_tokens=10),
+        ):
+            pass
+        text = (await client.get("/", headers={"x-who": "mia", "accept": "text/html"})).text
+        used = (await client.get("/v1/usage", headers={"x-who": "mia"})).json()["limits"][1]["remaining"]
+    assert "at the same time" in text
+    assert "when a call ends" in text
+    assert "None" not in text
+    assert f'title="${used}">$5.00</span>' in text
+    assert "2,000,000\N{NO-BREAK SPACE}tokens" in text
     await guard.aclose()
 
 

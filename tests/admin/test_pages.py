@@ -10,7 +10,8 @@ from typing import Final
 import pytest
 from tests.admin.kit import HOSTILE, NOW_MS, Desk, desk, fill, hidden, person, record
 
-from asgi_llm_guard import Context, LimitExceeded
+from asgi_llm_guard import Context, DepartmentQuota, LimitExceeded, Quota, QuotaBook
+from asgi_llm_guard.admin.desk import MOST_SUBJECTS
 from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.stops import Stop
@@ -113,6 +114,8 @@ async def test_the_overview(page: Desk) -> None:
         text,
     )
     assert text.count("<caption") == 2
+    scales = re.findall(r'<div class="scale" aria-hidden="true">(.*?)</div>', text)
+    assert [re.findall(r"<span>(.*?)</span>", scale) for scale in scales] == [["$0.02", "$0.01", "0"], ["1", "", "0"]]
     assert "research" in text
     assert (
         "too early"
@@ -197,6 +200,24 @@ async def test_the_page_of_a_department(page: Desk) -> None:
     assert "zoe" not in text
 
 
+async def test_users_without_a_name_are_their_callers(page: Desk) -> None:
+    """C9: what was called for no user stands under its caller among the users, in the order of cost."""
+    await fill(
+        page.guard,
+        [
+            record(1, user=None, caller="dear", cost_nanousd=9),
+            record(2, user="mia", cost_nanousd=5),
+            record(3, user=None, caller="cheap", cost_nanousd=1),
+            record(4, user=None, caller=None, cost_nanousd=0),
+        ],
+    )
+    text = (await page.client("viewer").get("/admin/department?name=research")).text
+    table = text.partition("<h2>Users</h2>")[2].partition("</section>")[0]
+    found = re.findall(r'data-label="User">(.*?)\s*<svg', table)
+    names = ["dear caller", "mia", "cheap caller", "no user"]
+    assert [re.sub(r"<[^>]*>", "", each) for each in found] == names
+
+
 async def test_live_sessions(page: Desk) -> None:
     """Sessions with open calls come first, with what they hold; each has a button that stops it, for operators."""
     await fill(page.guard, [record(1), record(2, session="old", at_ms=NOW_MS - 2 * 3_600_000)])
@@ -212,6 +233,133 @@ async def test_live_sessions(page: Desk) -> None:
     assert ">old<" not in text
     assert "held" in text
     assert ('value="busy"' in text, 'value="busy"' in seen) == (True, False)
+
+
+async def test_sessions_say_how_far_they_are(tmp_path: Path) -> None:
+    """B3, M13: a live session is shown with the iterations that are counted of it and its limit, which is the agent's where
+    it has one; open calls count."""
+    made = desk(tmp_path, agents={"crawler": {"max_iterations": 2}})
+    for caller, session, agent in (("a", "short", "crawler"), ("a", "short", "crawler"), ("b", "long", None)):
+        async with (
+            made.guard.open(Context(caller=caller, session=session, agent=agent)),
+            made.guard.call(model="openai/gpt-4o-mini", max_output_tokens=10),
+        ):
+            pass
+    async with (
+        made.guard.open(Context(caller="b", session="long")),
+        made.guard.call(model="openai/gpt-4o-mini", max_output_tokens=10),
+        made.guard.open(Context(caller="c")),
+        made.guard.call(model="openai/gpt-4o-mini", max_output_tokens=10),
+    ):
+        text = (await made.client("viewer").get("/admin/sessions")).text
+    rows = [re.sub(r"<[^>]*>| held", "", cell) for cell in re.findall(r'data-label="Iterations">(.*?)</td>', text)]
+    assert sorted(rows) == ["2 of 2", "2 of 25", "not counted"]
+    assert '<span class="warn">2</span> <span class="minor">of 2</span>' in text
+    await made.aclose()
+
+
+async def test_sessions_are_found(page: Desk) -> None:
+    """Live sessions are found by whose they are, and stand in the order that was asked for."""
+    await fill(
+        page.guard,
+        [
+            record(1, session="dear", cost_nanousd=10**10, caller="Anna", at_ms=NOW_MS - 9_000),
+            record(2, session="late", cost_nanousd=1, caller="ben", at_ms=NOW_MS - 1_000),
+            *(record(n, session="busy", cost_nanousd=2, agent="crawler", at_ms=NOW_MS - 5_000) for n in (3, 4)),
+        ],
+    )
+    client = page.client("viewer")
+
+    async def shown(query: str) -> list[str]:
+        text = (await client.get(f"/admin/sessions{query}")).text
+        return re.findall(r'data-label="Session"><bdi>(.*?)</bdi>', text)
+
+    assert await shown("") == await shown("?sort=odd") == ["late", "busy", "dear"]
+    assert await shown("?sort=cost") == ["dear", "busy", "late"]
+    assert await shown("?sort=calls") == ["busy", "late", "dear"]
+    assert await shown("?find=anna") == ["dear"]
+    assert await shown("?find=CRAWL&sort=cost") == ["busy"]
+    assert await shown("?find=research&sort=cost") == ["dear", "busy", "late"]
+    assert "No session of the last hour has" in (await client.get("/admin/sessions?find=nobody")).text
+
+
+async def test_more_sessions_than_are_shown(page: Desk) -> None:
+    """A hundred sessions are shown, and that there are more; each of them is found by its name."""
+    await fill(page.guard, [record(number, session=f"session-{number}") for number in range(101)])
+    client = page.client("viewer")
+    text = (await client.get("/admin/sessions")).text
+    assert (text.count('data-label="Session"'), "There are more." in text) == (100, True)
+    for number in range(101):
+        assert f"<bdi>session-{number}</bdi>" in (await client.get(f"/admin/sessions?find=session-{number}")).text
+
+
+async def test_quotas_of_code_and_files_are_seen_and_edited(page: Desk) -> None:
+    """C7: a department whose quota stands in code is listed before it has ever called; its form has what holds now, and what
+    is saved there holds instead until it is removed."""
+    client = await page.browser("admin")
+    listed = (await client.get("/admin/departments")).text
+    assert ">research</bdi></a>" in listed
+    assert "in code or a file" in listed
+    form = (await client.get("/admin/departments/edit?name=research")).text
+    assert "what code or a file says" in form
+    for field, value in (("daily_cost", "10.00"), ("monthly_cost", "100.00"), ("daily_tokens", "1,000,000")):
+        assert re.search(rf'name="{field}" value="{value}"', form), field
+    assert re.search(r'name="monthly_tokens.unlimited" value="1" checked', form)
+    assert re.search(r'name="models.unlimited" value="1" checked', form)
+    data = {
+        "form_token": hidden(form, "form_token"), "version": hidden(form, "version"), "name": hidden(form, "name"),
+        "daily_cost": "7", "monthly_cost.unlimited": "1", "daily_tokens.unlimited": "1",
+        "monthly_tokens.unlimited": "1", "models.unlimited": "1", "tz": "UTC", "reason": "less",
+    }  # fmt: skip
+    assert (await client.post("/admin/departments/edit", data=data)).status_code == 303
+    await page.guard.chores.run("control")
+    edited = (await client.get("/admin/departments/edit?name=research")).text
+    assert ("what code or a file says" not in edited, 'value="7.00"' in edited) == (True, True)
+    assert "in code or a file" not in (await client.get("/admin/departments")).text
+
+
+async def test_orders_of_departments(tmp_path: Path) -> None:
+    """Departments stand by cost, by how full their fullest limit is, or by name."""
+    book = QuotaBook({name: DepartmentQuota(daily_cost=cost) for name, cost in (("b", "1"), ("A", "9"), ("c", "5"))})
+    made = desk(tmp_path, policies=[Quota(book)])
+    await fill(made.guard, [record(1, departments=("c",)), record(2, departments=("A",), cost_nanousd=1)])
+    async with (
+        made.guard.open(Context(caller="x", departments=("b",))),
+        made.guard.call(model="openai/gpt-4o-mini", max_output_tokens=1_000),
+    ):
+        for query, order in (("", "cAb"), ("?sort=name", "Abc"), ("?sort=limit&range=7d", "bcA")):
+            text = (await made.client("viewer").get(f"/admin/departments{query}")).text
+            found = re.findall(r'data-label="Department"><a[^>]*><bdi>(.*?)</bdi>', text)
+            assert (found[0], sorted(found)) == (order[0], ["A", "b", "c"]), query
+            assert query != "?sort=name" or found == list(order)
+    await made.aclose()
+
+
+async def test_limits_that_were_not_looked_at_are_said(tmp_path: Path) -> None:
+    """Of more departments than are looked at, the page says how many it left out, and looks at those that cost most."""
+    book = QuotaBook({f"d{number:03}": DepartmentQuota(daily_cost="1") for number in range(MOST_SUBJECTS + 9)})
+    made = desk(tmp_path, policies=[Quota(book)], storage="memory://", ledger=f"sqlite:///{tmp_path}/ledger.db")
+    await fill(made.guard, [record(1, departments=("d208",))])
+    client = made.client("viewer")
+    overview = (await client.get("/admin/")).text
+    assert "9 more departments were not looked at" in overview
+    assert ">d208</bdi>" in overview.partition("Budgets and quotas")[2].partition("</section>")[0]
+    assert "Limits of 9 more were not looked at" in (await client.get("/admin/departments")).text
+    await made.aclose()
+
+
+async def test_refusals_that_are_not_counted_yet(page: Desk) -> None:
+    """Until the counts of all processes are in, the overview says that they are not, rather than that nothing was refused."""
+    client = page.client("viewer")
+    assert "Nothing was refused in this time" in (await client.get("/admin/")).text
+    with pytest.raises(LimitExceeded):
+        async with (
+            page.guard.open(Context(caller="service-a", departments=("unknown",))),
+            page.guard.call(model="openai/gpt-4o-mini", max_output_tokens=10),
+        ):
+            pass
+    text = (await client.get("/admin/")).text
+    assert ("Nothing was refused" not in text, "None is counted in this time yet" in text) == (True, True)
 
 
 async def test_refusals_are_explained(page: Desk) -> None:

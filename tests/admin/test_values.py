@@ -277,6 +277,15 @@ def test_the_latest_refusals_come_first() -> None:
     assert [told.policy for told in recent.latest(1)] == ["p4"]
 
 
+def test_a_little_is_not_nothing() -> None:
+    """What is less than a percent is said to be that; only nothing is 0 %."""
+    shares = [shown.percent(part, 1_000) for part in (0, 1, 9, 10, 999, 1_000, 99_999)]
+    assert [share.replace("\N{NO-BREAK SPACE}", " ") for share in shares] == [
+        "0 %", "< 1 %", "< 1 %", "1 %", "99 %", "100 %", "999 %",
+    ]  # fmt: skip
+    assert shown.percent(1, 0) == shown.percent(0, None) == ""
+
+
 def test_unknown_is_said() -> None:
     """What is not known is said to be unknown, in every form."""
     assert (shown.exact_usd(None), shown.count(None), shown.quantity(None, "tokens"), shown.instant(None, "UTC")) == (

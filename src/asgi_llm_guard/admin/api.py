@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET
 from starlette.responses import Response
 
-from asgi_llm_guard.admin import administer, gathered
+from asgi_llm_guard.admin import administer, gathered, live
 from asgi_llm_guard.admin.asked import Asked, ProblemError, converted, json_answer
 from asgi_llm_guard.admin.bodies import (
     AuditRow,
@@ -115,7 +115,7 @@ async def usage(asked: Asked) -> Response:
 async def limits(asked: Asked) -> Response:
     scope = asked.query.get("scope")
     if scope is None:
-        return json_answer([_budget(each) for each in await gathered.budgets(asked.desk)])
+        return json_answer([_budget(each) for each in (await gathered.budgets(asked.desk))[0]])
     try:
         found = await asked.desk.guard.meters_of(
             scope, asked.query.get("subject", ""), caller=asked.query.get("caller") or None
@@ -151,7 +151,7 @@ async def calls(asked: Asked) -> Response:
 
 
 async def sessions(asked: Asked) -> Response:
-    live, _ = await gathered.live_sessions(asked.desk)
+    found, _ = await live.live_sessions(asked.desk)
     return json_answer(
         [
             SessionRow(
@@ -165,7 +165,7 @@ async def sessions(asked: Asked) -> Response:
                 cost_usd=dollars(each.cost_nanousd),
                 open=each.open,
             )
-            for each in live
+            for each in found
         ]
     )
 

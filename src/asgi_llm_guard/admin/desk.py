@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from asgi_llm_guard.admin.budgets import Budget, budget_of
 from asgi_llm_guard.admin.options import AdminOptions
@@ -16,16 +16,25 @@ from asgi_llm_guard.control import Actor, AuditQuery, Control
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.ledger import Ledger
+from asgi_llm_guard.policies.base import DepartmentAware
 from asgi_llm_guard.standing import known_scopes
 from asgi_llm_guard.storage.shared import ListsCalls, OpenCall
 
-__all__ = ["MOST_OPEN", "Desk"]
+__all__ = ["MOST_OPEN", "MOST_SUBJECTS", "Desk"]
 
 _log = logging.getLogger("asgi_llm_guard")
 
 MOST_OPEN: Final = 1_000
-_MOST_SUBJECTS: Final = 200
+MOST_SUBJECTS: Final = 200
 _LEFT: Final = "logout"
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    """A book of quotas that can be read, as a `QuotaBook`."""
+
+    @property
+    def snapshot(self) -> tuple[int, Mapping[str, Any]]: ...
 
 
 class Desk:
@@ -107,10 +116,21 @@ class Desk:
         storage = self.guard.storage
         return await storage.open_calls(MOST_OPEN) if isinstance(storage, ListsCalls) else None
 
-    async def budgets(self, subjects: Iterable[tuple[str, str]]) -> list[Budget]:
-        """Every limit in money and tokens of these scopes and subjects, the fullest first."""
+    def quotas(self) -> Mapping[str, Any]:
+        """The quotas that hold now, each as a `DepartmentQuota`: what code, files and administration data say together."""
+        found: dict[str, Any] = {}
+        for policy in self.guard.policies:
+            if isinstance(policy, DepartmentAware) and isinstance(policy.book, _Readable):
+                for name, quota in policy.book.snapshot[1].items():
+                    found.setdefault(name, quota)
+        return found
+
+    async def budgets(self, subjects: Iterable[tuple[str, str]]) -> tuple[list[Budget], int]:
+        """Every limit in money and tokens of these scopes and subjects, the fullest first; and of how many subjects none
+        was looked at: of those after the first `MOST_SUBJECTS`."""
         scopes = known_scopes(self.guard.policies)
-        wanted = [each for each in dict.fromkeys(subjects) if each[0] in scopes][:_MOST_SUBJECTS]
+        wanted = [each for each in dict.fromkeys(subjects) if each[0] in scopes]
+        wanted, others = wanted[:MOST_SUBJECTS], wanted[MOST_SUBJECTS:]
         found = await asyncio.gather(*(self.guard.meters_of(scope, subject) for scope, subject in wanted))
         now_ms = self.now_ms
         budgets = [
@@ -119,4 +139,5 @@ class Desk:
             for meter, reading in each
             if (budget := budget_of(meter, reading, now_ms)) is not None
         ]
-        return sorted({budget.key: budget for budget in budgets}.values(), key=lambda budget: -budget.share)
+        unique = {budget.key: budget for budget in budgets}
+        return sorted(unique.values(), key=lambda budget: -budget.share), len(others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -17,9 +17,11 @@ from asgi_llm_guard.admin.cookies import clear_cookie, set_cookie
 from asgi_llm_guard.admin.kinds import EditedKind
 from asgi_llm_guard.admin.pages import done, page
 from asgi_llm_guard.admin.sessions import LOGIN_COOKIE, SESSION_COOKIE
-from asgi_llm_guard.control import Actor
+from asgi_llm_guard.control import Actor, Key
 from asgi_llm_guard.control.data import shown as shown_value
+from asgi_llm_guard.control.values import UNLIMITED
 from asgi_llm_guard.errors import StorageError
+from asgi_llm_guard.standing import known_scopes
 
 __all__ = [
     "edit",
@@ -140,10 +142,15 @@ def edit(kind: EditedKind) -> Handler:
         entry = None
         if name:
             entry = (await administer.control_of(asked).state()).of(kind.kind).get(name)
-        value = {} if entry is None else shown_value(entry.value)
-        if entry is None and kind.kind == "department":
-            value = {"tz": asked.desk.options.tz}
-        return _form(asked, kind, name, kind.shown(value), value, 0 if entry is None else entry.version)
+        if entry is not None:
+            value = shown_value(entry.value)
+            return _form(asked, kind, name, kind.shown(value), value, entry.version)
+        quota = asked.desk.quotas().get(name) if kind.kind == "department" else None
+        value = {"tz": asked.desk.options.tz} if kind.kind == "department" else {}
+        if quota is not None:  # what holds now, to be changed
+            limits = {field.name: getattr(quota, field.name) for field in kind.fields}
+            value = {field: UNLIMITED if limit is None else limit for field, limit in limits.items()}
+        return _form(asked, kind, name, kind.shown(value), value, 0, inherited=quota is not None)
 
     return run
 
@@ -197,6 +204,7 @@ def _form(
     problem: ProblemError | None = None,
     reason: str = "",
     status: int = 200,
+    inherited: bool = False,
 ) -> Response:
     unlimited = {field.name for field in kind.fields if field.unlimited and value.get(field.name) == "unlimited"}
     current = None if problem is None else problem.more.get("current")
@@ -211,6 +219,7 @@ def _form(
         unlimited=unlimited,
         version=version,
         problem=problem,
+        inherited=inherited,
         reason=reason,
         current=kind.shown(current) if isinstance(current, dict) else None,
         current_value=current,
@@ -234,6 +243,7 @@ async def raises(asked: Asked) -> Response:
         if state is None
         else [entry.value for entry in state.raises.values() if now_ms < entry.value.until_ms],
         policies=list(dict.fromkeys(policy.name for policy in asked.desk.guard.policies)),
+        scopes=known_scopes(asked.desk.guard.policies),
         wanted=asked.query,
         tz=asked.desk.options.tz,
     )
@@ -301,9 +311,14 @@ async def keys(asked: Asked) -> Response:
         "keys.html",
         active="keys",
         administered=state is not None,
-        keys=[] if state is None else [entry.value for entry in state.keys.values()],
+        keys=[] if state is None else _by_caller([entry.value for entry in state.keys.values()], asked.now_ms),
         tz=asked.desk.options.tz,
     )
+
+
+def _by_caller(keys: Sequence[Key], now_ms: int) -> list[Key]:
+    """Those that are over last."""
+    return sorted(keys, key=lambda key: (not key.is_active(now_ms), key.caller.casefold(), -key.created_ms))
 
 
 async def key_new(asked: Asked) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Final, Literal
 
@@ -12,7 +12,7 @@ import msgspec
 
 from asgi_llm_guard.admin import shown
 from asgi_llm_guard.admin.budgets import Budget
-from asgi_llm_guard.admin.charts import Bar
+from asgi_llm_guard.admin.charts import Bar, top_of
 from asgi_llm_guard.admin.desk import Desk
 from asgi_llm_guard.admin.periods import Period, slots
 from asgi_llm_guard.ledger import Amounts, RefusalQuery, UsageQuery, UsageReport
@@ -23,20 +23,20 @@ __all__ = [
     "Chart",
     "Group",
     "Held",
-    "LiveSession",
     "budgets",
     "by_month",
     "charts",
     "departments_known",
     "groups",
     "held",
-    "live_sessions",
+    "held_nanousd",
     "over_time",
+    "people",
     "refused_by_policy",
 ]
 
 _SINCE_MS: Final = 30 * 86_400_000
-_LIVE_MS: Final = 3_600_000
+_MOST_CALLED: Final = 500
 _MOST_COUNTS: Final = 1_000_000
 """Of refusals, each of one hour: what a month has at most, and a year as a rule."""
 
@@ -48,6 +48,8 @@ class Group(msgspec.Struct, frozen=True):
     amounts: Amounts
     share: int
     """Of the largest, in percent: how long its bar is."""
+    of: str = ""
+    """What the name is, where it is not what the table is of."""
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +61,8 @@ class Chart(msgspec.Struct, frozen=True, kw_only=True):
     series: tuple[Bar, ...]
     top: str
     """The largest value in words."""
+    scale: tuple[str, ...]
+    """What stands beside the chart: at its top, its middle and its bottom."""
     first: str
     last: str
 
@@ -72,24 +76,6 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this storage can tell."""
     more: bool = False
     """There are more than were counted."""
-
-
-class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session that made calls lately, or makes one."""
-
-    caller: str | None
-    session: str | None
-    user: str | None
-    agent: str | None
-    departments: tuple[str, ...]
-    first_ms: int
-    last_ms: int
-    calls: int
-    """Settled ones."""
-    cost_nanousd: int
-    unpriced: int
-    open: int
-    held_nanousd: int
 
 
 async def over_time(desk: Desk, period: Period, where: Mapping[str, str | None] | None = None) -> UsageReport | None:
@@ -122,10 +108,10 @@ def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Ch
         unfinished = start < period.until_ms < end
         spend.append(Bar(label, amounts.cost_nanousd, _cost_told(amounts), unfinished))
         calls.append(Bar(label, amounts.calls, f"{amounts.calls:,} calls", unfinished))
-    names = ("spend", "Spend", shown.money), ("calls", "Calls", shown.count)
+    names = ("spend", "Spend", shown.money, shown.money), ("calls", "Calls", shown.count, shown.compact)
     per = "hour" if period.unit == "hour" else "day"
     made = []
-    for (name, title, told_as), series in zip(names, (spend, calls), strict=True):
+    for (name, title, told_as, marked_as), series in zip(names, (spend, calls), strict=True):
         most = max((bar.value for bar in series), default=0)
         total = sum(bar.value for bar in series)
         made.append(
@@ -135,11 +121,18 @@ def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Ch
                 description=f"{told_as(total)} in {len(series)} {per}s; the most in one {per} is {told_as(most)}.",
                 series=tuple(series),
                 top=told_as(most),
+                scale=_scale(most, marked_as),
                 first=series[0].label if series else "",
                 last=series[-1].label if series else "",
             )
         )
     return made[0], made[1]
+
+
+def _scale(most: int, marked_as: Callable[[int], str]) -> tuple[str, ...]:
+    """Nothing in the middle where that is no whole number."""
+    top = top_of(most)
+    return marked_as(top).removesuffix(".00"), "" if top % 2 else marked_as(top // 2).removesuffix(".00"), "0"
 
 
 def _cost_told(amounts: Amounts) -> str:
@@ -188,6 +181,21 @@ async def groups(
     ]
 
 
+async def people(desk: Desk, period: Period, *, where: Mapping[str, str | None], limit: int = 8) -> Sequence[Group]:
+    """Which users have cost most. What was called for no user is shown by its caller."""
+    users = await groups(desk, period, "user", where=where, limit=limit + 1)
+    if any(row.name is None for row in users):
+        callers = await groups(desk, period, "caller", where={**where, "user": None}, limit=limit)
+        users = [row for row in users if row.name is not None]
+        users += [Group(row.name, row.amounts, 0, "" if row.name is None else "caller") for row in callers]
+        users.sort(key=lambda row: -row.amounts.cost_nanousd)
+    most = max((row.amounts.cost_nanousd for row in users), default=0)
+    return [
+        Group(row.name, row.amounts, row.amounts.cost_nanousd * 100 // most if most else 0, row.of)
+        for row in users[:limit]
+    ]
+
+
 async def held(desk: Desk) -> Held:
     """What open calls of all processes hold.
 
@@ -198,10 +206,10 @@ async def held(desk: Desk) -> Held:
     if calls is None:
         return Held(calls=0, nanousd=0, known=False)
     drafts = [call for call in calls if call.draft is not None]
-    return Held(calls=len(drafts), nanousd=sum(map(_held_nanousd, drafts)), known=True, more=len(calls) >= 1_000)
+    return Held(calls=len(drafts), nanousd=sum(map(held_nanousd, drafts)), known=True, more=len(calls) >= 1_000)
 
 
-def _held_nanousd(call: OpenCall) -> int:
+def held_nanousd(call: OpenCall) -> int:
     """The dearest of its money holds: each of them is the same money."""
     return max((hold.amount for hold in call.held if hold.unit == "nanousd"), default=0)
 
@@ -218,16 +226,18 @@ async def refused_by_policy(desk: Desk, period: Period) -> Sequence[tuple[str, s
 
 
 async def departments_known(desk: Desk) -> list[str]:
-    """Departments that have a quota, or have called within 30 days."""
-    names: dict[str, None] = {}
+    """Departments that have a quota, or have called within 30 days: those that have cost most first, then the others by
+    name."""
+    quotas = set(desk.quotas())
     if desk.control is not None:
-        names |= dict.fromkeys((await desk.control.state()).departments)
-    names |= dict.fromkeys(await _called(desk, "department"))
-    return sorted(names)
+        quotas |= set((await desk.control.state()).departments)
+    called = await _called(desk, "department")
+    return [*called, *sorted(quotas - set(called), key=str.casefold)]
 
 
-async def budgets(desk: Desk) -> list[Budget]:
-    """The limits in money and tokens of everything together, of providers, and of departments."""
+async def budgets(desk: Desk) -> tuple[list[Budget], int]:
+    """The limits in money and tokens of everything together, of providers, and of departments, as `Desk.budgets` gives
+    them."""
     providers, departments = await asyncio.gather(_called(desk, "provider"), departments_known(desk))
     subjects: Iterable[tuple[str, str]] = (
         ("global", ""),
@@ -238,64 +248,14 @@ async def budgets(desk: Desk) -> list[Budget]:
 
 
 async def _called(desk: Desk, by: Literal["department", "provider"]) -> list[str]:
+    """By cost, the most first."""
     if desk.ledger is None:
         return []
     now_ms = desk.now_ms
     report = await desk.ledger.usage(
-        UsageQuery(since_ms=max(0, now_ms - _SINCE_MS), until_ms=now_ms + 1, by=(by,), limit=100)
+        UsageQuery(since_ms=max(0, now_ms - _SINCE_MS), until_ms=now_ms + 1, by=(by,), order="cost", limit=_MOST_CALLED)
     )
     return [name for row in report.rows if (name := row.key[0]) is not None]
-
-
-async def live_sessions(desk: Desk, *, limit: int = 200) -> tuple[list[LiveSession], bool]:
-    """Sessions with calls within the last hour, those with open calls first; and whether open ones can be told."""
-    calls = await desk.open_calls()
-    found: dict[tuple[str | None, str | None], LiveSession] = {}
-    if desk.ledger is not None:
-        for each in await desk.ledger.sessions(since_ms=max(0, desk.now_ms - _LIVE_MS), limit=limit):
-            found[each.caller, each.session] = LiveSession(
-                caller=each.caller,
-                session=each.session,
-                user=None,
-                agent=each.agent,
-                departments=each.departments,
-                first_ms=each.first_ms,
-                last_ms=each.last_ms,
-                calls=each.calls,
-                cost_nanousd=each.cost_nanousd,
-                unpriced=each.unpriced,
-                open=0,
-                held_nanousd=0,
-            )
-    for call in calls or ():
-        if call.draft is None:
-            continue
-        draft = call.draft
-        key = (draft.caller, draft.session)
-        known = found.get(key) or LiveSession(
-            caller=draft.caller,
-            session=draft.session,
-            user=draft.user,
-            agent=draft.agent,
-            departments=draft.departments,
-            first_ms=call.at_ms,
-            last_ms=call.at_ms,
-            calls=0,
-            cost_nanousd=0,
-            unpriced=0,
-            open=0,
-            held_nanousd=0,
-        )
-        found[key] = msgspec.structs.replace(
-            known,
-            user=known.user or draft.user,
-            last_ms=max(known.last_ms, call.at_ms),
-            first_ms=min(known.first_ms, call.at_ms),
-            open=known.open + 1,
-            held_nanousd=known.held_nanousd + _held_nanousd(call),
-        )
-    ordered = sorted(found.values(), key=lambda each: (-min(each.open, 1), -each.last_ms))
-    return ordered[:limit], calls is not None
 
 
 async def by_month(desk: Desk, period: Period, where: Mapping[str, str | None]) -> Chart | None:
@@ -329,6 +289,7 @@ async def by_month(desk: Desk, period: Period, where: Mapping[str, str | None]) 
         description=f"The most in one month is {shown.money(most)}.",
         series=tuple(series),
         top=shown.money(most),
+        scale=_scale(most, shown.money),
         first=series[0].label if series else "",
         last=series[-1].label if series else "",
     )

@@ -15,6 +15,7 @@ from asgi_llm_guard.admin import charts, shown
 from asgi_llm_guard.admin.asked import Asked
 from asgi_llm_guard.admin.budgets import window_told
 from asgi_llm_guard.admin.periods import Period
+from asgi_llm_guard.money import to_nano
 
 __all__ = ["STATIC", "done", "page", "write"]
 
@@ -67,6 +68,7 @@ def _environment() -> Environment:
         "compact": shown.compact,
         "quantity": _quantity,
         "short": _short,
+        "told": _told,
         "id": _id,
         "lasting": shown.length,
         "cut": shown.cut,
@@ -145,6 +147,11 @@ def _short(amount: int, unit: str) -> Markup:
         return _quantity(amount, unit)
     exact, text = shown.quantity(amount, unit), f"{shown.compact(amount)} {unit}"
     return Markup('<span title="{}">{}</span>').format(exact, text)
+
+
+def _told(amount: str, unit: str) -> Markup:
+    """An amount of the callers' answer: US dollars, or a number of `unit`."""
+    return _money(to_nano(amount)) if unit == "usd" else escape(shown.quantity(int(amount), unit))
 
 
 def _id(text: str | None, most: int = 40) -> Markup:

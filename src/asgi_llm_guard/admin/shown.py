@@ -81,8 +81,12 @@ def quantity(amount: int | None, unit: str) -> str:
 
 
 def percent(part: int, whole: int | None) -> str:
-    """`42 %`; empty where there is nothing to take it of."""
-    return f"{min(999, part * 100 // whole)}\N{NO-BREAK SPACE}%" if whole else ""
+    """`42 %`, and `< 1 %` for what is not nothing; empty where there is nothing to take it of."""
+    if not whole:
+        return ""
+    if 0 < part * 100 < whole:
+        return "<\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}%"
+    return f"{min(999, part * 100 // whole)}\N{NO-BREAK SPACE}%"
 
 
 def instant(at_ms: int | None, tz: str, *, seconds: bool = False) -> str:

@@ -77,7 +77,7 @@ def _api() -> Iterator[Verb]:
     )  # fmt: skip
     yield Verb(
         method="GET", path="/api/v1/limits", role="viewer", kind="api", run=api.limits, gives=bodies.BudgetRow, gives_list=True,
-        told="Limits in money and tokens with what is left of them: of one scope and subject, or of all departments and providers.",
+        told="Limits in money and tokens with what is left of them: of one scope and subject, or of departments and providers: of the 200 that have cost most within 30 days.",
         params=(Param("scope", "`department`, `user`, …"), Param("subject", "Which one."), Param("caller", "Whose session.")),
     )  # fmt: skip
     yield Verb(
@@ -86,7 +86,7 @@ def _api() -> Iterator[Verb]:
     )  # fmt: skip
     yield Verb(
         method="GET", path="/api/v1/sessions", role="viewer", kind="api", run=api.sessions, gives=bodies.SessionRow,
-        gives_list=True, told="Sessions with calls within the last hour.",
+        gives_list=True, told="Sessions with calls within the last hour: the 200 latest, those with open calls first.",
     )  # fmt: skip
     yield Verb(
         method="GET", path="/api/v1/refusals", role="viewer", kind="api", run=api.refusals, gives=bodies.Refusals,

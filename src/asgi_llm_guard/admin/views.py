@@ -8,9 +8,10 @@ from typing import Final
 
 from starlette.responses import RedirectResponse, Response
 
-from asgi_llm_guard.admin import gathered
+from asgi_llm_guard.admin import gathered, live
 from asgi_llm_guard.admin.asked import Asked, ProblemError
 from asgi_llm_guard.admin.budgets import budget_of
+from asgi_llm_guard.admin.deeds import UNSAID, deed
 from asgi_llm_guard.admin.pages import STATIC, page
 from asgi_llm_guard.admin.periods import RANGES, Period, read_period
 from asgi_llm_guard.control import AuditQuery
@@ -23,6 +24,7 @@ __all__ = ["audit", "department", "departments", "file", "health", "overview", "
 _log = logging.getLogger("asgi_llm_guard")
 
 _LATEST: Final = 50
+_LIVE: Final = 100
 _AUDIT_PAGE: Final = 100
 _YEAR_MS: Final = 335 * 86_400_000  # with the month that it falls into, the twelve latest
 
@@ -33,7 +35,7 @@ def period_of(asked: Asked, default: str = "24h") -> Period:
 
 async def overview(asked: Asked) -> Response:
     desk, period = asked.desk, period_of(asked)
-    report, by_department, by_model, now_held, refused, limits = await asyncio.gather(
+    report, by_department, by_model, now_held, refused, (limits, left_out) = await asyncio.gather(
         gathered.over_time(desk, period),
         gathered.groups(desk, period, "department"),
         gathered.groups(desk, period, "model"),
@@ -57,6 +59,8 @@ async def overview(asked: Asked) -> Response:
         refused=refused,
         refused_count=sum(count for _, code, count in refused if code != SHADOW),
         budgets=limits,
+        left_out=left_out,
+        recent=len(desk.recent.latest(1)),
         health=desk.guard.health(),
     )
 
@@ -68,8 +72,16 @@ async def departments(asked: Asked) -> Response:
     )
     state = None if desk.control is None else await desk.control.state()
     by_name = {group.name: group for group in used}
-    names = sorted({*names, *(name for name in by_name if name is not None)})
-    limits = await desk.budgets(("department", name) for name in names)
+    names = list(dict.fromkeys([*(name for name in by_name if name is not None), *names]))  # the dearest first
+    limits, left_out = await desk.budgets(("department", name) for name in names)
+    budgets = {name: [budget for budget in limits if budget.subject == name] for name in names}
+    order = asked.query.get("sort")
+    if order == "name":
+        names.sort(key=str.casefold)
+    elif order == "limit":
+        names.sort(key=lambda name: -max((budget.share for budget in budgets[name]), default=-1))
+    else:
+        order = "cost"
     return page(
         asked,
         "departments.html",
@@ -79,8 +91,11 @@ async def departments(asked: Asked) -> Response:
         names=names,
         used=by_name,
         nobody=by_name.get(None),
-        budgets={name: [budget for budget in limits if budget.subject == name] for name in names},
+        budgets=budgets,
+        order=order,
+        left_out=left_out,
         quotas={} if state is None else state.departments,
+        elsewhere=desk.quotas(),
         administered=state is not None,
     )
 
@@ -94,10 +109,10 @@ async def department(asked: Asked) -> Response:
     # Whole months, so that each bar is what the month has cost.
     first_ms, _ = Calendar("month", period.tz).bounds(min(asked.now_ms - _YEAR_MS, period.since_ms))
     months = Period(name="custom", since_ms=max(0, first_ms), until_ms=period.until_ms, tz=period.tz)
-    report, models, users, agents, limits, monthly = await asyncio.gather(
+    report, models, users, agents, (limits, _), monthly = await asyncio.gather(
         gathered.over_time(desk, period, where),
         gathered.groups(desk, period, "model", where=where),
-        gathered.groups(desk, period, "user", where=where),
+        gathered.people(desk, period, where=where),
         gathered.groups(desk, period, "agent", where=where),
         desk.budgets([("department", name)]),
         gathered.by_month(desk, months, where),
@@ -120,17 +135,25 @@ async def department(asked: Asked) -> Response:
         agents=agents,
         budgets=limits,
         quota=None if state is None else state.departments.get(name),
+        elsewhere=name in desk.quotas(),
         administered=state is not None,
     )
 
 
 async def sessions(asked: Asked) -> Response:
-    live, tells = await gathered.live_sessions(asked.desk)
+    find = asked.query.get("find", "").strip()
+    order: live.Order = next((each for each in live.ORDERS if each == asked.query.get("sort")), "last")
+    found, tells = await live.live_sessions(asked.desk, limit=_LIVE + 1, find=find, order=order)
+    found, more = found[:_LIVE], len(found) > _LIVE
     return page(
         asked,
         "sessions.html",
         active="sessions",
-        sessions=live,
+        sessions=list(zip(found, await live.iterated(asked.desk, found), strict=True)),
+        more=more,
+        find=find,
+        order=order,
+        orders=live.ORDERS,
         tells=tells,
         administered=asked.desk.control is not None,
         tz=asked.desk.options.tz,
@@ -168,10 +191,11 @@ async def audit(asked: Asked) -> Response:
         asked,
         "audit.html",
         active="audit",
-        entries=entries,
+        entries=None if entries is None else [(entry, deed(entry, desk.options.tz)) for entry in entries],
         actor=actor or "",
         target=target or "",
         most=_AUDIT_PAGE,
+        none_there=UNSAID,
         tz=asked.desk.options.tz,
     )
 
