@@ -99,3 +99,40 @@ async def test_a_limit_that_was_lowered_below_what_was_used(spent: Spent, lower:
     assert await spent.told() == expected
     assert not await spent.spend(500)
     assert await spent.told() == expected
+
+
+async def a_file_raises_it(spent: Spent) -> None:
+    spent.guard.replace(policies=[Budget("$20/daily", per="user")])
+
+
+async def a_quota_is_raised(spent: Spent) -> None:
+    await spent.control.put("department", "research", {"daily_cost": 20}, actor=ANNA)
+    await spent.guard.chores.run(FOLLOW)
+
+
+async def a_raise_begins(spent: Spent) -> None:
+    until_ms = spent.clock.now_ms() + 3_600_000
+    spent.guard.set_raises([Raise(policy="user_budget", unit="usd", amount=10, until_ms=until_ms)])
+
+
+@pytest.mark.parametrize("lift", [a_file_raises_it, a_quota_is_raised, a_raise_begins])
+async def test_a_limit_that_was_raised_is_told_of_anew(spent: Spent, lift: Callable[[Spent], Any]) -> None:
+    """S3: whoever raises a limit that is nearly used up hears of it again when that of the new limit is, once; and nothing
+    twice of the old one when that holds again."""
+    policy = "quota" if lift is a_quota_is_raised else "user_budget"
+    await (a_quota_is_lowered if lift is a_quota_is_raised else the_file_is_changed)(spent)
+    assert not await spent.spend(500)
+    before = await spent.told()
+    assert [alert[1] for alert in before] == [50, 80, 95]
+
+    await lift(spent)
+    assert await spent.spend(9_500)
+    new = (await spent.told())[len(before) :]
+    assert new == [(policy, at, 20 * DOLLAR, 19_400 * DOLLAR // 1_000) for at in (50, 80, 95)]
+    assert await spent.spend(100)
+    assert len(await spent.told()) == len(before) + len(new)
+
+    if lift is a_raise_begins:
+        spent.clock.advance(seconds=3_601)
+        assert not await spent.spend(1)
+        assert [alert[1:3] for alert in (await spent.told())[len(before) + len(new) :]] == [(100, 10 * DOLLAR)]

@@ -111,6 +111,11 @@ class BurnRate:
 AlertRule = Threshold | BurnRate
 
 
+def level_of(percent: float, limit: int) -> int:
+    """What has to be used of a limit to cross so many percent of it."""
+    return math.ceil(percent * limit / 100)
+
+
 def crossed(level: int, percent: float, limit: int) -> bool:
     """Whether `level` is `percent` of the limit, or more."""
     return level * 100 >= percent * limit

@@ -10,7 +10,7 @@ Rule 3: nothing that may cross is dropped. Where the queue is full, the counters
 kept by themselves, each once, and read.
 
 Rule 4: what was crossed is told again until it was handled (`handled`), once per instance of the window, and once per
-length of the window where it has no instances.
+length of the window where it has no instances. Under another limit it is something else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from asgi_llm_guard.alerts.rules import AlertRule, BurnRate, Threshold, crossed, instance_of, is_fixed, period_ms
+from asgi_llm_guard.alerts.rules import (
+    AlertRule,
+    BurnRate,
+    Threshold,
+    crossed,
+    instance_of,
+    is_fixed,
+    level_of,
+    period_ms,
+)
 from asgi_llm_guard.claims import Meter, Reading, Receipt
 from asgi_llm_guard.events import Admission, Event, Expired, Refused, SettledCall
 
@@ -57,10 +66,10 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def what(self) -> tuple[str, float, int]:
-        """What was crossed, of the same meter: equal for rules that say the same."""
+        """What was crossed, of the same meter: equal for rules that say the same of the same limit."""
         if isinstance(self.rule, BurnRate):
             return "burn_rate", self.at, self.rule.window_ms
-        return self.rule.of, self.at, 0
+        return self.rule.of, self.at, level_of(self.at, self.meter.limit or 0)
 
 
 class _Rules(msgspec.Struct, frozen=True):
@@ -113,17 +122,16 @@ class _Entry:
         """Whether there is a threshold at or below all that is used or held, that was not told."""
         limit, level = self.meter.limit or 0, used + held
         return any(
-            crossed(level, at, limit) and self.told.get((rule.of, at, 0), 0) <= now_ms
+            crossed(level, at, limit) and self.told.get((rule.of, at, level_of(at, limit)), 0) <= now_ms
             for rule in self.rules.thresholds
             for at in rule.at
         )
 
     def was_lowered(self, used: int, now_ms: int) -> bool:
         """Whether less is used than something that was told of this instance stands for."""
-        limit = self.meter.limit or 0
         return any(
-            until_ms > now_ms and what in ("used", "held") and not crossed(used, at, limit)
-            for (what, at, _), until_ms in self.told.items()
+            until_ms > now_ms and what in ("used", "held") and used < level
+            for (what, _, level), until_ms in self.told.items()
         )
 
 
@@ -357,10 +365,12 @@ class Watch:
         for rule in entry.rules.thresholds:
             level = reading.used + (reading.held if rule.of == "held" else 0)
             for at in rule.at:
-                if crossed(level, at, meter.limit or 0) and entry.told.get((rule.of, at, 0), 0) <= now_ms:
-                    crossing = Crossing(
-                        meter=meter, rule=rule, at=at, reading=reading, instance=instance, until_ms=until_ms
-                    )
+                if not crossed(level, at, meter.limit or 0):
+                    continue
+                crossing = Crossing(
+                    meter=meter, rule=rule, at=at, reading=reading, instance=instance, until_ms=until_ms
+                )
+                if entry.told.get(crossing.what, 0) <= now_ms:
                     found.setdefault(crossing.what, crossing)
         return list(found.values())
 
