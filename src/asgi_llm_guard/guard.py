@@ -36,29 +36,31 @@ from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context, Target
 from asgi_llm_guard.denials import check_statuses
 from asgi_llm_guard.describe import Describer
+from asgi_llm_guard.draining import Draining
 from asgi_llm_guard.engine import Engine
 from asgi_llm_guard.engine.data_loss import OnDataLoss
-from asgi_llm_guard.errors import ConfigurationError, LimitExceeded, StorageError
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.estimate import Counter
 from asgi_llm_guard.events import Observer
+from asgi_llm_guard.filtering import under_budget
 from asgi_llm_guard.following import Follower
 from asgi_llm_guard.guard_arguments import (
     check_agents,
     check_extractor,
     check_one_of,
     check_resolver,
+    check_seconds,
     check_stream_rules,
     check_whole,
 )
+from asgi_llm_guard.guard_parts import bind_alerts, local_storage, open_control
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
 from asgi_llm_guard.learning import LearnedOutput
-from asgi_llm_guard.open_admissions import OpenAdmissions
 from asgi_llm_guard.opening import DRAINING, OpenAdmission, OpenAdmissionSync, OpenCall, OpenCallSync, new_call
 from asgi_llm_guard.operating import Operated
-from asgi_llm_guard.policies.base import DeploymentFilter, Policy
+from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.pricing import PriceBook
-from asgi_llm_guard.signals import Signals
 from asgi_llm_guard.storage import open_storage, with_leases
 from asgi_llm_guard.storage.base import KeepsLedger, Storage, Verbs
 from asgi_llm_guard.storage.streams import KeepsStreams
@@ -82,10 +84,6 @@ __all__ = ["DRAINING", "Guard", "OpenCall", "new_call"]
 
 _ASSUMED_INPUT_TOKENS: Final = 2_000
 _DRAIN_S: Final = 5.0
-_LONGEST_DRAIN_S: Final = 86_400
-_LAST_EVENTS_S: Final = 2.0
-"""How long what was ended is given to say so."""
-_NEVER_MS: Final = 100 * 366 * 86_400_000
 
 
 class Guard(Operated):
@@ -191,8 +189,7 @@ class Guard(Operated):
         if max_overage is not None:
             check_whole("max_overage", max_overage)
         check_stream_rules(streams)
-        if isinstance(hold_wait_s, bool) or not isinstance(hold_wait_s, (int, float)) or not 0 <= hold_wait_s <= 60:
-            raise ConfigurationError(f"hold_wait_s: expected seconds from 0 to 60, got {hold_wait_s!r}")
+        check_seconds("hold_wait_s", hold_wait_s, 60)
         self.clock = clock or SystemClock()
         self.max_body_bytes = max_body_bytes
         self.hooked = False
@@ -201,8 +198,6 @@ class Guard(Operated):
         """Paths at which `GuardMiddleware` lets probes pass, unless another route takes them: those of `health_app`."""
         self._routes: dict[str, tuple[Policy, ...]] = {}
         self._names: list[Callable[[str], Sequence[Target]]] = []
-        self._draining = False
-        self._signals: Signals | None = None
         registry = AgentRegistry(check_agents(agents))
         self._stored = open_storage(storage, clock=self.clock) if isinstance(storage, str) else storage
         self._engine = Engine(
@@ -220,7 +215,7 @@ class Guard(Operated):
             session_ttl_ms=duration_ms(session_ttl, name="session_ttl"),
             agents=registry,
             sources=session.names,
-            local_storage=_local_storage(self.clock),
+            local_storage=local_storage(self.clock),
             with_leases=partial(with_leases, clock=self.clock),
             on_data_loss=on_data_loss,
             approval_url=approval_url,
@@ -238,7 +233,7 @@ class Guard(Operated):
         """Answers that are kept; `None`: none are."""
         if self.cache is not None:
             self._engine.keep_answers(self.cache)
-        self.control = _control(control, self.clock)
+        self.control = open_control(control, self.clock)
         """Administration data; `None`: there are none."""
         self.follower = None if self.control is None else Follower(self.control, self._engine, registry)
         """Follows them, and puts them in force; `None`: there are none."""
@@ -247,11 +242,11 @@ class Guard(Operated):
             self._engine.bind(policies), identity, session, session is not DEFAULT_SESSION, streams or StreamRules()
         )
         """What requests, jobs and calls that begin now go by."""
-        self._open_admissions = OpenAdmissions(self._engine)
+        self._draining = Draining(self._engine)
         self._books: Bookkeeping | None = None
         self._attach(ledger, lazily=True)
         if alerts is not None:
-            _bind_alerts(alerts, self)
+            bind_alerts(alerts, self)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, watch: bool = False) -> Self:
@@ -351,13 +346,6 @@ class Guard(Operated):
         """Ask the storage through what `around` makes of it (to measure it); `None`: directly."""
         self._engine.store.measure(around)
 
-    def _asking(self) -> Context:
-        """Who asks where this code runs; nobody, outside of any request and job."""
-        scope = current_scope()
-        if scope is None:
-            return Context()
-        return (scope.admission if isinstance(scope, ActiveCall) else scope).context
-
     def current_ids(self) -> tuple[str | None, str | None]:
         """The ids of the request and of the call that this code runs in; `None`: it runs in none."""
         scope = current_scope()
@@ -370,7 +358,7 @@ class Guard(Operated):
     @property
     def open_admissions(self) -> int:
         """How many requests and jobs are open in this process."""
-        return len(self._open_admissions)
+        return len(self._draining.open)
 
     def describe(self, model: str, **described: Any) -> Call:
         """A call with its upper bounds of tokens and cost; see `Describer.describe` for the arguments."""
@@ -510,24 +498,7 @@ class Guard(Operated):
             LimitExceeded: none is left; names each provider's spend and limit, and the soonest reset.
             StorageError: the storage does not answer, and a budget says `on_outage="deny"`.
         """
-        kept: object = deployments
-        for policy in self.policies:
-            if isinstance(policy, DeploymentFilter):
-                candidates = policy.resolve(kept)
-                meters = policy.meters(candidates.providers)
-                try:
-                    readings = await self._engine.storage.read(list(meters.values()))
-                except StorageError:
-                    if any(meter.on_outage == "deny" for meter in meters.values()):
-                        raise
-                    continue  # what is left is not known; each call is decided on when it is made
-                limits = dict(zip(meters, self.raised(list(meters.values())), strict=True))
-                outcome = policy.eligible(candidates, dict(zip(meters, readings, strict=True)), limits)
-                denied = outcome.denied(self.clock.now_ms())
-                if denied is not None:
-                    raise LimitExceeded(self._engine.telling.denied(self._asking(), None, denied))
-                kept = outcome.deployments
-        return list(kept) if isinstance(kept, (list, tuple)) else [kept]
+        return await under_budget(self._engine, self.policies, deployments)
 
     # ------------------------------------------------------------------------------ lifetime
 
@@ -540,7 +511,7 @@ class Guard(Operated):
         """Whether calls are decided by the storage, and new ones are taken: for readiness probes. Administration data that
         were not loaded yet begin to be when this is asked."""
         loaded = self.follower is None or self.follower.loaded
-        return loaded and self._engine.store.available and not self._draining
+        return loaded and self._engine.store.available and not self._draining.begun
 
     def health(self) -> dict[str, object]:
         """What a readiness probe may show: no ids, no limits, no addresses.
@@ -555,7 +526,7 @@ class Guard(Operated):
         state = "failed" if store.state == "ok" and not store.available else store.state
         return {
             "ready": self.ready,
-            "draining": self._draining,
+            "draining": self._draining.begun,
             "storage": state,
             "since_ms": store.since_ms,
             "last_error": store.last_error,
@@ -635,45 +606,33 @@ class Guard(Operated):
     @property
     def draining(self) -> bool:
         """Whether new requests are refused because the service is going down."""
-        return self._draining
+        return self._draining.begun
 
     def track(self, admission: Admission) -> None:
         """Count `admission` as open until `untrack`. One that was still being granted as the service went down ends."""
-        self._open_admissions.add(admission)
-        if self._draining and admission.halted is None:
-            # Not `engine.refused`: most of them were not refused anything.
-            admission.halt(self._engine.telling.refuse(DRAINING, self.clock.now_ms()))
+        self._draining.track(admission)
 
     def untrack(self, admission: Admission) -> None:
         """The admission has ended."""
-        self._open_admissions.discard(admission)
+        self._draining.open.discard(admission)
 
     async def drain(self, timeout_s: float = _DRAIN_S) -> int:
         """Refuse new requests, wait up to `timeout_s` seconds for open ones, end and settle the rest.
 
-        Streams that are still running get their dialect's last event. Calls are charged for what has been seen of them. When it returns, this
-        process holds nothing, and everything is written. Gives the number of admissions that had to be
-        settled while they were still running.
+        Streams that are still running get their dialect's last event. Calls are charged for what has been seen of them.
+        When it returns, this process holds nothing, and everything is written. Gives the number of admissions that had
+        to be settled while they were still running.
         """
-        self._draining = True
-        left = 0
-        if not await self._open_admissions.wait(timeout_s) and timeout_s > 0:
-            left = self._open_admissions.halt(DRAINING)
-            await self._open_admissions.wait(_LAST_EVENTS_S)
-        left = max(left, self._open_admissions.abort())
-        await self._engine.heart.retire()
-        await self._engine.chores.flush()
-        return left
+        return await self._draining.drain(timeout_s)
 
     def resume(self) -> None:
         """Take new requests after a `drain`: the application starts again, as it does with every test client."""
-        self._draining = False
+        self._draining.begun = False
 
     def started(self) -> None:
         """The application is served now: chores begin, and signals are handled if they are to be."""
         self._engine.chores.begin()
-        if self._signals is not None:
-            self._signals.install()
+        self._draining.started()
 
     def install_signal_handlers(self, timeout_s: float = _DRAIN_S) -> None:
         """Drain at SIGTERM and SIGINT, together with whatever the server does then (`docs/operations.md`).
@@ -686,18 +645,7 @@ class Guard(Operated):
         Raises:
             ConfigurationError: not on the main thread, or the time is no number of seconds from 0.
         """
-        if (
-            isinstance(timeout_s, bool)
-            or not isinstance(timeout_s, (int, float))
-            or not 0 <= timeout_s <= _LONGEST_DRAIN_S
-        ):
-            raise ConfigurationError(
-                f"install_signal_handlers: expected seconds from 0 to {_LONGEST_DRAIN_S}, got {timeout_s!r}"
-            )
-        signals = Signals(lambda: self.drain(timeout_s))
-        if not signals.install():
-            raise ConfigurationError("install_signal_handlers: signals can be handled from the main thread only")
-        self._signals = signals
+        self._draining.handle_signals(timeout_s)
 
     async def aclose(self) -> None:
         """Drain without waiting, settle what the storage did not take before, and let go of the storage."""
@@ -713,30 +661,3 @@ class Guard(Operated):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
-
-
-# ------------------------------------------------------------------------------- arguments
-
-
-def _control(control: Control | str | None, clock: Clock) -> Control | None:
-    if not isinstance(control, str):
-        if control is not None and not callable(getattr(control, "prepare", None)):
-            raise ConfigurationError(f"control: expected a Control or the URL of its database, got {control!r}")
-        return control
-    from asgi_llm_guard.control.store import Control
-
-    return Control(control, clock=clock)
-
-
-def _bind_alerts(alerts: object, guard: Guard) -> None:
-    from asgi_llm_guard.alerts import Alerts
-
-    if not isinstance(alerts, Alerts):
-        raise ConfigurationError(f"alerts: expected Alerts(…), got {alerts!r}")
-    alerts.bind(guard)
-
-
-def _local_storage(clock: Clock) -> Callable[[], Storage]:
-    from asgi_llm_guard.storage.memory import MemoryStorage
-
-    return partial(MemoryStorage, clock=clock, lapse_ms=_NEVER_MS)

@@ -8,7 +8,15 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import MAX_AMOUNT
 from asgi_llm_guard.stream_rules import StreamRules
 
-__all__ = ["check_agents", "check_extractor", "check_one_of", "check_resolver", "check_stream_rules", "check_whole"]
+__all__ = [
+    "check_agents",
+    "check_extractor",
+    "check_one_of",
+    "check_resolver",
+    "check_seconds",
+    "check_stream_rules",
+    "check_whole",
+]
 
 
 def check_one_of(name: str, value: object, *allowed: str) -> None:
@@ -34,6 +42,11 @@ def check_extractor(name: str, value: object) -> None:
 def check_whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_AMOUNT:
         raise ConfigurationError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
+def check_seconds(name: str, value: object, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ConfigurationError(f"{name}: expected seconds from 0 to {most}, got {value!r}")
 
 
 def check_agents(agents: Mapping[str, Mapping[str, object]] | None) -> Mapping[str, Mapping[str, object]]:

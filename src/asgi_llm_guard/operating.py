@@ -13,12 +13,12 @@ from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.configuration import UNSET, Configuration, Unset, check_routes
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.draining import Draining
 from asgi_llm_guard.engine import Engine
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.guard_arguments import check_agents, check_extractor, check_resolver, check_stream_rules
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.extract import DEFAULT_SESSION, Extractor
-from asgi_llm_guard.open_admissions import OpenAdmissions
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.plan import ask
 from asgi_llm_guard.policies.base import AgentAware, Policy
@@ -39,7 +39,7 @@ class Operated:
     """What requests, jobs and calls that begin now go by."""
     _agents: AgentRegistry
     _engine: Engine
-    _open_admissions: OpenAdmissions
+    _draining: Draining
     _routes: dict[str, tuple[Policy, ...]]
 
     def _set_prices(self, prices: PriceBook) -> None:
@@ -181,7 +181,7 @@ class Operated:
 
         Nothing is refused afterwards: see `set_stops`.
         """
-        return self._open_admissions.stop(Stops((stop,)))
+        return self._draining.open.stop(Stops((stop,)))
 
     async def standing(self, context: Context, call: Call | None = None) -> Standing:
         """How somebody stands: every limit that a request of theirs, and with `call` such a call, would claim on, of the

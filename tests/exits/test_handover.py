@@ -149,7 +149,7 @@ async def test_task_lives_until_all_is_written(first: int) -> None:
     case.storage.letters[1 - first].write()
     await case.task
     assert await case.storage.open_holds() == 0
-    assert not case.guard._open_admissions
+    assert not case.guard.open_admissions
 
 
 async def test_task_of_an_unguarded_request_lives_as_long() -> None:

@@ -232,7 +232,7 @@ async def nothing_is_held(stage: Stage, when: str) -> None:
     assert (len(records), slots) == (iterations, 0), when
     assert sum(record.cost_nanousd or 0 for record in records) == nanousd, when
     assert {event.settled.status for event in stage.settlements.seen} <= {"settled"}, when
-    assert not stage.guard._open_admissions, when
+    assert not stage.guard.open_admissions, when
 
 
 # --------------------------------------------------------------------------------- clients

@@ -94,7 +94,7 @@ async def test_context_of_the_client(stage: Stage, way: Way, callable_: bool) ->
         (None, "measured")
     ]
     assert await stage.storage.open_holds() == 0
-    assert not stage.guard._open_admissions
+    assert not stage.guard.open_admissions
 
 
 async def test_refused_by_the_request_of_a_context(stage: Stage, way: Way) -> None:
@@ -106,13 +106,13 @@ async def test_refused_by_the_request_of_a_context(stage: Stage, way: Way) -> No
 
     assert statuses == [200, 429]
     assert await stage.storage.open_holds() == 0
-    assert not guard._open_admissions
+    assert not guard.open_admissions
 
 
 async def test_drained(stage: Stage, way: Way) -> None:
     """When the guard is drained, clients with a context are told to come back; open admissions go on."""
     async with hooked(stage, way, context=Context(caller="job")) as client, stage.guard.open(CONTEXT):
-        stage.guard._draining = True
+        stage.guard._draining.begun = True
         assert (await client.post(asked())).status_code == 200
     async with hooked(stage, way, context=Context(caller="job")) as client:
         response = await client.post(asked())
