@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from starlette.routing import Route as StarletteRoute
 from tests.admin.kit import CALLER_KEY, SECRET, TOKENS, Desk, hidden, options
 
 from asgi_llm_guard import Guard, GuardMiddleware, RateLimit, Route
+from asgi_llm_guard.doctor.application import examine_application
 from asgi_llm_guard.events import Admission, Event, Refused
 from asgi_llm_guard.identity import ApiKeys
 from asgi_llm_guard.identity.base import Identity
@@ -47,6 +49,31 @@ def _guard(**more: Any) -> tuple[Guard, list[Event]]:
     events: list[Event] = []
     guard = Guard([RateLimit("0/minute", per="global")], identity=_Everybody(), observers=[events.append], **more)
     return guard, events
+
+
+async def test_pages_in_an_included_router() -> None:
+    """The guard cannot see what is in a router that FastAPI includes, so it guards the pages there, too: the check of the
+    application says so, and how to mount them; mounted so, they are free and the check is silent."""
+    for how in ("in a router", "in the application"):
+        guard, _ = _guard()
+        app = FastAPI()
+        where = APIRouter() if how == "in a router" else app
+        where.mount("/admin", guard.admin_app(options()))
+        if isinstance(where, APIRouter):
+            app.include_router(where, prefix="/ops")
+        app.add_middleware(GuardMiddleware, guard=guard)
+        findings, paths = examine_application(app)
+        told = [finding for finding in findings if finding.code == "pages_in_router"]
+        path = "/ops/admin" if how == "in a router" else "/admin"
+        state = next(each.state for each in paths if each.path == path)
+        async with asgi_client(app) as client:
+            status = (await client.post(f"{path}/api/v1/stops", headers=_AUTH, json={})).status_code
+        if how == "in a router":
+            assert (state, status, [path in finding.seen for finding in told]) == ("guarded", 429, [True])
+            assert f'app.mount("{path}"' in told[0].next_step
+        else:
+            assert (state, status, told) == ("own", 422, [])
+        await guard.aclose()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,16 @@ def examine_application(app: object) -> tuple[list[Finding], list[GuardedPath]]:
         )
         for name in unwrapped(app)
     ]
+    findings += [
+        Finding(
+            severity="warning",
+            code="pages_in_router",
+            seen=f"the guard's own pages at {path} are in a router that is included, which a guard cannot look into: "
+            "limits count and refuse their requests as all others",
+            next_step=f'mount them in the application itself: app.mount("{path}", ...)',
+        )
+        for path in (_included_pages(inner, "") if guards else ())
+    ]
     findings += _unused_routes(guards, paths)
     return findings, paths
 
@@ -190,29 +200,56 @@ def _order(layers: Sequence[_Layer]) -> list[Finding]:
 # -------------------------------------------------------------------------------------- routes
 
 
-def _paths(app: object, around: Sequence[_Layer], prefix: str, depth: int = 0) -> Iterator[GuardedPath]:
+def _included_pages(app: object, prefix: str, depth: int = 0, *, included: bool = False) -> Iterator[str]:
+    """Where the guard's own pages are in a router that FastAPI includes, or in what is mounted there."""
     if depth > _DEPTH:
         return
     for route in getattr(app, "routes", None) or ():
-        path = prefix + str(getattr(route, "path", ""))
+        path, router = _path_of(route, prefix), _router_of(route)
+        if router is not None:
+            yield from _included_pages(router, path, depth + 1, included=True)
+        elif getattr(route, "endpoint", None) is None:
+            _, inner = _layers(getattr(route, "app", None))
+            if not type(inner).__module__.startswith(_OURS):
+                yield from _included_pages(inner, path, depth + 1, included=included)
+            elif included and not isinstance(inner, GatewayApp):
+                yield path
+
+
+def _router_of(route: object) -> object | None:
+    """The router that a route stands for: FastAPI keeps included ones whole."""
+    return getattr(route, "original_router", None)
+
+
+def _path_of(route: object, prefix: str) -> str:
+    return (
+        prefix + str(getattr(route, "path", "")) + str(getattr(getattr(route, "include_context", None), "prefix", ""))
+    )
+
+
+def _paths(
+    app: object, around: Sequence[_Layer], prefix: str, depth: int = 0, *, included: bool = False
+) -> Iterator[GuardedPath]:
+    if depth > _DEPTH:
+        return
+    for route in getattr(app, "routes", None) or ():
+        path, router = _path_of(route, prefix), _router_of(route)
         if getattr(route, "endpoint", None) is not None:
             yield _path(path, route, around)
             continue
-        router = getattr(route, "original_router", None)  # FastAPI keeps included routers whole
         if router is not None:
-            path += str(getattr(getattr(route, "include_context", None), "prefix", ""))
-            yield from _paths(router, around, path, depth + 1)
+            yield from _paths(router, around, path, depth + 1, included=True)
             continue
         layers, inner = _layers(getattr(route, "app", None))
         known = [*around, *layers]
         if isinstance(inner, GatewayApp):
             yield from _gateway_paths(inner, path)
             continue
-        if type(inner).__module__.startswith(_OURS):
+        if type(inner).__module__.startswith(_OURS) and not included:
             yield GuardedPath(path=path or "/", methods=(), state="own")
             continue
         if getattr(inner, "routes", None):
-            yield from _paths(inner, known, path, depth + 1)
+            yield from _paths(inner, known, path, depth + 1, included=included)
         else:
             yield _path(path, route, known)
 
