@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from tests.cli.kit import settings
 
 from asgi_llm_guard import Budget, Context, Guard, GuardMiddleware, Iterations, Quota, QuotaBook, Route
+from asgi_llm_guard.cli.serve import application
 from asgi_llm_guard.control import Actor, Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.following import CHORE
 from asgi_llm_guard.identity import Identity
+from asgi_llm_guard.settings.reload import CHORE as RELOAD
 from asgi_llm_guard.testing import FrozenClock, asgi_client
 
 pytestmark = pytest.mark.anyio
@@ -77,3 +81,36 @@ async def test_limits_of_routes_that_are_no_more_are_not_shown() -> None:
         guard.replace(routes=[])
         with pytest.raises(ConfigurationError, match="no policy counts per 'department'"):
             await listed(guard, "/y")
+
+
+ALERTING = """
+[[policies]]
+kind = "budget"
+limits = ["$5/1d"]
+per = "caller"
+name = "{name}"
+
+[[alerts.thresholds]]
+policy = "spending"
+
+[gateway]
+[[gateway.deployments]]
+provider = "openai"
+model_name = "gpt-4o-mini"
+api_key = "key-of-nobody"
+"""
+
+
+async def test_a_service_takes_no_file_over_that_it_would_not_start_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3: a changed file whose alerts are about a policy that is no more is refused by `serve`, as when it starts."""
+    file = settings(tmp_path, ALERTING.format(name="spending"))
+    monkeypatch.setenv("LLM_GUARD_CONFIG", str(file))
+    guard = application()._guard
+    async with guard:
+        file.write_text(file.read_text("utf-8").replace('name = "spending"', 'name = "renamed"'), "utf-8")
+        await guard.chores.run(RELOAD)
+        assert [policy.name for policy in guard.policies] == ["spending"]
+        with pytest.raises(ConfigurationError, match="there is no policy 'spending'"):
+            application()

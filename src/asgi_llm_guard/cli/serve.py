@@ -120,7 +120,7 @@ def application() -> Served:
         served.mount(settings.admin.path, guard.admin_app(build_admin_options(settings)))
     if settings.identity is not None:
         served.mount(_USAGE, guard.usage_app())
-    watch(guard, settings, gateway=gateway)
+    watch(guard, settings, gateway=gateway, check=check_alerts)
     if os.environ.get(_TELEMETRY):
         from asgi_llm_guard.telemetry import instrument
 

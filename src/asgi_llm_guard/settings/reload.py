@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_llm_guard.control.keys import ControlKeys
@@ -49,9 +49,17 @@ class Reload:
     Args:
         settings: what the guard was made from.
         gateway: whose deployments follow the file, too; without it, a change of `[gateway]` needs a new start.
+        check: raises `ConfigurationError` for what else must not be in them.
     """
 
-    def __init__(self, guard: Guard, settings: GuardSettings, *, gateway: Gateway | None = None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        settings: GuardSettings,
+        *,
+        gateway: Gateway | None = None,
+        check: Callable[[GuardSettings], object] | None = None,
+    ) -> None:
         if settings.file is None:
             raise ConfigurationError("watch: these settings were read from no file; use load_settings(path)")
         self.version = settings.content
@@ -60,6 +68,7 @@ class Reload:
         """Why what is in the files now does not hold; `None`: it does."""
         self._guard = guard
         self._gateway = gateway
+        self._check = check
         self._settings = settings
         self._seen = self.version
 
@@ -112,6 +121,8 @@ class Reload:
                 f"{settings.origin}: {', '.join(fixed)}: cannot change while the service runs; start it again, or take "
                 "the change back"
             )
+        if self._check is not None:
+            self._check(settings)
         return settings, build_replacement(settings, identity=not kept), build_then(settings)
 
     def _deployments(self, settings: GuardSettings) -> tuple[list[Deployment], list[str]]:
@@ -140,13 +151,19 @@ class Reload:
         )
 
 
-def watch(guard: Guard, settings: GuardSettings, *, gateway: Gateway | None = None) -> Reload:
+def watch(
+    guard: Guard,
+    settings: GuardSettings,
+    *,
+    gateway: Gateway | None = None,
+    check: Callable[[GuardSettings], object] | None = None,
+) -> Reload:
     """Have `guard` follow the files that `settings` were read from, as long as it is open (`docs/settings.md`).
 
     Raises:
         ConfigurationError: the settings were read from no file.
     """
-    reload = Reload(guard, settings, gateway=gateway)
+    reload = Reload(guard, settings, gateway=gateway, check=check)
     guard.chores.add(CHORE, EVERY_S, reload.check)
     return reload
 
