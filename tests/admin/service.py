@@ -51,7 +51,9 @@ def main() -> None:
     given.add_argument("--fd", type=int, required=True)
     told = given.parse_args()
     listener = socket.socket(fileno=told.fd)
-    config = uvicorn.Config(application(told.folder, told.base_url), log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        application(told.folder, told.base_url), log_level="warning", timeout_graceful_shutdown=2, timeout_keep_alive=75
+    )
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -308,7 +308,14 @@ async def serve(
     caller, ready, ended, stopping = asyncio.get_running_loop(), asyncio.Event(), Changes(), threading.Event()
 
     async def run(listener: socket.socket) -> None:
-        config: Any = uvicorn.Config(app, lifespan=lifespan, http=http, log_config=None, access_log=False)  # type: ignore[arg-type]
+        config: Any = uvicorn.Config(
+            app,
+            lifespan=lifespan,  # type: ignore[arg-type]
+            http=http,
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=75,  # longer than clients keep connections: none asks on one that is just being closed
+        )
         server = PromptServer(config, lambda: ended.until(stopping.is_set))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         # A few turns: the server offers a flag, and no event.

@@ -80,6 +80,7 @@ def main() -> None:
         lifespan=given.lifespan,
         timeout_graceful_shutdown=given.timeout_graceful_shutdown,
         access_log=False,
+        timeout_keep_alive=75,  # longer than clients keep connections: none asks on one that is just being closed
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=given.fd)])
 

@@ -145,7 +145,13 @@ async def serve(app: Any) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         # asyncio does so only for sockets that it makes; without it, answers of two writes take 40 ms longer.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=75,  # longer than clients keep connections: none asks on one that is just being closed
+        )
         server = PromptServer(config, told.wait)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not (server.started or serving.done()):  # noqa: ASYNC110 - the server offers a flag, and no event
