@@ -148,7 +148,7 @@ def test_drain_from_redis(tmp_path: Path, redis_server: RedisServer, namespace: 
 
     from asgi_llm_guard import Context, Guard, Usage
 
-    url = f"{redis_server.url}?namespace={namespace}"
+    url = f"{redis_server.url}?namespace={namespace}&timeout=10"
 
     async def calls() -> None:
         guard = Guard(storage=url)
@@ -176,11 +176,11 @@ def test_drain_follows_until_it_is_told(tmp_path: Path) -> None:
         [sys.executable, "-c", "from asgi_llm_guard.cli import main; main()", "ledger", "drain", "--follow", "--json"],
         cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as running:  # fmt: skip
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not _summed(tmp_path) and time.monotonic() < until and running.poll() is None:
             os.sched_yield()
         running.send_signal(signal.SIGTERM)
-        out, errors = running.communicate(timeout=30)
+        out, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (0, "")
     assert json.loads(out)["rolled_up"] == 5
 

@@ -17,7 +17,7 @@ def test_migrate_to_redis_and_back(tmp_path: Path, redis_server: RedisServer, na
     """S19: counters and records go from SQLite to Redis and on to another file; totals and digest are the same."""
     spent = fill(tmp_path, [Budget("$5/1d", per="user", name="budget")], calls=20)
     file = settings(tmp_path, BUDGET)
-    redis = f"{redis_server.url}?namespace={namespace}"
+    redis = f"{redis_server.url}?namespace={namespace}&timeout=10"
     there = document("migrate", "--to", redis, "--config", file)["copied"]
     assert (there["records"], there["cost_nanousd"], there["cells"]) == (20, spent, 4)
     back = document("migrate", "--from", redis, "--to", f"sqlite:///{tmp_path / 'other.db'}", "--config", file)[

@@ -30,7 +30,7 @@ async def guard(request: pytest.FixtureRequest, clock: FrozenClock, tmp_path: Pa
     storage: Storage
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
-        storage = RedisStorage(server.url, namespace=request.getfixturevalue("namespace"), clock=clock)
+        storage = RedisStorage(server.url, namespace=request.getfixturevalue("namespace"), clock=clock, timeout_s=10)
     else:
         storage = (
             MemoryStorage(clock=clock) if request.param == "memory" else SqliteStorage(tmp_path / "g.db", clock=clock)

@@ -660,7 +660,7 @@ async def test_other_stores_are_opened(address: str) -> None:
 async def test_a_store_that_hangs_is_an_error_within_the_timeout(own_redis: OwnRedis) -> None:
     """A call whose store does not answer is refused as unavailable, nothing is asked twice, and it goes on afterwards."""
     server = own_redis()
-    url = f"limits+{server.url}?timeout_s=0.05&prefix=p"
+    url = f"limits+{server.url}?timeout_s=1&prefix=p"
     async with Guard([RateLimit("3/minute", per="caller", on_outage="deny")], storage=url) as guard:
         async with guard.open(Context(caller="ada")):
             pass
@@ -668,7 +668,7 @@ async def test_a_store_that_hangs_is_an_error_within_the_timeout(own_redis: OwnR
         begun = time.monotonic()
         with pytest.raises(LimitExceeded) as raised:
             await guard.open(Context(caller="ada")).__aenter__()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
         assert raised.value.denied.code == "guard_unavailable"
         server.resume()
         storage = LimitsStorage(server.url, prefix="p", timeout_s=10)

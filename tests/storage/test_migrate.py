@@ -362,7 +362,7 @@ def test_wrong_urls_are_errors_and_make_no_file(source: str, target: str, messag
 async def test_a_file_is_copied_into_redis_and_back(tmp_path: Path) -> None:
     """URLs of different kinds do as well: nothing changes on the way from a file to Redis and into another file."""
     first, second = f"sqlite:///{tmp_path}/first.db", f"sqlite:///{tmp_path}/second.db"
-    between = f"{shared_redis().url}?namespace={unique_namespace()}"
+    between = f"{shared_redis().url}?namespace={unique_namespace()}&timeout=10"
     source = open_storage(first, clock=SystemClock())
     await take(source, "call", *each(5, "id"), draft=draft("call", cost=CENT))
     await source.aclose()

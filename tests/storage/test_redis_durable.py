@@ -24,7 +24,7 @@ async def test_a_replica_has_what_was_granted(own_redis: OwnRedis) -> None:
     master = own_redis()
     replica = own_redis(replica_of=master)
     wait_until(lambda: b"state=online" in master.call("INFO", "replication"), "the replica")
-    patient, storage = RedisStorage(master.url, timeout_s=20), RedisStorage(master.url, timeout_s=0.5)
+    patient, storage = RedisStorage(master.url, timeout_s=20), RedisStorage(master.url, timeout_s=1)
     try:
         assert isinstance(await ask(patient, "a", claim(money("replica"), 3)), Granted)
         assert replica.call("DBSIZE") > 0
@@ -44,7 +44,7 @@ async def test_the_disk_has_what_was_granted(own_redis: OwnRedis) -> None:
     """A claim on a `disk` meter waits for the append-only file; where there is none it is not granted."""
     with_file = own_redis(program="valkey", appendonly=True)
     without = own_redis(program="valkey")
-    kept, lost = RedisStorage(with_file.url, timeout_s=20), RedisStorage(without.url, timeout_s=0.5)
+    kept, lost = RedisStorage(with_file.url, timeout_s=20), RedisStorage(without.url, timeout_s=1)
     try:
         assert isinstance(await ask(kept, "a", claim(money("disk"), 3)), Granted)
         with_file.kill()

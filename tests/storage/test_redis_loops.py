@@ -101,7 +101,7 @@ def test_a_loop_that_is_merely_stopped_keeps_nobody_waiting(redis: RedisStorage)
 
 def test_a_loop_that_is_busy_keeps_others_waiting_for_a_moment_only(redis_server: RedisServer, namespace: str) -> None:
     """What a thread hands over while the only loop is busy with something else is settled before the next reserve."""
-    storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=0.5)
+    storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=1)
     busy, released = threading.Event(), threading.Event()
 
     async def main() -> None:

@@ -30,7 +30,7 @@ async def proxy(redis_server: RedisServer) -> AsyncIterator[FaultProxy]:
 @pytest.fixture
 async def redis(proxy: FaultProxy, namespace: str) -> AsyncIterator[RedisStorage]:
     """Has made all calls once, so that the server knows the scripts."""
-    storage = RedisStorage(proxy.url, namespace=namespace, timeout_s=0.4)
+    storage = RedisStorage(proxy.url, namespace=namespace, timeout_s=1)
     await take(storage, "warm", claim(BUDGET, 2))
     await storage.amend(ME, Bundle("warm", (claim(BUDGET, 1),)))
     await settle(storage, "warm", 0)
@@ -151,7 +151,7 @@ async def insist(storage: RedisStorage, settlement: Settlement) -> None:
 async def test_a_server_that_dies_in_the_midst_of_calls_forgets_nothing(own_redis: OwnRedis, how: str) -> None:
     """Two hundred cycles while a server with a file for each call is killed, ended or stopped: all are charged once."""
     server = own_redis(appendonly=True)
-    storage = RedisStorage(server.url, timeout_s=0.4)
+    storage = RedisStorage(server.url, timeout_s=1)
     await take(storage, "warm", claim(BUDGET, 1))
     await settle(storage, "warm", 0)
     started = asyncio.Event()

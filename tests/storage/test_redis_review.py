@@ -107,7 +107,7 @@ def test_a_busy_loop_keeps_others_waiting_once_however_much_it_has_handed_over(
     redis_server: RedisServer, namespace: str
 ) -> None:
     """What a busy loop has sent and not heard of is settled here after one timeout, not after one for each."""
-    timeout_s, many = 0.25, 20
+    timeout_s, many = 0.5, 40
     storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=timeout_s)
     busy, released = threading.Event(), threading.Event()
 
@@ -173,7 +173,7 @@ async def test_a_process_that_is_not_asked_is_ready_once_another_has_accepted_th
     redis_server: RedisServer, namespace: str
 ) -> None:
     """A balancer that leaves a process alone until it is ready hears of it by the next heartbeat, and not only by a call."""
-    guards = [Guard([Iterations(5)], storage=f"{redis_server.url}?namespace={namespace}") for _ in range(2)]
+    guards = [Guard([Iterations(5)], storage=f"{redis_server.url}?namespace={namespace}&timeout=10") for _ in range(2)]
     for guard in guards:
         async with guard.open(Context(caller="ada", session="s")), guard.call(model="m"):
             pass

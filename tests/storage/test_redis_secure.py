@@ -116,8 +116,8 @@ async def test_a_password_is_shown_nowhere(own_redis: OwnRedis, caplog: pytest.L
     secret = "s3cret-pa55word"
     server = own_redis(password=secret)
     shown: list[str] = []
-    right = RedisStorage(server.url, timeout_s=0.3)
-    wrong = RedisStorage(server.url.replace(secret, "wr0ng-pa55word"), timeout_s=0.3)
+    right = RedisStorage(server.url, timeout_s=2)
+    wrong = RedisStorage(server.url.replace(secret, "wr0ng-pa55word"), timeout_s=2)
     await take(right, "call", claim(meter(Slots())))
     for storage in (wrong, right):
         if storage is right:

@@ -28,7 +28,7 @@ async def proxy(redis_server: RedisServer) -> AsyncIterator[FaultProxy]:
 @pytest.fixture
 async def redis(proxy: FaultProxy, namespace: str) -> AsyncIterator[RedisStorage]:
     """Has made all three calls once, so that the scripts are known to the server."""
-    storage = RedisStorage(proxy.url, namespace=namespace)
+    storage = RedisStorage(proxy.url, namespace=namespace, timeout_s=10)
     await take(storage, "warm", claim(BUDGET, 2))
     await storage.amend(ME, Bundle("warm", (claim(BUDGET, 1),)))
     await settle(storage, "warm", 0)
@@ -39,7 +39,7 @@ async def redis(proxy: FaultProxy, namespace: str) -> AsyncIterator[RedisStorage
 @pytest.fixture
 async def witness(redis_server: RedisServer, namespace: str) -> AsyncIterator[RedisStorage]:
     """The same data, past the proxy."""
-    storage = RedisStorage(redis_server.url, namespace=namespace)
+    storage = RedisStorage(redis_server.url, namespace=namespace, timeout_s=10)
     yield storage
     await storage.aclose()
 

@@ -819,7 +819,7 @@ async def test_a_node_that_dies_leaves_nothing_held_on_the_others(namespace: str
     """A master that dies in the middle fails the calls that need it; once they are cancelled, nothing is held elsewhere."""
     with RedisCluster() as cluster:
         storage = open_storage(
-            f"{cluster.url}?timeout=0.5&namespace={namespace}&shard_by=caller&shards=8", clock=SystemClock()
+            f"{cluster.url}?timeout=2&namespace={namespace}&shard_by=caller&shards=8", clock=SystemClock()
         )
         assert isinstance(storage, ShardedStorage)
         meters = [subject("caller", f"team-{n}", 1_000) for n in range(40)]

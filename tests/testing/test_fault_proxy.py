@@ -130,7 +130,7 @@ def test_delays(client: Client, proxy: FaultProxy, way: str) -> None:
     replies = [client.hear(), client.hear()]
 
     assert replies == [b"PONG", b"PONG"]
-    assert 0.03 <= time.monotonic() - began < 3
+    assert 0.03 <= time.monotonic() - began < 5
 
 
 def test_dropped_replies(client: Client, proxy: FaultProxy, redis_server: RedisServer, namespace: str) -> None:

@@ -49,7 +49,7 @@ async def used_and_held(guard: Guard, policies: tuple[Policy, ...] = LIMITS) -> 
 async def test_killed_in_the_middle_of_the_load(own_redis: OwnRedis) -> None:
     """T21, C7: Redis is killed under load, and every call that reached the provider is in its ledger when it is back."""
     server = own_redis(appendonly=True)
-    storage = RedisStorage(server.url)
+    storage = RedisStorage(server.url, timeout_s=2)
     guard = new_guard(Budget("$100/1d", per="caller"), Iterations(1000), storage=storage)
     provider = Provider()
     app = guarded(provider, guard)
@@ -79,7 +79,7 @@ async def test_goes_on_without_redis(own_redis: OwnRedis) -> None:
     """A7: calls of before, during and after an outage of Redis are each charged once, and nobody waits for it meanwhile."""
     events: list[Event] = []
     server = own_redis(appendonly=True)
-    storage = RedisStorage(server.url)
+    storage = RedisStorage(server.url, timeout_s=2)
     guard = Guard(LIMITS, storage=storage, prices=PRICES, observers=[events.append])
     await one_call(guard)
     async with guard.open(CONTEXT), guard.call(**CALL) as before:
@@ -107,7 +107,7 @@ async def test_comes_back_empty(own_redis: OwnRedis) -> None:
     """A Redis that was killed without a disk is no fresh one: nothing is granted until it was told, or accepted."""
     events: list[Event] = []
     server = own_redis()
-    first, second = RedisStorage(server.url), RedisStorage(server.url)
+    first, second = RedisStorage(server.url, timeout_s=2), RedisStorage(server.url, timeout_s=2)
     rebuilding = Guard(LIMITS, storage=first, prices=PRICES, on_data_loss="rebuild", observers=[events.append])
     for _ in range(3):
         await one_call(rebuilding)

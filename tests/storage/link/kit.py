@@ -10,7 +10,7 @@ from typing import Any
 from asgi_llm_guard.storage.redis_address import Address
 from asgi_llm_guard.storage.redis_link import Link, LinkError, LinkState, Script
 
-PATIENT_S = 10.0
+PATIENT_S = 20.0
 """A timeout that only something that is broken reaches."""
 
 QUICK_S = 0.2

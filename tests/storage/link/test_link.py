@@ -9,7 +9,7 @@ import time
 import warnings
 
 import pytest
-from tests.servers import FaultProxy, OwnRedis, RedisServer
+from tests.servers import FaultProxy, OwnRedis, RedisServer, wait_until
 from tests.storage.link.kit import (
     COUNT,
     PATIENT_S,
@@ -308,13 +308,17 @@ async def test_a_reply_that_never_comes_fails_in_time(redis_server: RedisServer,
             await link.command("PING", timeout_s=PATIENT_S)
             proxy.to_client.drop = True
             begun = time.monotonic()
-            error = await outcome(link.submit(COUNT, key, [b"1"]))
+            call = link.submit(COUNT, key, [b"1"])
+            # Where the machine stands still, both times are over at once, and the call's comes first all the same.
+            in_time, _ = await asyncio.wait([call], timeout=2 * QUICK_S)
             took = time.monotonic() - begun
+            error = await outcome(call)
 
+    assert in_time
     assert isinstance(error, LinkError)
     assert error.sent
     assert "did not answer within 0.2 s" in str(error)
-    assert QUICK_S <= took < 2 * QUICK_S
+    assert took >= QUICK_S
 
 
 async def test_a_late_reply_is_not_taken_for_the_next_one(redis_server: RedisServer, key: bytes) -> None:
@@ -346,6 +350,11 @@ async def test_a_longer_timeout_is_for_one_call(redis_server: RedisServer, key: 
             assert await outcome(patient) == 2
 
 
+def await_count(server: RedisServer, key: bytes, count: int) -> None:
+    """Keep the event loop until the server has executed so many calls."""
+    wait_until(lambda: int(server.call("GET", key) or 0) >= count, f"{count} calls are executed")
+
+
 @pytest.mark.parametrize("loop_kind", ["asyncio", "uvloop"])
 def test_a_loop_that_was_kept_does_not_blame_the_server(redis_server: RedisServer, key: bytes, loop_kind: str) -> None:
     """Whoever keeps the event loop for longer than the timeout: replies that came meanwhile count as in time."""
@@ -355,11 +364,12 @@ def test_a_loop_that_was_kept_does_not_blame_the_server(redis_server: RedisServe
         changes = Changes()
         async with linked(redis_server.url, timeout_s=QUICK_S, failures=1, on_change=changes) as link:
             await link.command("PING", timeout_s=PATIENT_S)
-            for _ in range(3):
+            for turn in range(3):
                 before = link.submit(COUNT, key, [b"1"])
                 await asyncio.sleep(0)
                 time.sleep(1.5 * QUICK_S)  # noqa: ASYNC251 - it is what is tested
-                after = link.submit(COUNT, key, [b"1"])
+                await_count(redis_server, key, 2 * turn + 1)
+                after = link.submit(COUNT, key, [b"1"], timeout_s=PATIENT_S)
                 await asyncio.sleep(0)
                 assert [type(each) for each in await outcomes([before, after])] == [int, int]
             assert changes.told == []
@@ -405,7 +415,7 @@ async def test_a_refused_connection_is_surely_not_executed(own_redis: OwnRedis) 
     assert isinstance(error, LinkError)
     assert not error.sent
     assert f"{server.host}:{server.port} could not be reached" in str(error)
-    assert time.monotonic() - begun < PATIENT_S / 2
+    assert time.monotonic() - begun < PATIENT_S
 
 
 async def test_calls_wait_no_longer_than_their_timeout_for_a_connection(redis_server: RedisServer) -> None:

@@ -16,10 +16,18 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-def own_sentinel() -> Iterator[RedisSentinel]:
-    """For this file, which has its master changed."""
+def sentinel_of_this_file() -> Iterator[RedisSentinel]:
     with RedisSentinel(password="of-the-data") as sentinel:
         yield sentinel
+
+
+@pytest.fixture
+def own_sentinel(sentinel_of_this_file: RedisSentinel) -> RedisSentinel:
+    """For this file, which has its master changed: what a test has killed runs again for the next one."""
+    for node in sentinel_of_this_file.nodes:
+        if not node.running:
+            node.start()
+    return sentinel_of_this_file
 
 
 async def test_finds_the_master(own_sentinel: RedisSentinel) -> None:
