@@ -22,7 +22,8 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from asgi_llm_guard.storage.breaker import Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
-from asgi_llm_guard.storage.redis_node import Expiry, Node, overdue
+from asgi_llm_guard.storage.redis_expiry import Expiry, overdue
+from asgi_llm_guard.storage.redis_node import Node
 from asgi_llm_guard.storage.redis_wire import Call, LinkError, ServerError, ask_once
 
 __all__ = ["Cluster", "key_slot"]

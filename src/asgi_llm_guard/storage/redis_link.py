@@ -18,8 +18,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 from asgi_llm_guard.storage.breaker import FAILURES, Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
+from asgi_llm_guard.storage.redis_answers import info_fields, version_of
 from asgi_llm_guard.storage.redis_cluster import Cluster, key_slot
-from asgi_llm_guard.storage.redis_node import Expiry, Node, info_fields, version_of
+from asgi_llm_guard.storage.redis_expiry import Expiry
+from asgi_llm_guard.storage.redis_node import Node
 from asgi_llm_guard.storage.redis_sentinel import Sentinels
 from asgi_llm_guard.storage.redis_wire import Call, LinkError, Trailing, pack
 

@@ -16,107 +16,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, Final, Protocol
 
 from asgi_llm_guard.storage.breaker import Breaker
 from asgi_llm_guard.storage.redis_address import Address, Endpoint
+from asgi_llm_guard.storage.redis_answers import MAX_TRIES, see_fit, translated
+from asgi_llm_guard.storage.redis_expiry import Expiry, overdue
 from asgi_llm_guard.storage.redis_wire import Call, Internal, LinkError, ServerError, Wire, ask, fail, open_wire, pack
 
-__all__ = ["MAX_TRIES", "Expiry", "Node", "Redirects", "info_fields", "overdue", "version_of"]
+__all__ = ["Node", "Redirects"]
 
 logger = logging.getLogger("asgi_llm_guard.storage")
 
-MAX_TRIES: Final = 5
-"""A call that is sent back so often is not sent again."""
-
 _SHORT_LIFE_S: Final = 1.0
-_GRAIN_S: Final = 0.01
-_ALL: Final = -1
-
-# The server refused these before anything was executed, or at the first write of the script.
-_NOT_EXECUTED: Final = frozenset(
-    {
-        "ASK", "BUSY", "CLUSTERDOWN", "CROSSSLOT", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOAUTH", "NOPERM",
-        "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN",
-    }
-)  # fmt: skip
 
 # After these the address is looked up anew: the server is not, or no longer, the one that takes writes.
 _LOOK_AGAIN: Final = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "READONLY"})
-
-_NEXT_STEPS: Final[Mapping[str, str]] = {
-    "ASK": "the server belongs to a cluster: write redis+cluster:// in the URL",
-    "BUSY": "a script of somebody keeps the server; see SCRIPT KILL",
-    "CLUSTERDOWN": "the cluster does not serve this slot; see CLUSTER INFO",
-    "CROSSSLOT": "the keys of one call are in several slots; give the namespace one hash tag",
-    "LOADING": "the server is reading its data set; it is asked again",
-    "MASTERDOWN": "the replica has lost its master; the master is looked up again",
-    "MISCONF": "the server cannot save its data set and refuses writes; see its log and disk",
-    "MOVED": "the server belongs to a cluster: write redis+cluster:// in the URL",
-    "NOAUTH": "the server wants a password; put it into the URL",
-    "NOPERM": "the user may not do this; it needs EVALSHA, SCRIPT LOAD, PING and INFO, and the namespace's keys",
-    "NOREPLICAS": "too few replicas are connected; see min-replicas-to-write",
-    "OOM": "the server has reached maxmemory; raise it, or give the guard a server of its own with noeviction",
-    "READONLY": "the server is a replica; the master is looked up again",
-    "TRYAGAIN": "the slot is being moved to another node; try again",
-    "WRONGTYPE": "a key of this namespace is somebody else's; choose another namespace",
-}
-
-
-class Expiry:
-    """One timer for all calls of a link, instead of one for each call.
-
-    `expire` fails what is overdue at the instant it is given, and says when the next call will be, or
-    `None` if none waits.
-    """
-
-    __slots__ = ("_expire", "_loop", "_timeout_s", "_timer", "armed")
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, timeout_s: float, expire: Callable[[float], float | None]
-    ) -> None:
-        self.armed = False
-        self._loop = loop
-        self._timeout_s = timeout_s
-        self._expire = expire
-        self._timer: asyncio.TimerHandle | None = None
-
-    def arm(self) -> None:
-        """A call begins to wait, and no timer runs. None is due earlier than the shortest timeout from now."""
-        self.armed = True
-        self._timer = self._loop.call_later(self._timeout_s, self._pass)
-
-    def cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self.armed = False
-
-    def _pass(self) -> None:
-        now = monotonic()
-        due = self._expire(now)
-        self.armed = due is not None
-        if due is not None:
-            # Not for each call by itself: those that were handed over together become overdue together.
-            self._timer = self._loop.call_later(max(due - now, _GRAIN_S), self._pass)
-
-
-def overdue(calls: Iterable[Call], now: float, timeout_s: float) -> tuple[list[Call], float | None]:
-    """Which calls have waited too long, and when the next one will have. The oldest come first."""
-    late: list[Call] = []
-    due: float | None = None
-    for call in calls:
-        at = call.at + call.timeout_s
-        if not call.future.done():
-            if at <= now:
-                late.append(call)
-            elif due is None or at < due:
-                due = at
-        if call.at + timeout_s > now:
-            break  # those behind it came later, and no timeout is shorter
-    return late, due
 
 
 def _parted(calls: Iterable[Call], slot: int) -> tuple[list[Call], list[Call]]:
@@ -548,52 +466,3 @@ class Node:
         again, self._again = self._again or (), None
         for call in (*again, *kept):
             call.fail(f"redis: {reason}", sent=False)
-
-
-def translated(error: ServerError, where: object, *, in_cluster: bool = False) -> LinkError:
-    """What a server answered, with the next step."""
-    code = error.code
-    step = f"; {_NEXT_STEPS[code]}" if code in _NEXT_STEPS else ""
-    if in_cluster and code in {"MOVED", "ASK"}:
-        step = f", as {MAX_TRIES} nodes in a row sent the call elsewhere; see CLUSTER SLOTS of each"
-    said = str(error).rstrip(".")
-    return LinkError(f"redis: {where} answered: {said}{step}", sent=code not in _NOT_EXECUTED, code=code)
-
-
-def info_fields(reply: object) -> dict[str, str]:
-    """The lines of an INFO reply; none if it was refused."""
-    if not isinstance(reply, bytes):
-        return {}
-    lines = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines() if ":" in line)
-    return {name: value for name, _, value in lines}
-
-
-def version_of(server: Mapping[str, str]) -> tuple[str, tuple[int, ...]]:
-    """`("Redis", (7, 0, 15))`; no numbers if the server does not tell."""
-    name, text = ("Valkey", server["valkey_version"]) if "valkey_version" in server else ("Redis", "")
-    text = text or server.get("redis_version", "")
-    return name, tuple(int(part) for part in text.split(".") if part.isdigit())
-
-
-def see_fit(where: object, server: object, replication: object, *loaded: object) -> None:
-    """Look at the replies to the set-up. What the server does not tell is taken for right.
-
-    Raises:
-        LinkError: it is too old, it is a replica, it did not load the scripts, or it is gone.
-    """
-    for reply in (server, replication, *loaded):
-        if isinstance(reply, LinkError):
-            raise reply
-    name, version = version_of(info_fields(server))
-    if version and version[0] < (8 if name == "Valkey" else 7):
-        raise LinkError(
-            f"redis: {where} is {name} {'.'.join(map(str, version))}; needed is Redis 7.0 or Valkey 8.0, or later",
-            sent=False,
-            code="VERSION",
-        )
-    if info_fields(replication).get("role", "master") != "master":
-        raise LinkError(f"redis: {where} is a replica; {_NEXT_STEPS['READONLY']}", sent=False, code="READONLY")
-    for reply in (server, *loaded):
-        # INFO may be forbidden; a script that is not loaded cannot be called.
-        if isinstance(reply, ServerError) and (reply is not server or reply.code == "NOAUTH"):
-            raise translated(reply, where)

@@ -2,8 +2,8 @@
 
 It decides with the same functions as the memory storage (`cells.py`), inside a write
 transaction that all processes on the file take turns in. Where to read on: `sqlite_file.py`
-opens the file, `sqlite_writer.py` is the thread that writes, `sqlite_rows.py` brings rows to
-the functions and back, `sqlite.sql` is the tables.
+opens the file, `sqlite_writer.py` is the thread that writes, `sqlite_operations.py` is what it is
+handed, `sqlite_rows.py` brings rows to the functions and back, `sqlite.sql` is the tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import IO, Final, TypeVar, cast
 from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.errors import ConfigurationError, StorageError
+from asgi_llm_guard.storage import sqlite_operations as operations
 from asgi_llm_guard.storage import sqlite_rows as rows
 from asgi_llm_guard.storage.base import LAPSE_MS, TOMBSTONE_MS, Pending
 from asgi_llm_guard.storage.entries import Bounds, check_space
@@ -103,36 +104,36 @@ class SqliteStorage:
         _storages.add(self)
 
     async def reserve(self, owner: str, plans: Sequence[Plan]) -> Granted | Refused | Ended:
-        return await self._submit(rows.Reserve(owner, plans))
+        return await self._submit(operations.Reserve(owner, plans))
 
     async def amend(self, owner: str, bundle: Bundle) -> Granted | Refused | Ended:
-        return await self._submit(rows.Amend(owner, bundle))
+        return await self._submit(operations.Amend(owner, bundle))
 
     def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
-        return self._submit(rows.Settle(settlements))
+        return self._submit(operations.Settle(settlements))
 
     async def heartbeat(self, owner: str) -> Heartbeat:
-        return await self._submit(rows.Beat(owner))
+        return await self._submit(operations.Beat(owner))
 
     async def retire(self, owner: str) -> None:
-        await self._submit(rows.Retire(owner))
+        await self._submit(operations.Retire(owner))
 
     async def read(self, meters: Sequence[Meter]) -> tuple[Reading, ...]:
-        return await self._submit(rows.Read(meters))
+        return await self._submit(operations.Read(meters))
 
     async def reset(self, meters: Sequence[Meter]) -> None:
-        await self._submit(rows.Reset(meters))
+        await self._submit(operations.Reset(meters))
 
     @property
     def ledger_url(self) -> str:
         return f"sqlite:///{self.path.absolute()}"
 
     async def records(self, *, since_ms: int = 0, limit: int | None = None) -> Sequence[UsageRecord]:
-        await self._submit(rows.Read(()))  # what was handed over before is to be seen
+        await self._submit(operations.Read(()))  # what was handed over before is to be seen
         return await asyncio.to_thread(self._records, since_ms, limit)
 
     async def export(self) -> AsyncIterator[bytes]:
-        await self._submit(rows.Read(()))
+        await self._submit(operations.Read(()))
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
             # Copied in one go: a snapshot that is held for a slow reader keeps the -wal file growing.
             await asyncio.to_thread(self._export_to, spool)
@@ -160,7 +161,7 @@ class SqliteStorage:
         return SqliteShared(self._submit)
 
     async def open_calls(self, limit: int = 1_000) -> Sequence[OpenCall]:
-        await self._submit(rows.Read(()))  # what was handed over before is to be seen
+        await self._submit(operations.Read(()))  # what was handed over before is to be seen
         return await asyncio.to_thread(self._open_calls, limit)
 
     async def aclose(self) -> None:
@@ -171,7 +172,7 @@ class SqliteStorage:
 
     # ------------------------------------------------------------------------------- the writer
 
-    def _submit(self, operation: rows.Operation[T] | TableOperation[T] | EntryOperation[T]) -> Job[T]:
+    def _submit(self, operation: operations.Operation[T] | TableOperation[T] | EntryOperation[T]) -> Job[T]:
         writer = self._writer
         if writer is None or writer.pid != os.getpid():
             writer = self._start()

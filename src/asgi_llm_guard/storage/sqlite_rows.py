@@ -16,11 +16,10 @@ import sqlite3
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final
 
 import msgspec
 
-from asgi_llm_guard.claims import Bundle, Ended, Granted, Heartbeat, Meter, Plan, Reading, Refused, Settled, Settlement
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.storage import cells
@@ -28,6 +27,7 @@ from asgi_llm_guard.storage.counting import GRACE_MS, disposable
 from asgi_llm_guard.storage.sqlite_codec import HoldCodec
 from asgi_llm_guard.storage.sqlite_file import QueueLock, Synchronous, connect
 from asgi_llm_guard.storage.sqlite_members import SqliteMembers
+from asgi_llm_guard.storage.sqlite_operations import Group, grouped
 from asgi_llm_guard.storage.sqlite_tables import (
     CELL_COLUMNS,
     DELETE_CELL,
@@ -41,7 +41,6 @@ from asgi_llm_guard.storage.sqlite_tables import (
     UPSERT_OWNER,
     UPSERT_RECORD,
     UPSERT_TOMBSTONE,
-    EntryOperation,
     TableOperation,
     cell_of_row,
     hold_row,
@@ -51,21 +50,11 @@ from asgi_llm_guard.storage.sqlite_tables import (
     write_rows,
 )
 from asgi_llm_guard.storage.sqlite_writer import LockTimeoutError
-from asgi_llm_guard.storage.state import Hold, Needs, Owner, State, Tombstone
+from asgi_llm_guard.storage.state import Hold, Owner, State, Tombstone
 from asgi_llm_guard.usage import UsageRecord
 from asgi_llm_guard.usage_rows import row_of_record
 
-__all__ = [
-    "Amend",
-    "Beat",
-    "Operation",
-    "Read",
-    "Reserve",
-    "Reset",
-    "Retire",
-    "Settle",
-    "SqliteDatabase",
-]
+__all__ = ["SqliteDatabase"]
 
 _TIDY_EVERY: Final = 1024
 """Old rows are looked for each time that many operations were decided."""
@@ -84,164 +73,6 @@ _ALONE: Final = 16
 
 _encode_changed = msgspec.msgpack.Encoder().encode
 _decode_changed = msgspec.msgpack.Decoder(tuple[list[str], list[str]]).decode
-
-T_co = TypeVar("T_co", covariant=True)
-
-# ------------------------------------------------------------------------------- operations
-
-
-class Operation(Protocol[T_co]):
-    """A verb of `cells.py` with its arguments."""
-
-    def ask(self, needs: Needs) -> None:
-        """Say which call ids and meters it names."""
-        ...
-
-    def decide(self, state: State, now_ms: int) -> T_co: ...
-
-
-class Reserve(msgspec.Struct, frozen=True, gc=False):
-    owner: str
-    plans: Sequence[Plan]
-
-    def ask(self, needs: Needs) -> None:
-        needs.of_plans(self.plans)
-
-    def decide(self, state: State, now_ms: int) -> Granted | Refused | Ended:
-        return cells.reserve(state, self.owner, self.plans, now_ms)
-
-
-class Amend(msgspec.Struct, frozen=True, gc=False):
-    owner: str
-    bundle: Bundle
-
-    def ask(self, needs: Needs) -> None:
-        needs.of_bundle(self.bundle)
-
-    def decide(self, state: State, now_ms: int) -> Granted | Refused | Ended:
-        return cells.amend(state, self.owner, self.bundle, now_ms)
-
-
-class Settle(msgspec.Struct, frozen=True, gc=False):
-    settlements: Sequence[Settlement]
-
-    def ask(self, needs: Needs) -> None:
-        needs.of_settlements(self.settlements)
-
-    def decide(self, state: State, now_ms: int) -> tuple[Settled, ...]:
-        return cells.settle(state, self.settlements, now_ms)
-
-
-class Beat(msgspec.Struct, frozen=True):
-    owner: str
-
-    def ask(self, needs: Needs) -> None: ...
-
-    def decide(self, state: State, now_ms: int) -> Heartbeat:
-        return cells.heartbeat(state, self.owner, now_ms)
-
-
-class Retire(msgspec.Struct, frozen=True):
-    owner: str
-
-    def ask(self, needs: Needs) -> None: ...
-
-    def decide(self, state: State, now_ms: int) -> None:
-        cells.retire(state, self.owner, now_ms)
-
-
-class Read(msgspec.Struct, frozen=True):
-    meters: Sequence[Meter]
-
-    def ask(self, needs: Needs) -> None:
-        needs.of_meters(self.meters)
-
-    def decide(self, state: State, now_ms: int) -> tuple[Reading, ...]:
-        return cells.read(state, self.meters, now_ms)
-
-
-class Reset(msgspec.Struct, frozen=True):
-    meters: Sequence[Meter]
-
-    def ask(self, needs: Needs) -> None:
-        needs.of_meters(self.meters)
-
-    def decide(self, state: State, now_ms: int) -> None:
-        cells.reset(state, self.meters, now_ms)
-
-
-# -------------------------------------------------------------------------------- the turns
-
-
-class _Needs(Needs):
-    """The same needs, asked for faster: this is done for every operation while other processes wait."""
-
-    __slots__ = ()
-
-    # Meters with a `Distinct` window are not left out: that one looks for a cell that is not there
-    # costs less than to ask each meter for its kind.
-
-    def of_bundle(self, bundle: Bundle) -> None:
-        self.calls.add(bundle.call_id)
-        self.keys.update([claim.meter.key for claim in bundle.claims])
-
-    def of_settlements(self, settlements: Iterable[Settlement]) -> None:
-        for settlement in settlements:
-            self.calls.add(settlement.call_id)
-            if settlement.receipts:
-                self.keys.update([receipt.claim.meter.key for receipt in settlement.receipts])
-            if settlement.debits:
-                self.keys.update([claim.meter.key for claim in settlement.debits])
-
-    def of_hold(self, hold: Hold | None) -> None:
-        if hold is not None:
-            self.calls.add(hold.call_id)
-            self.keys.update([receipt.claim.meter.key for receipt in hold.receipts])
-
-
-class _Group:
-    """Operations that are decided together, and what can be known of them beforehand."""
-
-    def __init__(self) -> None:
-        self.operations: list[Operation[object]] = []
-        self.needs = _Needs()
-        self.amended: set[str] = set()
-        self.retired: set[str] = set()
-        # By the identity of the record, which its settlement keeps alive.
-        self.rows: dict[int, tuple[object, ...]] = {}
-
-    def add(self, operation: Operation[object]) -> None:
-        self.operations.append(operation)
-        operation.ask(self.needs)
-        kind = type(operation)
-        if kind is Settle:
-            for settlement in cast("Settle", operation).settlements:
-                if settlement.record is not None:
-                    self.rows[id(settlement.record)] = row_of_record(settlement.record)
-        elif kind is Amend:
-            self.amended.add(cast("Amend", operation).bundle.call_id)
-        elif kind is Retire:
-            self.retired.add(cast("Retire", operation).owner)
-
-
-def _grouped(operations: Iterable[object]) -> list[_Group | TableOperation[object] | EntryOperation[object]]:
-    """The operations in their order, those that are decided on cells together."""
-    groups: list[_Group | TableOperation[object] | EntryOperation[object]] = []
-    group: _Group | None = None
-    for operation in operations:
-        if hasattr(operation, "run_at"):
-            groups.append(cast("EntryOperation[object]", operation))
-            group = None
-            continue
-        if hasattr(operation, "run"):
-            groups.append(cast("TableOperation[object]", operation))
-            group = None
-            continue
-        if group is None:
-            group = _Group()
-            groups.append(group)
-        group.add(cast("Operation[object]", operation))
-    return groups
 
 
 class _Ledger:
@@ -302,10 +133,10 @@ class SqliteDatabase:
 
     def apply(self, operations: Sequence[object]) -> Sequence[object]:
         replies: list[object] = []
-        groups = _grouped(operations)  # before the transaction, which others wait for
+        groups = grouped(operations)  # before the transaction, which others wait for
         with self._transaction() as now_ms:
             for group in groups:
-                if isinstance(group, _Group):
+                if isinstance(group, Group):
                     replies += self._decide(group, now_ms)
                 elif hasattr(group, "run_at"):
                     replies.append(group.run_at(self._connection, now_ms))
@@ -441,7 +272,7 @@ class SqliteDatabase:
 
     # ------------------------------------------------------------------------------- deciding
 
-    def _decide(self, group: _Group, now_ms: int) -> list[object]:
+    def _decide(self, group: Group, now_ms: int) -> list[object]:
         state, operations, needs = self._state, group.operations, group.needs
         self._read(group, now_ms)
         holds = {call_id: state.holds.get(call_id) for call_id in needs.calls}
@@ -457,7 +288,7 @@ class SqliteDatabase:
         self._ledger.clear()
         return replies
 
-    def _read(self, group: _Group, now_ms: int) -> None:
+    def _read(self, group: Group, now_ms: int) -> None:
         """Bring into the state what the operations need."""
         needs, state = group.needs, self._state
         if not self._owner_rows:
