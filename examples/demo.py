@@ -1,8 +1,13 @@
-"""`make demo`: the Starlette example behind a real server, called by the real SDKs; all its providers are one fake."""
+"""`make demo`: the Starlette example behind a real server, called by the real SDKs; all its providers are one fake.
+
+With `--stay` it goes on afterwards, and so do some calls, until Ctrl+C: to look at its pages.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -31,7 +36,9 @@ PRICES = {
     "claude-haiku-4-5": Price(input=1000, output=5000, cache_read=100),
 }
 SECRET = "demo-secret-of-the-starlette-app"  # noqa: S105 - as published in its README
+ADMIN_TOKEN = "demo-token-of-the-administration-page"  # noqa: S105 - as published there
 LONGEST_S = 15
+PAUSE_S = 0.5
 
 
 class Requests:
@@ -167,6 +174,19 @@ class Scenes:
         self.check(await self.ask("alice", "What is a llama?", model="quick") == 200, "expected an answer")
         self.check(self.answered_by.startswith("claude"), f"expected Claude to answer, got {self.answered_by}")
 
+    async def go_on(self) -> None:
+        """Calls without an end: conversations, and one that is stopped again and again."""
+        for number in itertools.count():
+            name, session = ("crawler", "crawl-18") if number % 5 == 0 else ("alice", f"talk-{number // 20}")
+            with contextlib.suppress(APIStatusError):
+                await self.client(name).chat.completions.create(
+                    model="gpt-4o-mini",
+                    max_completion_tokens=450,
+                    messages=[{"role": "user", "content": f"Question {number}"}],
+                    extra_headers={"x-session-id": session},
+                )
+            await asyncio.sleep(PAUSE_S)
+
 
 async def books(guard: Any, scenes: Scenes) -> None:
     """The ledger beside the provider's bill."""
@@ -189,14 +209,15 @@ async def books(guard: Any, scenes: Scenes) -> None:
     scenes.check(held == 0, "something is still held")
 
 
-async def main() -> int:
+async def main(*, stay: bool = False) -> int:
     provider = FakeProvider(prices=PRICES)
-    async with asyncio.timeout(LONGEST_S):
+    async with asyncio.timeout(LONGEST_S) as until:
         with tempfile.TemporaryDirectory() as folder:
             async with provider.serve() as provider_url:
                 os.environ.update(
                     LLM_GUARD_STORAGE=f"sqlite:///{Path(folder) / 'guard.db'}",
                     LLM_GUARD_IDENTITY__SECRET=SECRET,
+                    LLM_GUARD_ADMIN__SECRET=SECRET,
                     PROVIDER_URL=provider_url,
                     OPENAI_API_KEY="not needed here",
                     ANTHROPIC_API_KEY="nor here",
@@ -209,6 +230,13 @@ async def main() -> int:
                     async with scenes.http:
                         await scenes.play()
                     await books(app.state.guard, scenes)
+                    if stay:
+                        until.reschedule(None)
+                        print(f"\nIts pages: {url}/admin/ with the token {ADMIN_TOKEN}")
+                        print(f"           curl -H 'Authorization: Bearer demo-key-for-alice' {url}/usage/")
+                        print("Calls go on until Ctrl+C.", flush=True)
+                        async with httpx2.AsyncClient(trust_env=False) as scenes.http:
+                            await scenes.go_on()
     print("\nEverything is as it should be." if not scenes.problems else json.dumps(scenes.problems, indent=2))
     return 1 if scenes.problems else 0
 
@@ -222,4 +250,7 @@ def shortened(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    try:
+        sys.exit(asyncio.run(main(stay="--stay" in sys.argv[1:])))
+    except KeyboardInterrupt:
+        sys.exit(130)

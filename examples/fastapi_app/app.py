@@ -183,6 +183,7 @@ def create_app(guard: Guard, llm: AsyncOpenAI) -> FastAPI:
     app = FastAPI(title="Answers", lifespan=lifespan)
     app.state.llm = llm
     app.include_router(router)
+    app.mount("/usage", guard.usage_app())  # what is left for whoever asks; in the application itself, not in a router
     steps = Iterations(STEPS, missing="reject", name="research")  # a session id is asked for: loops are counted by it
     routes = [Route("/answers"), Route("/answers/stream"), Route("/research", extra=[steps])]
     app.add_middleware(GuardMiddleware, guard=guard, routes=routes, unlisted="deny")

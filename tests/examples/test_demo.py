@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import httpx2
 import pytest
 from examples.demo import Requests, Scenes
 
@@ -32,6 +33,32 @@ def test_demo_shows_what_it_promises() -> None:
     assert "calls that still hold money: 0\n" in done.stdout
     assert done.stdout.endswith("Everything is as it should be.\n")
     assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+def test_demo_stays_for_those_who_want_to_look() -> None:
+    """With `--stay` it goes on, with calls, and its pages open with the token and the key that it prints."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "examples.demo", "--stay"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PATH": ""},
+    ) as process:
+        assert process.stdout is not None
+        try:
+            printed = ""
+            for line in process.stdout:
+                printed += line
+                if line.startswith("Calls go on"):
+                    break
+            found = re.search(r"Its pages: (http://\S+)/admin/ with the token (\S+)", printed)
+            assert found is not None, printed
+            url, token = found.groups()
+            admin = httpx2.get(f"{url}/admin/api/v1/usage", headers={"authorization": f"Bearer {token}"})
+            assert (admin.status_code, admin.json()["total"]["calls"] > 0) == (200, True)
+            usage = httpx2.get(f"{url}/usage/", headers={"authorization": "Bearer demo-key-for-alice"})
+            assert usage.json()["caller"] == "alice"
+        finally:
+            process.terminate()
 
 
 @pytest.mark.anyio

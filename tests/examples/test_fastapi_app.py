@@ -128,7 +128,7 @@ async def test_wrong_tool_arguments_are_the_models_to_correct(service: Service, 
 
 
 async def test_quota_of_a_department(service: Service) -> None:
-    """A department whose tokens are used up is refused, and another is not."""
+    """A department whose tokens are used up is refused, and another is not; its callers may look all the same."""
     service.provider.script(*[Behaviour.answer(input_tokens=4_975)] * 4)
     first = [await service.ask("/answers", "sam") for _ in range(4)]
     refused = [await service.ask(path, "sam") for path in ("/answers", "/answers/stream")]
@@ -137,6 +137,9 @@ async def test_quota_of_a_department(service: Service) -> None:
     assert [response.status_code for response in refused] == [429, 429]
     assert refused[0].json()["code"] == "quota_exceeded"
     assert (await service.ask("/answers", "rita")).status_code == 200
+    headers = {"authorization": "Bearer demo-key-for-sam", "accept": "text/html"}
+    left = await service.client.get("/usage/", headers=headers)
+    assert (left.status_code, "What is left" in left.text, "sam" in left.text) == (200, True, True)
     await service.check_books()
 
 
