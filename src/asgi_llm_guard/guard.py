@@ -5,7 +5,7 @@
     ask       every policy for its claims, or its refusal           plan.py, policies/
     reserve   all claims or none, in one atomic step                engine/, storage/
     decide    `Denied`, or an open `Admission` with its calls       denials.py, admission.py
-    handle    the application runs                                  middleware/, decorator.py
+    handle    the application runs                                  middleware/, decorator/
     record    what the provider says was used                       wire/
     price     what it cost                                          pricing
     settle    the held amounts become the real ones, once           charge.py, storage/
