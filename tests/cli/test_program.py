@@ -24,7 +24,13 @@ HEAVY = {
 
 def test_help_is_light() -> None:
     """The list of commands, and a command's help, are shown without loading what only its work needs."""
-    for arguments in (["--help"], ["simulate", "--help"], ["keys", "new", "--help"], ["check", "--help"], ["usage", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["simulate", "--help"],
+        ["keys", "new", "--help"],
+        ["check", "--help"],
+        ["usage", "--help"],
+    ):
         source = (
             f"import sys; sys.argv = ['x', *{arguments!r}]\n"
             "from asgi_llm_guard.cli import main\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,25 @@ import pytest
 from tests.cli.kit import call, document, fill, settings
 from tests.cli.traffic import Traffic
 
-from asgi_llm_guard import Budget, Concurrency, Context, Guard, Iterations, ModelAllow, RateLimit, Route, Usage
+from asgi_llm_guard import (
+    Budget,
+    Concurrency,
+    Context,
+    Guard,
+    Iterations,
+    LimitExceeded,
+    ModelAllow,
+    RateLimit,
+    Route,
+    Usage,
+)
+from asgi_llm_guard.cli.considered import Holder, Holders
+from asgi_llm_guard.control import Actor, Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Event, ShadowMisfit
+from asgi_llm_guard.identity import ApiKeys
 from asgi_llm_guard.policies.base import Policy
+from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.simulate import Agreement, Misfit, Simulation, Simulator, agreement, agreement_of_counts, compare
 from asgi_llm_guard.simulate.report import MOST_SUBJECTS, Tally
 from asgi_llm_guard.usage import UsageRecord
@@ -427,6 +443,173 @@ def test_calls_that_were_not_described_are_debited() -> None:
     hidden = record(1, 0, estimate_nanousd=None, cost=3 * DOLLAR)
     found, _ = replay([Budget("$3/daily", per="user", name="budget")], [hidden, record(2, 30)])
     assert found.refused == 1
+
+
+OUTPUT = {"prices": PriceBook.snapshot(overrides={"openai/gpt-4o": {"input": 0, "output": 10}})}
+"""$10 for a million output tokens, and nothing for input: a record that holds two dollars may have 200,000."""
+
+
+def long_answer(number: int, output: int, **fields: Any) -> UsageRecord:
+    """A call whose answer had so many tokens, at the same time as the others."""
+    usage = Usage(input_tokens=100, output_tokens=output)
+    more: dict[str, Any] = {"route": "/chat", "usage": usage, "tokens": output + 100, "cost": 10_000 * output}
+    return record(number, 0.001 * number, lasts_s=60, **(more | fields))
+
+
+def test_clamp_lowers_the_output_limit_before_it_refuses() -> None:
+    """W1: on a route with `clamp`, a call that fits with a shorter answer is admitted with it, and is charged what that
+    would have cost; one that fits in no way is refused. Elsewhere, and as a shadow, nothing is lowered."""
+    budget = Budget("$3/daily", per="user", name="budget")
+    routes = [Route("/chat", dialect="openai", clamp=True)]
+    records = [long_answer(1, 50_000), long_answer(2, 150_000), long_answer(3, 10)]
+
+    found, misfits = replay([budget], records, routes=routes, arguments=OUTPUT)
+    assert [misfit.call_id for misfit in misfits] == ["0a-3"]
+    assert (found.refused, found.clamped, found.cut) == (1, 1, 1)
+    # $0.50, and $1.00 of the answer that was cut: a later call of $2 just does not fit, and one of $1.50 does.
+    later = record(4, 120, route="/other")
+    for estimate, refused in ((3 * DOLLAR // 2 + 1, 1), (3 * DOLLAR // 2, 0)):
+        last = msgspec.structs.replace(later, estimate_nanousd=estimate)
+        assert replay([budget], [*records, last], routes=routes, arguments=OUTPUT)[0].refused == 1 + refused
+
+    uncut, _ = replay([budget], [long_answer(1, 50_000), long_answer(2, 90_000)], routes=routes, arguments=OUTPUT)
+    assert (uncut.clamped, uncut.cut) == (1, 0)
+    elsewhere, _ = replay([budget], records, arguments=OUTPUT)
+    assert (elsewhere.refused, elsewhere.shorter, elsewhere.clamped) == (2, 2, 0)
+    apart, _ = replay([budget], records, routes=routes, arguments=OUTPUT, apart=True)
+    assert (apart.clamped, apart.policies[0].calls) == (0, 2)
+
+
+def test_what_was_charged_as_held_is_charged_as_it_would_be_held() -> None:
+    """W1: a lowered call without a measured answer is charged what was held for it then."""
+    budget = Budget("$3/daily", per="user", name="budget")
+    routes = [Route("/chat", dialect="openai", clamp=True)]
+    lost = long_answer(2, 0, usage=None, tokens=200_000, cost=2 * DOLLAR, outcome="unknown")
+    records = [long_answer(1, 50_000), lost, record(4, 120, route="/other", estimate_nanousd=3 * DOLLAR // 2)]
+    found, _ = replay([budget], records, routes=routes, arguments=OUTPUT)
+    assert (found.clamped, found.refused) == (1, 0)
+
+
+def test_limits_of_keys_are_those_of_who_called() -> None:
+    """W1: the limits that belong to a caller's key win over the policy's own, as in the service."""
+    records = [record(number, 10 * number, session="s") for number in range(6)]
+    assert replay([Iterations(9)], records)[0].refused == 0
+    told: list[str] = []
+
+    def params(asked: UsageRecord) -> dict[str, object]:
+        told.append(asked.call_id)
+        return {"max_iterations": 2}
+
+    assert replay([Iterations(9)], records, params=params)[0].refused == 4
+    assert told == [each.call_id for each in records]
+
+
+def holder(**fields: Any) -> Holder:
+    values: dict[str, Any] = {"caller": "team", "user": None, "departments": (), "agent": None, "params": {}}
+    return Holder(**values | fields)
+
+
+def test_keys_are_told_apart_by_what_records_say() -> None:
+    """W1: of several keys of a caller those that a record can be of; where they have different limits none is taken, and
+    the records are counted."""
+    mine, bots = holder(user="mia", params={"max_iterations": 3}), holder(agent="bot", params={"max_iterations": 5})
+    known = Holders([mine, bots, holder(caller="other", departments=("hr",), params={"max_iterations": 1})])
+    assert known
+    assert not Holders([holder()])
+    assert known.params(record(1, 0)) == {"max_iterations": 3}
+    assert known.params(record(2, 0, user="zoe", agent="bot")) == {"max_iterations": 5}
+    assert known.params(record(3, 0, user="zoe")) == {}
+    assert known.params(record(4, 0, caller=None)) == {}
+    assert known.params(record(5, 0, caller="other")) == {}
+    assert not known.unsure
+    assert known.params(record(6, 0, agent="bot")) == {}
+    assert known.unsure == {"team": 1}
+
+
+def test_program_takes_the_limits_of_keys(tmp_path: Path) -> None:
+    """W1: the keys of the settings decide about their callers; where nobody can tell which of two was shown, the output says
+    so, for people and for programs."""
+    fill(tmp_path, calls=60)
+    policy = '[[policies]]\nkind = "iterations"\nlimit = 1000\n'
+    identity = '[identity]\nkind = "api_keys"\nfile = "keys.toml"\nsecret = "0123456789abcdef0123456789abcdef"\n'
+    file = settings(tmp_path, policy + identity)
+    first, second = (
+        ApiKeys.generate("team", secret="0123456789abcdef0123456789abcdef", params={"max_iterations": limit})[1]
+        for limit in (4, 6)
+    )
+    (tmp_path / "keys.toml").write_text(first.to_toml(), "utf-8")
+    told = document("simulate", "--config", file, "--since", "2d")
+    assert (told["simulation"]["refused"], told["not_considered"]) == (60 - 5 * 4, [])
+    assert "Not considered" not in call("simulate", "--config", file, "--since", "2d").stdout
+
+    (tmp_path / "keys.toml").write_text(first.to_toml() + second.to_toml(), "utf-8")
+    told = document("simulate", "--config", file, "--since", "2d")
+    (passed,) = told["not_considered"]
+    assert (told["simulation"]["refused"], passed["what"], passed["records"]) == (0, "keys", 60)
+    said = call("simulate", "--config", file, "--since", "2d").stdout
+    assert "Not considered in this run:\n  limits of single keys of team:" in said
+
+
+def test_program_names_administration_data(tmp_path: Path) -> None:
+    """W1: what is administered wins over any candidate in the service; a simulation without it says so."""
+    fill(tmp_path, calls=4)
+    url = f"sqlite:///{tmp_path / 'control.db'}"
+    file = settings(tmp_path, f'[[policies]]\nkind = "iterations"\nlimit = 100\n[control]\nurl = "{url}"\n')
+    (passed,) = document("simulate", "--config", file, "--since", "2d")["not_considered"]
+    assert "there is no file" in passed["told"]
+
+    async def administer() -> None:
+        control = Control(url)
+        await control.put("department", "research", {"daily_tokens": 5}, actor=Actor(name="anna"))
+        stop = {"scope": "user", "subject": "mia", "until_ms": 10**13}
+        await control.put("stop", "s", stop, actor=Actor(name="anna"))
+        await control.aclose()
+
+    asyncio.run(administer())
+    (passed,) = document("simulate", "--config", file, "--since", "2d")["not_considered"]
+    assert (passed["what"], passed["records"]) == ("administration", None)
+    assert passed["told"].endswith("in the service: 1 departments, 1 stops")
+
+
+def test_program_names_limits_of_deployments_and_policies_of_code(tmp_path: Path) -> None:
+    """W1: records of deployments with limits, refusals of policies that the candidate has not, and `clamp` of a policy that
+    is asked by itself are named with what this run has of them."""
+    text = (
+        '[[policies]]\nkind = "iterations"\nlimit = 100\n[[routes]]\npath = "/v1/chat/completions"\nclamp = true\n'
+        '[gateway]\n[[gateway.deployments]]\nname = "small"\nprovider = "openai"\nmodel_name = "gpt-4o"\n'
+        'api_key = "key-of-nobody"\nrpm = 5\n'
+        '[[gateway.deployments]]\nname = "free"\nprovider = "openai"\nmodel_name = "gpt-4o"\napi_key = "key-of-nobody"\n'
+    )
+    asyncio.run(_refused_by_code(tmp_path))
+    file = settings(tmp_path, text)
+    found = document("simulate", "--config", file, "--since", "2d", "--apart")["not_considered"]
+    assert [(each["what"], each["records"]) for each in found] == [
+        ("deployments", 2),
+        ("functions", None),
+        ("clamp", None),
+    ]
+    assert "the policy of_code, which refused 1 times in the period" in found[1]["told"]
+    found = document("simulate", "--config", file, "--since", "2d")["not_considered"]
+    assert [each["what"] for each in found] == ["deployments", "functions"]
+
+
+async def _refused_by_code(folder: Path) -> None:
+    """Two calls to a deployment, and one that a policy of code has refused."""
+    guard = Guard([Iterations(2, name="of_code")], storage=f"sqlite:///{folder / 'guard.db'}")
+    async with guard.open(Context(caller="team", session="s")):
+        for number in range(3):
+            try:
+                async with guard.call(model="openai/gpt-4o", input_tokens=9, max_output_tokens=9) as made:
+                    made.record(Usage(input_tokens=9, output_tokens=9))
+            except LimitExceeded:
+                assert number == 2
+    assert guard.books is not None
+    await guard.books.catch_up()
+    await guard.aclose()
+    connection = sqlite3.connect(folder / "guard.db")
+    with connection:
+        connection.execute("UPDATE ledger SET deployment = 'small'")
+    connection.close()
 
 
 def test_order_within_a_millisecond_is_that_of_the_process() -> None:

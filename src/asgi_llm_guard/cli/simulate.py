@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -17,6 +19,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.windows import duration_ms
 
 if TYPE_CHECKING:
+    from asgi_llm_guard.cli.considered import PassedOver
     from asgi_llm_guard.ledger import Ledger
     from asgi_llm_guard.simulate import Comparison, Misfit, Simulation
     from asgi_llm_guard.usage import UsageRecord
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["simulate"]
 
 _BATCH: Final = 2_000
+_MOST_COUNTS: Final = 10_000_000
 _BOUNDS: Final = ("hold_wait_s", "session_limit", "anonymous_session_limit", "session_overflow", "session_ttl")
 _SHADOW: Final = ".shadow"
 
@@ -76,7 +80,7 @@ def simulate(
     Exit codes: 0 replayed; 1 there are no records; 1 with --against, too, where there was nothing to compare, less than
     99 % agree, or a policy would have refused here of which there is no report; 4 the ledger is away.
     """
-    found, compared = run(
+    found, compared, over = run(
         _simulate(
             tool,
             candidate,
@@ -87,10 +91,15 @@ def simulate(
             refusals=refusals,
         )
     )
-    document: dict[str, Any] = {"since_ms": period[0], "until_ms": period[1], "simulation": found}
+    document: dict[str, Any] = {
+        "since_ms": period[0],
+        "until_ms": period[1],
+        "simulation": found,
+        "not_considered": over,
+    }
     if compared is not None:
         document["agreement"] = _agreement(compared)
-    tool.show(document, lambda: _text(found, compared, top))
+    tool.show(document, lambda: _text(found, compared, over, top))
     if not found.records or (compared is not None and not compared.holds):
         raise click.exceptions.Exit(Exit.FOUND)
 
@@ -104,7 +113,8 @@ async def _simulate(
     against: bool,
     apart: bool,
     refusals: IO[str] | None,
-) -> tuple[Simulation, Comparison | None]:
+) -> tuple[Simulation, Comparison | None, Sequence[PassedOver]]:
+    from asgi_llm_guard.cli.considered import Holders, administered, holders_of, passed_over, seen
     from asgi_llm_guard.settings import load_settings
     from asgi_llm_guard.settings.build import build_replacement
     from asgi_llm_guard.simulate import Simulator
@@ -114,19 +124,24 @@ async def _simulate(
     arguments = build_replacement(chosen, identity=False)
     arguments |= {name: value for name in _BOUNDS if (value := getattr(chosen, name)) is not None}
     policies, routes = arguments["policies"], arguments["routes"] or ()
+    whose = chosen if chosen.identity is not None or chosen.control is not None else settings
+    state, unread = await administered(tool, whose)
+    holders = Holders(holders_of(whose, state))
+    deployments: Counter[str] = Counter()
     simulator = Simulator(
         policies,
         routes=routes,
         apart=apart,
         hold_wait_s=arguments.get("hold_wait_s", 0.25),
         found=None if refusals is None else lambda misfit: _write(refusals, misfit),
+        params=holders.params if holders else None,
         arguments=arguments,
     )
     guard = tool.guard(settings, needs=("storage", "ledger"))
     try:
         ledger = ledger_of(tool, guard)
         since_ms, until_ms = period
-        records = _records(ledger, since_ms - warm_up_ms, until_ms)
+        records = seen(_records(ledger, since_ms - warm_up_ms, until_ms), deployments)
         total = await _how_many(ledger, since_ms - warm_up_ms, until_ms)
         with progress("replaying", length=total) as bar:
             found = await simulator.run(records, since_ms=since_ms, progress=bar)
@@ -134,9 +149,20 @@ async def _simulate(
         if against and guard.books is not None:
             await guard.books.catch_up()  # what shadows have said lately
         compared = await _compared(ledger, found, period, names) if against else None
+        over = passed_over(
+            settings,
+            holders=holders,
+            deployments=deployments,
+            refused=await _refused(ledger, period),
+            policies=names,
+            state=state,
+            unread=unread,
+            clamps=apart and any(route.clamp for route in routes),
+            now_ms=time.time_ns() // 1_000_000,
+        )
     finally:
         await guard.aclose()
-    return found, compared
+    return found, compared, over
 
 
 async def _records(ledger: Ledger, since_ms: int, until_ms: int) -> AsyncIterator[Sequence[UsageRecord]]:
@@ -154,13 +180,26 @@ async def _how_many(ledger: Ledger, since_ms: int, until_ms: int) -> int:
     return report.total.records
 
 
+async def _refused(ledger: Ledger, period: Period) -> Counter[str]:
+    """How often each policy has refused in the period."""
+    from asgi_llm_guard.ledger.values import RefusalQuery
+    from asgi_llm_guard.simulate.report import plain_name
+
+    rows = await ledger.refusals(RefusalQuery(since_ms=period[0], until_ms=period[1], limit=_MOST_COUNTS))
+    refused: Counter[str] = Counter()
+    for row in rows:
+        if plain_name(row.policy) == row.policy:
+            refused[row.policy] += row.count
+    return refused
+
+
 async def _compared(ledger: Ledger, found: Simulation, period: Period, names: Sequence[str]) -> Comparison:
     from asgi_llm_guard.ledger.values import RefusalQuery
     from asgi_llm_guard.simulate import compare
     from asgi_llm_guard.simulate.report import plain_name
 
     since_ms, until_ms = period
-    rows = await ledger.refusals(RefusalQuery(since_ms=since_ms, until_ms=until_ms, limit=10_000_000))
+    rows = await ledger.refusals(RefusalQuery(since_ms=since_ms, until_ms=until_ms, limit=_MOST_COUNTS))
     reports = [(row.hour_ms, plain_name(row.policy), row.count) for row in rows if plain_name(row.policy) != row.policy]
     return compare(found, reports, [plain_name(name) for name in names], since_ms=since_ms, until_ms=until_ms)
 
@@ -190,7 +229,7 @@ def _write(file: IO[str], misfit: Misfit) -> None:
 # ----------------------------------------------------------------------------------------- text
 
 
-def _text(found: Simulation, compared: Comparison | None, top: int) -> str:
+def _text(found: Simulation, compared: Comparison | None, over: Sequence[PassedOver], top: int) -> str:
     if not found.records:
         return "There are no usage records in this period."
     period = f"{instant(found.first_ms)} to {instant(found.last_ms)} UTC"
@@ -257,8 +296,19 @@ def _text(found: Simulation, compared: Comparison | None, top: int) -> str:
         parts.append(table(columns, lines))
         if len(found.subjects) > top:
             parts[-1] += f"\n… and {count(len(found.subjects) - top)} more (--top)"
+    if found.clamped:
+        parts.append(
+            f"{count(found.clamped)} would have been admitted with a lower output limit (clamp); the answers of "
+            f"{count(found.cut)} were longer than that"
+        )
     if compared is not None:
         parts.append(_told(compared))
+    if over:
+        passed = [
+            f"  {each.told}" + (f" ({count(each.records)} records)" if each.records is not None else "")
+            for each in over
+        ]
+        parts.append("\n".join(["Not considered in this run:", *passed]))
     return "\n\n".join(parts)
 
 

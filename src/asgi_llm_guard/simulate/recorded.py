@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -17,6 +19,7 @@ __all__ = ["Place", "Recorded", "context_of", "end_ms", "misfit_of", "place_of"]
 Place = tuple[int, str, int]
 """Where a record stands among others: its instant, its process, and which one of that process's it is."""
 
+_NO_PARAMS: Final[Mapping[str, object]] = MappingProxyType({})
 _MOST_MODELS: Final = 4096
 _AS_HELD: Final = frozenset({"unmetered", "unknown", "unseen", "expired", "cached"})
 """Outcomes whose record has the tokens that were held."""
@@ -50,9 +53,19 @@ class Recorded:
         )
         if estimate is None:  # it had no price then; it may have one now
             return self._prices.quote(call, record.at_ms)
-        return msgspec.structs.replace(call, output_tokens=self._output(record, call, estimate), cost_nanousd=estimate)
+        quote = self._prices.quote(call, record.at_ms)
+        output = self._output(record, call, estimate, quote)
+        # What of it the input alone makes up, so that a lower output limit is worth what it would have been.
+        input_nanousd = max(0, estimate - -(-output * quote.output_picousd // 1000))
+        return msgspec.structs.replace(
+            call,
+            output_tokens=output,
+            cost_nanousd=estimate,
+            input_nanousd=input_nanousd,
+            output_picousd=quote.output_picousd,
+        )
 
-    def _output(self, record: UsageRecord, call: Call, estimate: int) -> int:
+    def _output(self, record: UsageRecord, call: Call, estimate: int, quote: Call) -> int:
         """The output tokens that were held: with the input, as many as cost what was held."""
         if not estimate or record.outcome in _AS_HELD:
             return call.output_tokens
@@ -61,7 +74,6 @@ class Recorded:
         ratio = self._ratios.setdefault((record.provider, record.model), [0, 0])
         if record.outcome == "provider_error":  # nothing says what was asked: as others of this model
             return estimate * ratio[0] // ratio[1] if ratio[1] else 0
-        quote = self._prices.quote(call, record.at_ms)
         output = call.output_tokens
         if quote.output_picousd:
             output = max(output, (estimate - quote.input_nanousd) * 1000 // quote.output_picousd)
@@ -75,10 +87,32 @@ class Recorded:
             return record.cost_nanousd
         return self._prices.cost(record.provider, record.model or "", record.usage, record.at_ms).nanousd
 
+    def cut(self, record: UsageRecord, limit: int) -> tuple[UsageRecord, bool]:
+        """The record of a call whose answer may have had so many tokens at most, and whether it had more."""
+        usage = record.usage
+        if record.outcome in _AS_HELD and record.outcome != "cached":  # charged what was held, which is less now
+            return msgspec.structs.replace(record, usage=None, cost_nanousd=None, tokens=None), False
+        if usage is None or usage.output_tokens is None or usage.output_tokens <= limit:
+            return record, False
+        shorter = msgspec.structs.replace(
+            usage,
+            output_tokens=limit,
+            reasoning_tokens=None if usage.reasoning_tokens is None else min(usage.reasoning_tokens, limit),
+        )
+        model = record.model or ""
+        was = self._prices.cost(record.provider, model, usage, record.at_ms).nanousd
+        is_ = self._prices.cost(record.provider, model, shorter, record.at_ms).nanousd
+        cost = self.cost(record)
+        if cost is not None and was is not None and is_ is not None:
+            cost = max(0, cost - (was - is_))
+        tokens = None if record.tokens is None else max(0, record.tokens - (usage.output_tokens - limit))
+        return msgspec.structs.replace(record, usage=shorter, cost_nanousd=cost, tokens=tokens), True
 
-def context_of(record: UsageRecord) -> Context:
-    """Who asked."""
+
+def context_of(record: UsageRecord, params: Mapping[str, object] = _NO_PARAMS) -> Context:
+    """Who asked, and with `params` the limits of their own."""
     return Context(
+        params=params,
         caller=record.caller,
         user=record.user,
         departments=record.departments,

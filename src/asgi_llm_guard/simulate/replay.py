@@ -147,11 +147,13 @@ class Simulator:
 
     Args:
         policies: asked in this order, as by a guard.
-        routes: their `extra` policies are added for records of these routes.
+        routes: their `extra` policies are added for records of these routes, and where they say `clamp`, the output limit
+            is lowered before a call is refused.
         apart: ask each policy by itself, as a shadow: one that refuses takes nothing from the others. Else they admit
             together or not at all, as when they are in force.
         hold_wait_s: how long a call waits where only the holds of others stand in its way.
         found: is told every misfit, for lists of them.
+        params: gives the limits that belong to whoever made a record's call (`max_iterations`), as their key says.
         arguments: those of `Guard` that decide (`agents`, `prices`, `session_limit`, …); others are ignored.
 
     Raises:
@@ -166,6 +168,7 @@ class Simulator:
         apart: bool = False,
         hold_wait_s: float = 0.25,
         found: Callable[[Misfit], object] | None = None,
+        params: Callable[[UsageRecord], Mapping[str, object]] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         given = arguments or {}
@@ -180,6 +183,9 @@ class Simulator:
         self._apart = apart
         self._policies = self._bound(policies)
         self._routes = {route.path: (*self._policies, *self._bound(route.extra)) for route in routes if route.extra}
+        # A shadow lowers no limit.
+        self._clamps = frozenset(route.path for route in routes if route.clamp and not apart)
+        self._params = params
         everywhere = itertools.chain(self._policies, *self._routes.values())
         if any(plain_name(policy.name) != policy.name for policy in everywhere):
             self._engine.observe(self._observe)
@@ -255,7 +261,7 @@ class Simulator:
     async def _ask(self, record: UsageRecord, request: _Request) -> None:
         """Reserve for a record, or have it wait for the holds of others."""
         policies = self._routes.get(record.route or "", self._policies)
-        context = context_of(record)
+        context = context_of(record) if self._params is None else context_of(record, self._params(record))
         call = self._recorded.call(record)
         first_id = record.attempt_of or record.call_id
         known = request.calls.get(first_id)
@@ -269,6 +275,7 @@ class Simulator:
             call,
             requests=request.hold is None,
             taken=taken,
+            clamp=record.route in self._clamps,
             shared=request.shared,
             rates=record.outcome == "cached",
         )
@@ -301,6 +308,10 @@ class Simulator:
         if request.left or record.attempt_of is not None:
             first_id = record.attempt_of or record.call_id
             request.calls[first_id] = request.calls.get(first_id, _NONE) | _of_the_call(hold)
+        limit = None if answer.described is None else answer.described.max_output_tokens
+        if limit is not None:  # none was known: it was lowered
+            record, cut = self._recorded.cut(record, limit)
+            self._tally.clamped(record, cut=cut)
         entry = _Open(record, request, hold, described, policies, context)
         heapq.heappush(self._ends, (end_ms(record), next(self._order), entry))
 

@@ -112,6 +112,10 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     """Further attempts of refused calls, which fall with them; among the refused ones."""
     shorter: int
     """Refused ones that would have been admitted with a lower output limit."""
+    clamped: int = 0
+    """Admitted ones whose output limit would have been lowered to what was left, where a route asks for `clamp`."""
+    cut: int = 0
+    """Of these, whose answer was longer than that: it would have ended there, and is charged as if it had."""
     policies: tuple[PolicyRow, ...] = ()
     """Most calls first."""
     subjects: tuple[SubjectRow, ...] = ()
@@ -146,6 +150,7 @@ class Tally:
         self._last_ms: int | None = None
         self._records = self._calls = self._cost = 0
         self._refused = self._refused_cost = self._unknown = self._followed = self._shorter = 0
+        self._clamped = self._cut = 0
         self._policies: dict[tuple[str, str, bool], _Sum] = {}
         self._subjects: dict[tuple[str, str, str, bool], _Sum] = {}
         self._hours: dict[tuple[int, str, bool], _Sum] = {}
@@ -174,6 +179,12 @@ class Tally:
         self._refused_cost += record.cost_nanousd or 0
         self._unknown += record.cost_nanousd is None
         self._shorter += shorter
+
+    def clamped(self, record: UsageRecord, *, cut: bool) -> None:
+        """It would have been admitted with a lower output limit; `cut`: which its answer was longer than."""
+        if record.at_ms >= self._since_ms:
+            self._clamped += 1
+            self._cut += cut
 
     def follows(self, record: UsageRecord) -> None:
         """It is another attempt of a call that would have been refused."""
@@ -251,6 +262,8 @@ class Tally:
             unknown=self._unknown,
             followed=self._followed,
             shorter=self._shorter,
+            clamped=self._clamped,
+            cut=self._cut,
             policies=tuple(sorted(policies, key=lambda row: (-row.calls, row.policy, row.code))),
             subjects=tuple(sorted(subjects, key=lambda row: (-row.calls, row.policy, row.subject))),
             hours=tuple(hours),
