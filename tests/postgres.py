@@ -122,14 +122,14 @@ class PostgresServer:
         """End it in order, and everybody's connections with it; its data stay."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)  # at once, its children too
             try:
-                self._process.wait(20)
+                self._process.wait(60)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -122,7 +122,7 @@ async def turn(guard: Guard) -> None:
 
 async def turn_until(guard: Guard, state: str) -> None:
     """Turns until it follows again: the storage notices by itself, and not at once, that it is back."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while following(guard) != state:
             await turn(guard)
 
@@ -130,7 +130,7 @@ async def turn_until(guard: Guard, state: str) -> None:
 async def turn_until_told(guard: Guard) -> None:
     """Turns until nothing is wrong any more."""
     assert guard.follower is not None
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while guard.follower.why:
             await turn(guard)
 
@@ -383,7 +383,7 @@ async def test_a_database_that_hangs_holds_up_nobody(control: Away, make: Callab
     for limit in (0, 50):
         await control.put("agent", "writer", {"max_iterations": limit}, actor=ANNA)
         await turn(near)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await turn(distant)
         assert await code(distant) == (BLOCKED if limit == 0 else None)
     assert distant.follower is not None

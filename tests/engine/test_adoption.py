@@ -98,7 +98,7 @@ async def test_exactly_one_of_concurrent_threads_adopts(new_guard: NewGuard) -> 
 
     def one() -> str:
         with guard.call_sync(model=MODEL, input_tokens=1, max_output_tokens=1) as call:
-            entered.wait(10)
+            entered.wait(60)
             call.record(Usage(input_tokens=1, output_tokens=1))
             assert call.hold is not None
             return call.hold.call_id

@@ -67,7 +67,7 @@ async def chosen(guard: Guard, *models: str, more: tuple[Any, ...] = ()) -> tupl
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let others go on until the condition holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(0)
 

@@ -43,7 +43,7 @@ async def test_call_waits_for_the_hold_of_another(new_guard: NewGuard) -> None:
         await waiting_calls(guard, 1)
         held.record(Usage(input_tokens=100, output_tokens=0))
         await first.__aexit__(None, None, None)
-        second = await asyncio.wait_for(waiting, 10)
+        second = await asyncio.wait_for(waiting, 60)
         second.release()
         await second.end()
 

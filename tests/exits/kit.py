@@ -56,7 +56,7 @@ class Settlements:
 
     async def until(self, number: int) -> None:
         """Wait until so many calls were settled."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self._changes.until(lambda: len(self.seen) >= number)
 
 
@@ -92,7 +92,7 @@ class Watch:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something holds of what has begun and what is running."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self._changes.until(condition)
 
 
@@ -270,7 +270,7 @@ class Connection:
 
     async def until(self, text: bytes) -> bytes:
         """Read until `text` has come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.reader.readuntil(text)
 
     def leave(self) -> None:

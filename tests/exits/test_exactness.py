@@ -91,7 +91,7 @@ async def test_four_processes(tmp_path: Path, kind: str) -> None:
             asyncio.create_task(running.server.request("/call", timeout=60)) for _ in range(50) for running in services
         ]
         await first(requests, 190)
-        await provider.until(lambda: provider.calls == 10, timeout_s=30)
+        await provider.until(lambda: provider.calls == 10, timeout_s=60)
         provider.release()
         statuses = Counter(response.status_code for response in await asyncio.gather(*requests))
         await asyncio.gather(*(running.end(signal.SIGTERM) for running in services))

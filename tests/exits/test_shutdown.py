@@ -40,7 +40,7 @@ class Service:
     async def says(self, words: bytes) -> None:
         """Wait until the process has written `words` to its log."""
         assert self.process.stderr is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while words not in (line := await self.process.stderr.readline()):
                 assert line, f"the service ended without saying {words!r}"
 
@@ -50,7 +50,7 @@ class Service:
         return await self.ended()
 
     async def ended(self) -> int:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.process.communicate()
         assert self.process.returncode is not None
         return self.process.returncode
@@ -100,8 +100,8 @@ async def test_sigterm_lets_open_calls_end(tmp_path: Path, options: tuple[str, .
     path = tmp_path / "guard.db"
     async with provider.serve() as base_url, service(path, base_url, *options) as running:
         ways = ["/call", "/stream", "/detached"] * 4
-        answers = [asyncio.create_task(running.server.request(way, timeout=30)) for way in ways]
-        await provider.until(lambda: provider.open == len(ways), timeout_s=30)
+        answers = [asyncio.create_task(running.server.request(way, timeout=60)) for way in ways]
+        await provider.until(lambda: provider.open == len(ways), timeout_s=60)
         running.process.send_signal(signal.SIGTERM)
         await running.says(b"Shutting down")
         provider.release()
@@ -119,8 +119,8 @@ async def test_sigterm_with_a_provider_that_hangs(tmp_path: Path) -> None:
     options = ("--timeout-graceful-shutdown=1",)
     async with provider.serve() as base_url, service(path, base_url, *options) as running:
         ways = ["/call", "/stream", "/detached"] * 4
-        answers = [asyncio.create_task(running.server.request(way, timeout=30)) for way in ways]
-        await provider.until(lambda: provider.open == len(ways), timeout_s=30)
+        answers = [asyncio.create_task(running.server.request(way, timeout=60)) for way in ways]
+        await provider.until(lambda: provider.open == len(ways), timeout_s=60)
         assert await running.end(signal.SIGTERM) == -signal.SIGTERM
         await asyncio.gather(*answers, return_exceptions=True)
         await provider.idle()
@@ -136,8 +136,8 @@ async def test_sigterm_without_a_lifespan_and_patience(tmp_path: Path) -> None:
     path = tmp_path / "guard.db"
     options = ("--timeout-graceful-shutdown=1", "--mounted", "--lifespan=off")
     async with provider.serve() as base_url, service(path, base_url, *options) as running:
-        answers = [asyncio.create_task(running.server.request("/call", timeout=30)) for _ in range(4)]
-        await provider.until(lambda: provider.open == 4, timeout_s=30)
+        answers = [asyncio.create_task(running.server.request("/call", timeout=60)) for _ in range(4)]
+        await provider.until(lambda: provider.open == 4, timeout_s=60)
         assert await running.end(signal.SIGTERM) == -signal.SIGTERM
         await asyncio.gather(*answers, return_exceptions=True)
         await provider.idle()
@@ -152,8 +152,8 @@ async def test_kill(tmp_path: Path) -> None:
     provider = FakeProvider(prices=BILL, default=Behaviour.hang())
     path = tmp_path / "guard.db"
     async with provider.serve() as base_url, service(path, base_url, "--slots=50") as running:
-        answers = [asyncio.create_task(running.server.request("/call", timeout=30)) for _ in range(50)]
-        await provider.until(lambda: provider.open == 50, timeout_s=30)
+        answers = [asyncio.create_task(running.server.request("/call", timeout=60)) for _ in range(50)]
+        await provider.until(lambda: provider.open == 50, timeout_s=60)
         assert (await running.server.request("/call")).status_code == 429
         assert await running.end(signal.SIGKILL) == -signal.SIGKILL
         await asyncio.gather(*answers, return_exceptions=True)

@@ -112,13 +112,13 @@ def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps:
         with pytest.raises(KeyboardInterrupt):
             work(guard)
         thread.join()
-    assert storage.interrupted.wait(10)
+    assert storage.interrupted.wait(60)
     asyncio.run(_until(lambda: storage.size()["holds"] == 0))
     assert left(storage) == (0, 0)
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the storage offers no event
             await asyncio.sleep(0)
 
@@ -165,4 +165,4 @@ def test_interrupt_when_the_work_is_done() -> None:
 
     with interruptible(), pytest.raises(KeyboardInterrupt):
         background.run(work(), undo=undone.set)
-    assert undone.wait(10)
+    assert undone.wait(60)

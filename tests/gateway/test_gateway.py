@@ -504,7 +504,7 @@ async def test_stream_that_is_left_may_be_read_to_its_end(clock: FrozenClock) ->
             await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
         made["a"].release()
         await made["a"].idle()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await made.records():  # noqa: ASYNC110 - nobody waits for it
                 await asyncio.sleep(0)
         (record,) = await made.records()

@@ -105,7 +105,7 @@ async def test_a_stream_that_was_stopped_is_not_kept(serve: Serve) -> None:
     provider = Stuck()
     app = serve(provider, Iterations(9, per="caller"), routes=[Route("/talk", dialect=None, idempotency=True)])
     running = asyncio.create_task(ask(app, headers=keyed(), path="/talk"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await provider.begun.wait()
         app.guard.set_stops([Stop(scope="caller", subject="alice")])
         first = await running

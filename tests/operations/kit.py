@@ -149,13 +149,13 @@ class Reader:
 
     async def until(self, words: bytes) -> None:
         """Read until these words have come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while words not in self.text:
                 self.text += await anext(self._parts)
 
     async def rest(self) -> None:
         """Read to the end."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for part in self._parts:
                 self.text += part
 

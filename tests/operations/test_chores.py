@@ -46,7 +46,7 @@ class Count:
             self.changes.tell()
 
     async def until(self, turns: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self.changes.until(lambda: self.turns >= turns)
 
 

@@ -299,10 +299,10 @@ async def test_synchronous_streams_end_with_their_next_part(stage: Stage) -> Non
 
     stage.provider.release(2)
     working = asyncio.create_task(asyncio.to_thread(work))
-    await asyncio.wait_for(begun.wait(), 10)
+    await asyncio.wait_for(begun.wait(), 60)
     stage.guard.set_stops([ALL])
     stage.provider.release(1)
-    text = await asyncio.wait_for(working, 10)
+    text = await asyncio.wait_for(working, 60)
     assert text.endswith(b"\n\n")
     assert b"stopped" in text
     await stage.provider.until(lambda: stage.provider.open == 0)

@@ -71,8 +71,8 @@ async def test_sigterm_ends_streams_that_do_not_end(tmp_path: Path, lifespan: st
     provider = FakeProvider(prices=BILL, default=Behaviour.slow())
     path = tmp_path / "guard.db"
     async with provider.serve() as base_url, service(path, base_url, f"--lifespan={lifespan}") as running:
-        answers = [asyncio.create_task(running.server.request("/stream", timeout=30)) for _ in range(3)]
-        await provider.until(lambda: provider.open == 3, timeout_s=30)
+        answers = [asyncio.create_task(running.server.request("/stream", timeout=60)) for _ in range(3)]
+        await provider.until(lambda: provider.open == 3, timeout_s=60)
         provider.release(6)
         assert await running.end(signal.SIGTERM) == 0
         await asyncio.gather(*answers, return_exceptions=True)
@@ -88,8 +88,8 @@ async def test_sigterm_lets_streams_end_in_their_time(tmp_path: Path) -> None:
     provider = FakeProvider(prices=BILL, default=Behaviour.slow())
     path = tmp_path / "guard.db"
     async with provider.serve() as base_url, service(path, base_url, "--lifespan=off", "--timeout=20") as running:
-        answers = [asyncio.create_task(running.server.request("/stream", timeout=30)) for _ in range(3)]
-        await provider.until(lambda: provider.open == 3, timeout_s=30)
+        answers = [asyncio.create_task(running.server.request("/stream", timeout=60)) for _ in range(3)]
+        await provider.until(lambda: provider.open == 3, timeout_s=60)
         running.process.send_signal(signal.SIGTERM)
         await running.says(b"draining")
         provider.release()

@@ -60,7 +60,7 @@ class InFlight(Requests):
 
     async def until(self, open_requests: int) -> None:
         """Wait until so many requests are being answered."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self._open != open_requests:
                 self._changed.clear()
                 await self._changed.wait()

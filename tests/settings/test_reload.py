@@ -331,9 +331,23 @@ async def test_nobody_has_to_ask(file: Path) -> None:
         assert await admitted(guard, "one") == 2
         file.with_name("new").write_text(LIMIT.format(limit=4), encoding="utf-8")
         file.with_name("new").rename(file)
-        async with asyncio.timeout(10):  # a machine may be busy
+        async with asyncio.timeout(60):  # a machine may be busy
             await changed.wait()
         assert await admitted(guard, "two") == 4
+
+
+async def test_alert_rules_that_lose_their_policy(opened: Open, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """S3: a change that takes away the policy that an alert rule is about holds, and the log says with the rule's line that
+    it has no effect any more; rules that were about none before, as about one of code, are not told."""
+    alerts = '[[alerts.thresholds]]\npolicy = "mine"\n[[alerts.thresholds]]\npolicy = "of_code"\n'
+    policy = '[[policies]]\nkind = "iterations"\nlimit = 5\nname = "{}"\n'
+    async with opened(policy.format("mine") + alerts) as (_, reload, _):
+        write(file, policy.format("theirs") + alerts)
+        with caplog.at_level(logging.WARNING, "asgi_llm_guard"):
+            assert await reload.check()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}, line 6: alerts.thresholds[0].policy: no policy is called 'mine' any more: the alert rule has no effect"
+    ]
 
 
 async def test_settings_of_code_have_no_file() -> None:

@@ -81,7 +81,7 @@ async def test_a_read_sees_one_state(kept_database: Database) -> None:
     def look(connection: Connection) -> tuple[int, int]:
         before = count(connection)
         first.set()
-        assert written.wait(20)
+        assert written.wait(60)
         return before, count(connection)
 
     reading = asyncio.ensure_future(kept_database.read(look))

@@ -59,7 +59,7 @@ async def test_deadlocks_are_done_again(postgres_url: str) -> None:
             tries.append(first)
             connection.execute("UPDATE t SET n = n + 1 WHERE name = ?", (first,))
             if len(tries) <= 2:
-                meeting.wait(20)
+                meeting.wait(60)
             connection.execute("UPDATE t SET n = n + 1 WHERE name = ?", (second,))
 
         database.write_sync(work)
@@ -93,7 +93,7 @@ async def test_who_stops_in_the_middle_stops_nobody_for_long(postgres_url: str) 
         connection.execute("SET LOCAL idle_in_transaction_session_timeout = '1500ms'")
         connection.execute("INSERT INTO t VALUES (1)")
         locked.set()
-        over.wait(30)
+        over.wait(60)
 
     def impatient(connection: Connection) -> None:
         connection.execute("SET LOCAL lock_timeout = '50ms'")

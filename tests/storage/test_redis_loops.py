@@ -107,11 +107,11 @@ def test_a_loop_that_is_busy_keeps_others_waiting_for_a_moment_only(redis_server
     async def main() -> None:
         await take(storage, "call", ALL)
         busy.set()
-        released.wait(20)  # in the loop itself
+        released.wait(60)  # in the loop itself
 
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(asyncio.run, main())
-        busy.wait(20)
+        busy.wait(60)
         pending = storage.settle([Settlement("call", (3,))])
         assert isinstance(asyncio.run(ask(storage, "next", claim(BUDGET, 7))), Granted)
         assert pending.done()
@@ -156,7 +156,7 @@ def test_a_thread_that_outlives_the_main_coroutine_still_settles(redis: RedisSto
     statuses: list[str] = []
 
     def work() -> None:
-        ended.wait(10)
+        ended.wait(60)
         (settled,) = redis.settle([Settlement("call", (7,), record("call", 7))]).result(10)
         statuses.append(settled.status)
 

@@ -30,7 +30,7 @@ LIMITS = (
 async def back(server: RedisServer, storage: RedisStorage) -> None:
     """Start the server again, and wait until the storage has found out by itself."""
     await asyncio.to_thread(server.start)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not storage.available():  # noqa: ASYNC110 - that is all it says, and all that a guard asks
             await asyncio.sleep(0)
 

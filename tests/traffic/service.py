@@ -120,7 +120,7 @@ class Service:
     async def _over(self, *, late: bool) -> None:
         """Wait until everything is settled. Settlements are not waited for by responses, and streams whose clients left
         are read to their end by nobody's request; a clock that moves meanwhile would make them late."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await self.guard.storage.open_holds() or (late and await self._expired()):  # noqa: ASYNC110 - storages tell nobody
                 await asyncio.sleep(0.002)
 
