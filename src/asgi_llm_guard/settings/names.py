@@ -11,7 +11,7 @@ from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.settings.build import build_policies, place
 from asgi_llm_guard.settings.load import GuardSettings
 
-__all__ = ["AlertName", "alert_names", "check_alerts", "deployment_policies"]
+__all__ = ["AlertName", "alert_names", "check_alerts", "deployment_policies", "unmatched"]
 
 _KINDS: Final[tuple[Literal["policy", "scope"], ...]] = ("policy", "scope")
 _DEPLOYMENTS: Final = "deployment_limits"
@@ -46,6 +46,21 @@ def deployment_policies(settings: GuardSettings) -> tuple[str, ...]:
     return () if settings.gateway is None else (_DEPLOYMENTS,)
 
 
+def unmatched(settings: GuardSettings) -> list[AlertName]:
+    """The alert rules that are about no policy of these settings, as they name one."""
+    known = _known(settings)
+    return [
+        each
+        for each in alert_names(settings)
+        if each.kind == "policy" and not any(fnmatchcase(name, each.name) for name in known)
+    ]
+
+
+def _known(settings: GuardSettings) -> list[str]:
+    policies = [policy.name for policy in build_policies(settings)]
+    return list(dict.fromkeys([*policies, *deployment_policies(settings)]))
+
+
 def check_alerts(settings: GuardSettings) -> None:
     """Check that each alert rule is about some policy. For services that are run from the settings alone: where code has
     policies of its own, a rule may be about one of them.
@@ -53,12 +68,9 @@ def check_alerts(settings: GuardSettings) -> None:
     Raises:
         ConfigurationError: a line for each rule that is about none.
     """
-    policies = [policy.name for policy in build_policies(settings)]
-    known = list(dict.fromkeys([*policies, *deployment_policies(settings)]))
+    known = _known(settings)
     problems = [
-        f"{each.where}: there is no policy {each.name!r}{_hint(each.name, known)}"
-        for each in alert_names(settings)
-        if each.kind == "policy" and not any(fnmatchcase(name, each.name) for name in known)
+        f"{each.where}: there is no policy {each.name!r}{_hint(each.name, known)}" for each in unmatched(settings)
     ]
     if problems:
         raise ConfigurationError("\n".join(problems))

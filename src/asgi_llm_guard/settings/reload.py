@@ -25,6 +25,7 @@ from asgi_llm_guard.settings.build import build_gateway_arguments, build_replace
 from asgi_llm_guard.settings.files import content_of
 from asgi_llm_guard.settings.identity import ControlKeysSettings
 from asgi_llm_guard.settings.load import GuardSettings, load_settings
+from asgi_llm_guard.settings.names import unmatched
 
 if TYPE_CHECKING:
     from asgi_llm_guard.gateway import Deployment, Gateway
@@ -97,6 +98,10 @@ class Reload:
         resolver = self._guard.configuration.identity
         if isinstance(settings.identity, ControlKeysSettings) and isinstance(resolver, ControlKeys):
             resolver.ask_then(then)
+        known = {each.name for each in unmatched(self._settings)}
+        for rule in unmatched(settings):
+            if rule.name not in known:
+                _log.warning("%s: no policy is called %r any more: the alert rule has no effect", rule.where, rule.name)
         self._settings = settings
         self.version = self._seen = settings.content
         self.error = None
