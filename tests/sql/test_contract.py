@@ -166,6 +166,16 @@ async def test_a_fork_has_connections_of_its_own(kept_database: Database) -> Non
     assert await kept_database.read(count) == 40
 
 
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    """A file of another kind is told as one, with the next step, and stays as it is."""
+    path = tmp_path / "notes.txt"
+    path.write_text("no database at all, but long enough to have a header " * 20, "utf-8")
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="not a database; restore it from a backup, or give another path"):
+        open_database(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("put", [False, True], ids=["removed", "replaced"])
 async def test_a_file_that_is_gone(tmp_path: Path, *, put: bool) -> None:
     """A file that was removed or replaced is neither read nor written any more: nobody else would see it."""

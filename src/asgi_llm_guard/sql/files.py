@@ -7,14 +7,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from asgi_llm_guard.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["APPLICATION_ID", "QueueLock", "check_file_system", "check_sqlite", "file_system", "mounts"]
+__all__ = ["APPLICATION_ID", "QueueLock", "check_file_system", "check_sqlite", "file_system", "mounts", "next_step"]
 
 APPLICATION_ID: Final = 0x4C4C4D47
 """`LLMG`, in the header of every file of ours."""
@@ -51,6 +54,16 @@ def check_file_system(path: Path, kind: str) -> None:
             f"{path}: lies on a network file system ({kind}), where SQLite's locks are not reliable; "
             "use a local disk: its counters are for the processes of one host"
         )
+
+
+def next_step(error: sqlite3.Error, *, waited_s: float) -> str:
+    """What to do about a file that cannot be opened; `waited_s`: so long it was waited for others."""
+    text = str(error)
+    if "not a database" in text or "malformed" in text:
+        return "restore it from a backup, or give another path"
+    if "locked" in text:
+        return f"another program has kept it locked for {waited_s:.0f} s; find and end that program"
+    return "let this user write to the file and its folder, or give another path"
 
 
 def file_system(folder: Path, mounts: str) -> str:

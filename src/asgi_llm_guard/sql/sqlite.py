@@ -13,7 +13,15 @@ from typing import Any, Final, TypeVar
 
 from asgi_llm_guard.errors import ConfigurationError, StorageError
 from asgi_llm_guard.sql.base import Connection, Dialect
-from asgi_llm_guard.sql.files import APPLICATION_ID, QueueLock, check_file_system, check_sqlite, file_system, mounts
+from asgi_llm_guard.sql.files import (
+    APPLICATION_ID,
+    QueueLock,
+    check_file_system,
+    check_sqlite,
+    file_system,
+    mounts,
+    next_step,
+)
 from asgi_llm_guard.sql.threads import Threads
 
 __all__ = ["SqliteDatabase"]
@@ -175,9 +183,7 @@ class SqliteDatabase:
             finally:
                 connection.close()
         except sqlite3.Error as error:
-            raise ConfigurationError(
-                f"{path}: {error}; let this user write to the file and its folder, or give another path"
-            ) from error
+            raise ConfigurationError(f"{path}: {error}; {next_step(error, waited_s=_TIMEOUT_S)}") from error
 
     # ------------------------------------------------------------------------------- transactions
 

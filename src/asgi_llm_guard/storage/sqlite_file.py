@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Final, Literal
 
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.sql.files import APPLICATION_ID, QueueLock, check_file_system, check_sqlite, file_system, mounts
+from asgi_llm_guard.sql.files import (
+    APPLICATION_ID,
+    QueueLock,
+    check_file_system,
+    check_sqlite,
+    file_system,
+    mounts,
+    next_step,
+)
 from asgi_llm_guard.usage_rows import create_ledger
 
 __all__ = [
@@ -54,7 +62,7 @@ def prepare(path: Path) -> None:
             _make_tables(connection, path)
             connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.DatabaseError as error:
-        raise ConfigurationError(f"{path}: {error}; {_next_step(error)}") from error
+        raise ConfigurationError(f"{path}: {error}; {next_step(error, waited_s=_OPENING_S)}") from error
 
 
 def connect(path: Path, *, synchronous: Synchronous, timeout_s: float) -> sqlite3.Connection:
@@ -98,12 +106,3 @@ def _make_tables(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
-
-
-def _next_step(error: sqlite3.DatabaseError) -> str:
-    text = str(error)
-    if "not a database" in text or "malformed" in text:
-        return "restore it from a backup, or give another path"
-    if "locked" in text:
-        return f"another program has kept it locked for {_OPENING_S:.0f} s; find and end that program"
-    return "let this user write to the file and its folder, or give another path"
