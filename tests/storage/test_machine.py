@@ -694,10 +694,19 @@ def run(
     return reached
 
 
-def test_random_histories_are_answered_alike() -> None:
-    """Memory, SQLite and Redis answer as the oracle does, whatever happens; and whatever matters does happen."""
-    reached = run(24, 40, range(10), kinds=("memory", "sqlite", "redis"))
+SEEDS: Final = range(10)
+
+
+def test_random_histories_reach_what_matters() -> None:
+    """Memory answers as the oracle does, whatever happens; and whatever matters does happen."""
+    reached = run(24, 40, SEEDS, kinds=("memory",))
     assert {what: reached[what] for what, least in REACHED.items() if reached[what] < least} == {}
+
+
+@pytest.mark.parametrize("number", SEEDS)
+def test_random_histories_are_answered_alike(number: int) -> None:
+    """In the same histories, SQLite and Redis answer as the oracle does."""
+    assert run(24, 40, [number], kinds=("sqlite", "redis")).total() > 0
 
 
 @pytest.mark.slow
