@@ -21,6 +21,7 @@ from asgi_llm_guard import Budget, CacheScope, Context, Guard, Iterations, Limit
 from asgi_llm_guard import guarded as marked
 from asgi_llm_guard.cache import Cache
 from asgi_llm_guard.claims import Granted
+from asgi_llm_guard.context import Call
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.events import Admission, CallEnded, emit
 from asgi_llm_guard.testing import Behaviour, FakeProvider, FrozenClock
@@ -301,6 +302,34 @@ def test_gaps_are_told_as_they_were(clock: FrozenClock, told: Telemetry) -> None
     (duration,) = metrics["gen_ai.client.operation.duration"]
     assert duration.attributes["error.type"] == "ValueError"
     assert "error.type" not in {**gaps.attributes, **first.attributes}
+
+    unbegun = CallEnded(
+        context=ADA, call=call, call_id="2", outcome="unknown", began_ms=0, ended_ms=9_000, streamed=True
+    )
+    emit(guard.engine.observers, unbegun)
+    metrics = told.collect()
+    assert sum(point.count for point in metrics["gen_ai.client.operation.duration"]) == 2
+    assert [point.count for point in metrics["gen_ai.client.operation.time_to_first_chunk"]] == [1]
+
+
+def test_more_labels_than_are_kept(clock: FrozenClock, told: Telemetry) -> None:
+    """T11: sets of labels are kept made for a thousand kinds of calls at most, and every call is counted all the same."""
+    guard = new(clock)
+    told.instrument(guard)
+    for number in range(1_100):
+        call = Call(provider="own", model=f"model-{number % 11}", price_source="override")
+        ended = CallEnded(
+            context=ADA,
+            call=call,
+            call_id="1",
+            outcome="unknown",
+            failure=f"Error{number // 11}",
+            began_ms=0,
+            ended_ms=1,
+        )
+        emit(guard.engine.observers, ended)
+    points = told.collect()["gen_ai.client.operation.duration"]
+    assert (len(points), sum(point.count for point in points)) == (1_100, 1_100)
 
 
 async def test_cache_hits(clock: FrozenClock, told: Telemetry) -> None:

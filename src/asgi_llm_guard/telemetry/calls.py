@@ -62,9 +62,6 @@ class OpenCalls:
         with self._lock:
             return self._spans.pop(call_id, None)
 
-    def __len__(self) -> int:
-        return len(self._spans)
-
 
 class CallObserver:
     """Makes a span, and points of the conventions' metrics, of each call that was sent or answered from the cache.

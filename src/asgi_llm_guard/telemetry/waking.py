@@ -77,10 +77,8 @@ class Attachment:
             self._wake()
 
     def close(self) -> None:
-        """Have the guard tell nothing more. May be called again."""
+        """Have the guard tell nothing more."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
         self._guard.measure(None)
         self._stop()
