@@ -124,7 +124,7 @@ async def test_degraded(clock: FrozenClock, told: Telemetry) -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_verbs_of_the_storage(clock: FrozenClock, told: Telemetry, tmp_path: Any, kind: str) -> None:
-    """S17: each verb of the storage is measured, once for each time that it is asked; unmeasured it is asked directly."""
+    """S17: each verb of the storage that calls ask for is measured; unmeasured it is asked directly."""
     guard = new(
         clock, Iterations(9, per="caller"), storage="memory://" if kind == "memory" else f"sqlite:///{tmp_path}/g.db"
     )
@@ -140,7 +140,7 @@ async def test_verbs_of_the_storage(clock: FrozenClock, told: Telemetry, tmp_pat
     counted = {point.attributes["llm_guard.storage.verb"]: point.count for point in points}
     assert counted["reserve"] >= 1
     assert counted["settle"] >= 1
-    assert counted["heartbeat"] == 1
+    assert counted["heartbeat"] >= 1  # and those that are sent every 5 seconds
 
     assert guard.storage is guard.engine.storage
     instrumentation.uninstrument()
