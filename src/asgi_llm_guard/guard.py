@@ -4,7 +4,7 @@
     describe  what is asked: model, bounds of tokens and cost       describe.py, estimate.py, pricing
     ask       every policy for its claims, or its refusal           plan.py, policies/
     reserve   all claims or none, in one atomic step                engine/, storage/
-    decide    `Denied`, or an open `Admission` with its calls       denials.py, admission.py
+    decide    `Denied`, or an open `Admission` with its calls       denials/, admission.py
     handle    the application runs                                  middleware/, decorator/
     record    what the provider says was used                       wire/
     price     what it cost                                          pricing
@@ -34,7 +34,7 @@ from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock, SystemClock
 from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context, Target
-from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.denials.statuses import check_statuses
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.draining import Draining
 from asgi_llm_guard.engine import Engine

@@ -12,7 +12,7 @@ from asgi_llm_guard.claims import Meter, Reading
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.configuration import UNSET, Configuration, Unset, check_routes
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.denials.statuses import check_statuses
 from asgi_llm_guard.draining import Draining
 from asgi_llm_guard.engine import Engine
 from asgi_llm_guard.errors import ConfigurationError

@@ -9,7 +9,8 @@ import msgspec
 
 from asgi_llm_guard.claims import Meter, Reading, Unit
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.denials import capacity, period
+from asgi_llm_guard.denials.receipts import capacity
+from asgi_llm_guard.denials.wording import period
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.overlay import Raises
 from asgi_llm_guard.plan import ask

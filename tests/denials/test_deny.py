@@ -12,19 +12,11 @@ from tests.denials.values import CODES, NOW_MS, fitting, meter, refused, stuck
 from asgi_llm_guard.claims import Meter, Reading, Receipt, Refused, Rule, Unit
 from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Code, Refusal
-from asgi_llm_guard.denials import (
-    RETRYABLE_S,
-    capacity,
-    check_status,
-    check_statuses,
-    deny,
-    fits_max_tokens,
-    held_by_others,
-    period,
-    provider_lines,
-    refuse,
-    utc,
-)
+from asgi_llm_guard.denials import deny, refuse
+from asgi_llm_guard.denials.denied import RETRYABLE_S
+from asgi_llm_guard.denials.receipts import capacity, fits_max_tokens, held_by_others
+from asgi_llm_guard.denials.statuses import check_status, check_statuses
+from asgi_llm_guard.denials.wording import period, provider_lines, utc
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.money import NANO
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
@@ -423,7 +415,7 @@ def test_an_id_cannot_break_a_line_of_a_log() -> None:
 
 def test_reset_is_told_in_utc_whatever_the_host() -> None:
     """Conformance 48: the reset time of a refusal is UTC whatever the host's time zone is."""
-    code = "from asgi_llm_guard.denials import utc; print(utc(1795255200000))"
+    code = "from asgi_llm_guard.denials.wording import utc; print(utc(1795255200000))"
     shown = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TZ": "America/New_York"},

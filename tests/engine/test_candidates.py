@@ -15,7 +15,8 @@ from tests.storage.conftest import FACTORIES
 from asgi_llm_guard import Budget, Concurrency, Context, Guard, Iterations, ModelAllow, ProviderBudget, RateLimit, Usage
 from asgi_llm_guard.admission import ActiveCall
 from asgi_llm_guard.context import Call
-from asgi_llm_guard.denials import together, utc
+from asgi_llm_guard.denials import together
+from asgi_llm_guard.denials.wording import utc
 from asgi_llm_guard.gateway.limits import DeploymentLimit, DeploymentLimits
 from asgi_llm_guard.guard import new_call
 from asgi_llm_guard.pricing import PriceBook

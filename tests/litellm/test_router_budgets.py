@@ -9,7 +9,7 @@ import litellm
 import pytest
 
 from asgi_llm_guard import Context, Guard, LimitExceeded, ProviderBudget
-from asgi_llm_guard.denials import utc
+from asgi_llm_guard.denials.wording import utc
 from asgi_llm_guard.integrations.litellm import GuardCallback, Refused
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.testing import BaseURL, Behaviour, FakeProvider, Price

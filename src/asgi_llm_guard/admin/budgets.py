@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from asgi_llm_guard.claims import Meter, Reading, Unit
-from asgi_llm_guard.denials import capacity
+from asgi_llm_guard.denials.receipts import capacity
 from asgi_llm_guard.windows import Bucket, Calendar, Distinct, Lifetime, Rolling, Sliding, Slots, Window
 
 __all__ = ["Budget", "budget_of", "forecast", "window_told"]

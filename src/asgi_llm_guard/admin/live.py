@@ -11,7 +11,7 @@ from asgi_llm_guard.admin.desk import Desk
 from asgi_llm_guard.admin.gathered import held_nanousd
 from asgi_llm_guard.claims import Meter, Rule
 from asgi_llm_guard.context import Call, Context
-from asgi_llm_guard.denials import capacity
+from asgi_llm_guard.denials.receipts import capacity
 from asgi_llm_guard.standing import claimed_meters
 from asgi_llm_guard.storage.shared import OpenCall
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.denials import capacity, refusing
+from asgi_llm_guard.denials.receipts import capacity, refusing
 from asgi_llm_guard.events import Event, Refused
 
 __all__ = ["RecentRefusals", "Refusing", "Told"]

@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from asgi_llm_guard.claims import Bundle, Claim, Ended, Granted, Meter, Receipt, Refused, Settlement
 from asgi_llm_guard.clock import Clock
-from asgi_llm_guard.denials import capacity
+from asgi_llm_guard.denials.receipts import capacity
 from asgi_llm_guard.storage.base import Storage
 from asgi_llm_guard.windows import BUCKET, CALENDAR, DISTINCT, LIFETIME, SLIDING, SLOTS, Bucket
 

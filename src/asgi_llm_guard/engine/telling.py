@@ -10,7 +10,8 @@ from asgi_llm_guard.claims import Granted, Refused, Rule
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
-from asgi_llm_guard.denials import check_approval_url, deny, refuse, with_approval
+from asgi_llm_guard.denials import deny, refuse
+from asgi_llm_guard.denials.approval import check_approval_url, with_approval
 from asgi_llm_guard.events import Admission, Event, Observer, ShadowMisfit, emit
 from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.plan import Asked

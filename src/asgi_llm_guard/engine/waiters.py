@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from asgi_llm_guard.claims import Ended, Granted, Refused
-from asgi_llm_guard.denials import held_by_others
+from asgi_llm_guard.denials.receipts import held_by_others
 
 __all__ = ["Answer", "Waiters"]
 

@@ -12,7 +12,7 @@ from typing import Final, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 from asgi_llm_guard.claims import Claim, Durable, Meter, OnOutage, Rule, Unit, meter_key
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Refusal
-from asgi_llm_guard.denials import check_status
+from asgi_llm_guard.denials.statuses import check_status
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies.base import Verdict
 from asgi_llm_guard.policies.providers import canonical_model, canonical_provider, provider_of, qualified

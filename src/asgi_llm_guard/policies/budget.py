@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from asgi_llm_guard.claims import Durable, Meter, OnOutage, Reading, Rule, Unit
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied
-from asgi_llm_guard.denials import provider_lines, utc
+from asgi_llm_guard.denials.wording import provider_lines, utc
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.policies._scoped import NOTHING, ExpiryCharge, Per, ScopedPolicy, Subject, amounts
 from asgi_llm_guard.policies.base import Verdict

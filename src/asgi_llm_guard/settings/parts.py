@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
-from asgi_llm_guard.denials import check_statuses
+from asgi_llm_guard.denials.statuses import check_statuses
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.identity import Extractor, baggage, body, first_of, header, vendor_header
 from asgi_llm_guard.identity.base import check_params

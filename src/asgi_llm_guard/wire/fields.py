@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from asgi_llm_guard.claims import Meter, Receipt, Rule, Unit
-from asgi_llm_guard.denials import Disclose, capacity, period
+from asgi_llm_guard.denials.receipts import Disclose, capacity
+from asgi_llm_guard.denials.wording import period
 from asgi_llm_guard.windows import SLOTS, Bucket, Calendar, Lifetime, Rolling, Sliding
 
 __all__ = ["rate_limit_headers"]

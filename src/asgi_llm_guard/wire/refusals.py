@@ -25,7 +25,8 @@ import msgspec
 
 from asgi_llm_guard.claims import Unit
 from asgi_llm_guard.decision import Code, Denied
-from asgi_llm_guard.denials import period, refusing, utc
+from asgi_llm_guard.denials.receipts import refusing
+from asgi_llm_guard.denials.wording import period, utc
 from asgi_llm_guard.money import format_usd
 
 __all__ = ["Container", "Rendered", "container_of", "render", "stream_error", "websocket_close"]
