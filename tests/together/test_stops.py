@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,14 +12,16 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from tests.gateway.kit import fleet
 from tests.hooks.kit import in_thread
 from tests.hooks.test_botocore import on_stage, stream_of
 
 from asgi_llm_guard import Budget, Context, Guard, LimitExceeded
+from asgi_llm_guard.gateway import RetryRules
 from asgi_llm_guard.integrations.langchain import AsyncGuardCallback, GuardCallback
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.stops import Stop, StopScope
-from asgi_llm_guard.testing import Behaviour
+from asgi_llm_guard.testing import Behaviour, FrozenClock
 
 pytestmark = pytest.mark.anyio
 
@@ -153,3 +155,27 @@ async def test_a_stream_of_bedrock_is_ended() -> None:
         (record,) = await stage.storage.records()
         assert record.outcome == "estimated"
         assert await stage.storage.open_holds() == 0
+
+
+def stopped_for_good(guard: Guard) -> None:
+    guard.set_stops([Stop(scope="all")])
+
+
+def stopped_once(guard: Guard) -> None:
+    assert guard.stop(Stop(scope="all")) == 1
+
+
+@pytest.mark.parametrize("stop", [stopped_for_good, stopped_once])
+async def test_a_call_that_is_to_be_repeated_is_refused(clock: FrozenClock, stop: Callable[[Guard], None]) -> None:
+    """S8: who is stopped while a gateway waits to ask once more is told so, and not of the provider's failure."""
+
+    async def sleep(_: float) -> None:
+        stop(made.guard)
+
+    async with fleet(clock, "a", retry=RetryRules(retries=2, pause_s=5), sleep=sleep) as made:
+        made["a"].script(Behaviour.error(503), Behaviour.error(503))
+        with pytest.raises(LimitExceeded) as raised:
+            await made.chat()
+        assert raised.value.denied.code == "stopped"
+        assert made["a"].calls == 1
+        await made.settled()
