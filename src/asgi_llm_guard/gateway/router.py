@@ -316,9 +316,8 @@ class Router:
         if step.wait_s > 0:
             way.waited_s += step.wait_s
             await self._sleep(step.wait_s)
-        if (
-            halted := way.admission.halted
-        ) is not None:  # meanwhile: why it is not repeated is no failure of a provider's
+        # It was stopped meanwhile: that it is not repeated is no failure of a provider's.
+        if (halted := way.admission.halted) is not None:
             raise LimitExceeded(halted)
 
     # ---------------------------------------------------------------------------------- names
