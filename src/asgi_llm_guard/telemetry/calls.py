@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol, cast, runtime_checkable
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
@@ -84,6 +84,7 @@ class CallObserver:
         self._labels = labels
         self._open = open_calls
         self._hashed = hashed
+        self._readable: dict[type[Span], bool] = {}
         self._kept: dict[tuple[str, str, str, str | None], CallLabels] = {}
         self._metrics = GenAiMetrics(instruments, conventions)
         # Ours are the same whichever conventions were chosen, so that what is drawn of them goes on.
@@ -148,7 +149,7 @@ class CallObserver:
         """The span that tells of the call: its own, or that of somebody who traces it already."""
         if event.call is not None and event.call.deployment is not None:
             return parent
-        if parent.is_recording() and _tells_of_a_call(parent):
+        if parent.is_recording() and self._tells_of_a_call(parent):
             parent.add_event(names.CALL, self._told(event), timestamp=event.ended_ms * _NS)
             return parent
         model = event.call.model if event.call is not None else (event.usage and event.usage.model) or "unknown"
@@ -168,6 +169,14 @@ class CallObserver:
             span.set_status(Status(StatusCode.ERROR, str(common[names.ERROR_TYPE])))
         span.end(max(event.ended_ms, event.began_ms) * _NS)
         return span
+
+    def _tells_of_a_call(self, span: Span) -> bool:
+        # The API's spans only take attributes; those of the SDK show them. Asked once for each class: it takes long.
+        kind = type(span)
+        readable = self._readable.get(kind)
+        if readable is None:
+            readable = self._readable[kind] = isinstance(span, _Readable)
+        return readable and names.OPERATION in (cast("_Readable", span).attributes or {})
 
     def _told(self, event: CallEnded) -> Attributes:
         """What only the guard knows."""
@@ -199,8 +208,3 @@ class CallObserver:
 
 def _first_s(event: CallEnded) -> float | None:
     return None if event.first_ms is None else max(0, event.first_ms - event.began_ms) / 1000
-
-
-def _tells_of_a_call(span: Span) -> bool:
-    # The API's spans only take attributes; those of the SDK show them.
-    return isinstance(span, _Readable) and names.OPERATION in (span.attributes or {})
