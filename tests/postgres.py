@@ -57,6 +57,7 @@ class PostgresServer:
         self.folder = _new_folder()
         self._programs = find_postgres()
         self._process: subprocess.Popen[bytes] | None = None
+        self._emptied: list[str] = []
         self._log = self.folder / "log"
         # It refuses to run as root.
         self._user = _unprivileged() if os.geteuid() == 0 else None
@@ -106,13 +107,35 @@ class PostgresServer:
         return f"postgresql://{USER}:{PASSWORD}@{HOST}:{self.port}/{database}"
 
     def new_database(self) -> str:
-        """The URL of a database that nobody else has."""
+        """The URL of an empty database that nobody else has."""
         name = f"test_{os.getpid()}_{next(_NUMBERS)}"
-        self.execute(f"CREATE DATABASE {name} STRATEGY file_copy")
+        if self._emptied:
+            self.execute(f"ALTER DATABASE {self._emptied.pop()} RENAME TO {name}")
+        else:
+            self.execute(f"CREATE DATABASE {name} STRATEGY file_copy")
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
-        self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
+        """End the connections to a database, and empty it.
+
+        The next one is made of it under another name: that takes a tenth of the time, and whoever has kept the URL
+        finds no database there.
+        """
+        name = url.rpartition("/")[2]
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        emptied = f"{name}_emptied"
+        try:
+            self.execute(f"ALTER DATABASE {name} RENAME TO {emptied}")
+        except psycopg.errors.ObjectInUse:  # somebody connects again and again
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        else:
+            self._emptied.append(emptied)
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> None:
         with psycopg.connect(self.url(), autocommit=True) as connection:
