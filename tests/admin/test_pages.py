@@ -92,7 +92,7 @@ async def test_unknown_cost_is_no_zero(page: Desk) -> None:
     """Calls of which no price is known are shown as unknown beside the sum, and never as $0.00 or as a part of it."""
     await fill(page.guard, [record(1), record(2, cost_nanousd=None, model="new-model"), record(3, cost_nanousd=0)])
     text = (await page.client("viewer").get("/admin/")).text
-    assert "and 1 calls of unknown cost" in text
+    assert "and 1 call of unknown cost" in text
     assert "+ 1 unknown" in text
     assert ">$0.0125<" not in text  # above a cent it is rounded, and exact in the title
     assert 'title="$0.0125">$0.01</span>' in text
@@ -108,7 +108,7 @@ async def test_the_overview(page: Desk) -> None:
     ):
         text = (await page.client("viewer").get("/admin/")).text
     assert "<dt>Calls</dt><dd>23</dd>" in text
-    assert "1 open calls" in text
+    assert "1 open call<" in text
     assert re.search(
         r'<svg class="chart"[^>]*aria-labelledby="spend-title spend-desc"><title id="spend-title">Spend per hour</title><desc',
         text,

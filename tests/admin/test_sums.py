@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import re
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
-from tests.admin.kit import NOW_MS, Desk, fill, options, record
+from tests.admin.kit import NOW_MS, Desk, desk, fill, options, record
 
+from asgi_llm_guard import RateLimit
 from asgi_llm_guard.admin import gathered
 from asgi_llm_guard.admin.budgets import forecast
 from asgi_llm_guard.admin.desk import Desk as Behind
 from asgi_llm_guard.admin.periods import Period, slots
+from asgi_llm_guard.admin.sheet import MOST_ROWS
 from asgi_llm_guard.claims import Reading
 from asgi_llm_guard.ledger import Ledger, RefusalCount, UsageQuery
+from asgi_llm_guard.storage.limits import LimitsStorage
 from asgi_llm_guard.windows import Calendar
 
 pytestmark = pytest.mark.anyio
@@ -78,7 +85,7 @@ async def test_months_are_whole(page: Desk) -> None:
     bars = dict(re.findall(r'<th scope="row">(\d{4}-\d\d)</th><td class="number">\$([\d.]+)', html.unescape(table)))
     months = [f"2025-{12:02}", *(f"2026-{month:02}" for month in range(1, 12))]
     assert sorted(bars) == months
-    assert "$0.36 and 1 calls of unknown cost" in table
+    assert "$0.36 and 1 call of unknown cost" in table
     for month in months[:-1]:
         start_ms, end_ms = Calendar("month", "UTC").bounds(_instant(month))
         exact = await _ledger(page).usage(UsageQuery(since_ms=start_ms, until_ms=end_ms))
@@ -149,6 +156,52 @@ async def test_counts_of_refusals_are_read_in_whole(page: Desk) -> None:
         asked["until_ms"] = told["next_until_ms"]
         turns += 1
     assert (turns, len(rows), len(set(rows))) == (3, len(counts), len(counts))
+
+
+@pytest.mark.parametrize("name", [None, "research"])
+async def test_the_file_is_what_the_page_sums_up(name: str | None, page: Desk) -> None:
+    """C9: the file of a page has the page's sums, to the nano-dollar, whole and without a formula; a call of several
+    departments is in it once."""
+    await fill(
+        page.guard,
+        [
+            record(1, at_ms=NOW_MS - _DAY_MS, cost_nanousd=1, model='=HYPERLINK("x")'),
+            record(2, departments=("research", "sales"), cost_nanousd=10**9 + 1),
+            record(3, departments=("sales",), cost_nanousd=7),
+            record(4, cost_nanousd=None),
+        ],
+    )
+    client = page.client("viewer")
+    asked = {"range": "7d", "tz": "Europe/Berlin"} | ({} if name is None else {"name": name})
+    answer = await client.get("/admin/usage.csv", params=asked)
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="usage-2026-11-16-2026-11-22.csv"'
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["model"] for row in rows] == ['\'=HYPERLINK("x")', "gpt-5.6-mini"]
+    assert [row["day (Europe/Berlin)"] for row in rows] == ["2026-11-21", "2026-11-22"]
+    total = sum(Decimal(row["cost_usd"]) for row in rows)
+    assert total == (Decimal("1.000000002") if name else Decimal("1.000000009"))
+    assert [sum(int(row[field]) for row in rows) for field in ("calls", "records_of_unknown_cost")] == [
+        3 + (not name),
+        1,
+    ]
+    links = html.unescape((await client.get(f"/admin/{'department' if name else ''}", params=asked)).text)
+    assert "/admin/usage.csv?" + ("name=research&" if name else "") + "range=7d&tz=Europe%2FBerlin" in links
+
+
+async def test_a_file_that_cannot_be(page: Desk, tmp_path: Path) -> None:
+    """A file of a time that is none, of too many rows or without a ledger is a problem that says what to do, and no part of
+    what was asked for."""
+    await fill(page.guard, [record(number, model=f"model-{number}") for number in range(MOST_ROWS + 3)])
+    client = page.client("viewer")
+    many = await client.get("/admin/usage.csv")
+    assert (many.status_code, "10,003 rows" in many.text, "ledger export" in many.text) == (422, True, True)
+    assert (await client.get("/admin/usage.csv?range=nine")).status_code == 422
+    made = desk(
+        tmp_path, control=False, storage=LimitsStorage("memory://"), policies=[RateLimit("60/minute", per="caller")]
+    )
+    assert (await made.client("viewer").get("/admin/usage.csv")).status_code == 409
+    await made.aclose()
 
 
 def test_forecasts_where_summer_time_changes() -> None:

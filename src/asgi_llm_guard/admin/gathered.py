@@ -107,7 +107,7 @@ def charts(report: UsageReport, period: Period, *, prefix: str = "") -> tuple[Ch
             label = label[:10]
         unfinished = start < period.until_ms < end
         spend.append(Bar(label, amounts.cost_nanousd, _cost_told(amounts), unfinished))
-        calls.append(Bar(label, amounts.calls, f"{amounts.calls:,} calls", unfinished))
+        calls.append(Bar(label, amounts.calls, shown.calls(amounts.calls), unfinished))
     names = ("spend", "Spend", shown.money, shown.money), ("calls", "Calls", shown.count, shown.compact)
     per = "hour" if period.unit == "hour" else "day"
     made = []
@@ -137,7 +137,7 @@ def _scale(most: int, marked_as: Callable[[int], str]) -> tuple[str, ...]:
 
 def _cost_told(amounts: Amounts) -> str:
     told = shown.money(amounts.cost_nanousd)
-    return f"{told} and {amounts.unpriced:,} calls of unknown cost" if amounts.unpriced else told
+    return f"{told} and {shown.calls(amounts.unpriced)} of unknown cost" if amounts.unpriced else told
 
 
 def _by_instant(report: UsageReport, period: Period, spans: Sequence[tuple[int, int]]) -> Mapping[int, Amounts]:

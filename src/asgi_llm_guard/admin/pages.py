@@ -64,6 +64,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "money": _money,
+        "calls": shown.calls,
         "count": shown.count,
         "compact": shown.compact,
         "quantity": _quantity,

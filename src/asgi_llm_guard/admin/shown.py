@@ -16,6 +16,7 @@ from asgi_llm_guard.money import format_usd, from_nano
 
 __all__ = [
     "UNKNOWN",
+    "calls",
     "compact",
     "count",
     "cut",
@@ -59,6 +60,11 @@ def dollars(nanousd: int) -> str:
 def count(number: int | None) -> str:
     """`1,234,567`."""
     return UNKNOWN if number is None else f"{number:,}"
+
+
+def calls(number: int, which: str = "") -> str:
+    """`1 call`, `2 open calls`."""
+    return " ".join(part for part in (f"{number:,}", which, "call" if number == 1 else "calls") if part)
 
 
 def compact(number: int | None) -> str:

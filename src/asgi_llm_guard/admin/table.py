@@ -37,6 +37,7 @@ def _pages() -> Iterator[Verb]:
         ("/health", views.health),
     ):
         yield Verb(method="GET", path=path, role="viewer", kind="page", run=view)
+    yield Verb(method="GET", path="/usage.csv", role="viewer", kind="file", run=views.usage_file)
     yield Verb(method="GET", path="/audit", role="operator", kind="page", run=views.audit)
     for path, form in (
         ("/stops", forms.stop_new),

@@ -14,12 +14,25 @@ from asgi_llm_guard.admin.budgets import budget_of
 from asgi_llm_guard.admin.deeds import UNSAID, deed
 from asgi_llm_guard.admin.pages import STATIC, page
 from asgi_llm_guard.admin.periods import RANGES, Period, read_period
+from asgi_llm_guard.admin.sheet import MOST_ROWS, file_name, sheet
 from asgi_llm_guard.control import AuditQuery
 from asgi_llm_guard.errors import ConfigurationError, StorageError
+from asgi_llm_guard.ledger import UsageQuery
 from asgi_llm_guard.ledger.refusals import SHADOW
 from asgi_llm_guard.windows import Calendar
 
-__all__ = ["audit", "department", "departments", "file", "health", "overview", "refusals", "sessions", "usage_of_all"]
+__all__ = [
+    "audit",
+    "department",
+    "departments",
+    "file",
+    "health",
+    "overview",
+    "refusals",
+    "sessions",
+    "usage_file",
+    "usage_of_all",
+]
 
 _log = logging.getLogger("asgi_llm_guard")
 
@@ -138,6 +151,34 @@ async def department(asked: Asked) -> Response:
         elsewhere=name in desk.quotas(),
         administered=state is not None,
     )
+
+
+async def usage_file(asked: Asked) -> Response:
+    """What the overview, or the page of a department, sums up: as a file."""
+    desk, period, name = asked.desk, period_of(asked), asked.query.get("name")
+    if desk.ledger is None:
+        raise ProblemError(409, "No ledger is configured, so nothing is known of past usage.")
+    if period.problem is not None:
+        raise ProblemError(422, period.problem)
+    report = await desk.ledger.usage(
+        UsageQuery(
+            since_ms=period.since_ms,
+            until_ms=period.until_ms,
+            by=(period.unit, "model"),
+            where={"department": name} if name else {},
+            tz=period.tz,
+            order="key",
+            limit=MOST_ROWS,
+        )
+    )
+    if report.left_out:
+        raise ProblemError(
+            422,
+            f"The file would have {MOST_ROWS + report.left_out:,} rows, and may have {MOST_ROWS:,}. Take a shorter time, or "
+            "asgi-llm-guard ledger export, which has no end.",
+        )
+    told = {"Content-Disposition": f'attachment; filename="{file_name(period)}"'}
+    return Response(sheet(report, period), media_type="text/csv; charset=utf-8", headers=told)
 
 
 async def sessions(asked: Asked) -> Response:
