@@ -24,7 +24,7 @@ LAYERS = {
     "rules": "agents charge control.changes control.data control.numbers control.state control.values denials describe estimate gaps idempotency learning marks media outcomes plan pricing routes secret storage.cells storage.counting storage.mistakes storage.releasing storage.state storage.taking stream_rules overlay policies.grammar policies.providers policies.subjects stops usage_rows wire identity.extract",
     "policies": "policies",
     "adapters": "control identity ledger storage telemetry",
-    "engine": "active_call admission attempts background cache chores claimed configuration draining engine exchange filtering following guard guard_arguments guard_parts halting moment open_admissions opening operating replays scope signals standing streams",
+    "engine": "active_call admission attempts background cache chores claimed configuration draining engine exchange filtering following guard guard_arguments guard_parts halting hook moment open_admissions opening operating replays scope signals standing streams",
     "skins": "alerts decorator gateway health httpx integrations middleware",
     "consoles": "admin",
     "roots": "__init__ cli doctor settings simulate testing",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from asgi_llm_guard.exchange import HookOptions
 from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.hook import HookOptions
 from asgi_llm_guard.httpx.library import Library, library_named
 from asgi_llm_guard.httpx.transports import AsyncGuardTransport, GuardTransport
 

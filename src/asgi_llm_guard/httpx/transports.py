@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 from asgi_llm_guard.cache import ProviderAnswer
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.exchange import Exchange, Hook, HookOptions, Outgoing
+from asgi_llm_guard.exchange import Exchange, Outgoing
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.halting import Halted
+from asgi_llm_guard.hook import Hook, HookOptions
 from asgi_llm_guard.httpx.bodies import async_body, sync_body
 from asgi_llm_guard.httpx.library import Library, library_named, library_of
 from asgi_llm_guard.outcomes import REFUSED

@@ -23,8 +23,9 @@ from botocore.exceptions import ResponseStreamingError
 from asgi_llm_guard import background
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.errors import ConfigurationError
-from asgi_llm_guard.exchange import Exchange, Hook, HookOptions, Outgoing
+from asgi_llm_guard.exchange import Exchange, Outgoing
 from asgi_llm_guard.guard import Guard
+from asgi_llm_guard.hook import Hook, HookOptions
 from asgi_llm_guard.outcomes import REFUSED
 from asgi_llm_guard.wire.base import Headers
 from asgi_llm_guard.wire.fields import rate_limit_headers
