@@ -11,7 +11,7 @@ from tests.cli.kit import call, document, fill, settings
 
 from asgi_llm_guard import Budget, Iterations
 from asgi_llm_guard.control import Actor, Control
-from asgi_llm_guard.doctor import Known, Named, examine_names, named_by
+from asgi_llm_guard.doctor import Known, Named, examine_names, examine_raises, named_by
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.stops import Stop
@@ -91,7 +91,7 @@ def test_where_no_code_can_have_other_policies_it_is_an_error() -> None:
 
 
 def test_what_raises_and_stops_are_about() -> None:
-    """S20: of raises and stops that hold now: policies, scopes, departments, agents, models; users and sessions nobody knows."""
+    """S20: of raises and stops that hold now: policies, departments, agents, models; users and sessions nobody knows."""
     raises = [
         Raise(policy="a", unit="usd", amount=1, until_ms=LATER_MS, scope="department", subject="hr", id="r1"),
         Raise(policy="b", unit="usd", amount=1, until_ms=LATER_MS, scope="user", subject="mia"),
@@ -106,12 +106,27 @@ def test_what_raises_and_stops_are_about() -> None:
     ]
     assert [(each.kind, each.name, each.where) for each in named_by(raises, stops, NOW_MS)] == [
         ("policy", "a", "the raise 'r1'"),
-        ("scope", "department", "the raise 'r1'"),
         ("department", "hr", "the raise 'r1'"),
         ("policy", "b", "a raise of b"),
-        ("scope", "user", "a raise of b"),
         ("agent", "bot", "the stop 's1'"),
         ("model", "gpt-4o", "a stop"),
+    ]
+
+
+def test_raises_of_limits_that_a_policy_has_not() -> None:
+    """S20: a raise in another unit or scope than its policy counts in lifts nothing, and is told; one that has ended is not."""
+    policies = known().policies
+
+    def told(**fields: Any) -> list[str]:
+        values: dict[str, Any] = {"policy": "user_budget", "unit": "usd", "amount": 1, "until_ms": LATER_MS, "id": "r1"}
+        return [each.seen for each in examine_raises([Raise(**values | fields)], policies, NOW_MS)]
+
+    assert told() == told(policy="another", unit="slots") == told(unit="tokens", until_ms=NOW_MS) == []
+    assert told(unit="tokens") == [
+        "the raise 'r1': raise of user_budget: it has no limit in tokens; it counts usd: it has no effect"
+    ]
+    assert told(scope="department", id="") == [
+        "raise of user_budget: it counts per user, not per 'department': it has no effect"
     ]
 
 

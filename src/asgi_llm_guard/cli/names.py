@@ -29,18 +29,21 @@ def without_effect(
     `extra`: policies of routes. `paths`: those of an application, with the names of policies in its code. `models`: those
     that the configuration names. `alone`: no code but the program's runs this guard.
     """
-    from asgi_llm_guard.doctor import Known, Named, examine_names, named_by
+    from asgi_llm_guard.doctor import Known, Named, examine_names, examine_raises, named_by
     from asgi_llm_guard.settings.names import alert_names, deployment_policies
 
-    raises, stops = guard.engine.overrides.raises, guard.engine.overrides.stops
+    overrides = guard.engine.overrides
+    raises = () if overrides.raises is None else overrides.raises.raises
+    stops = () if overrides.stops is None else overrides.stops.stops
     now_ms = time.time_ns() // 1_000_000
-    named = named_by(raises.raises if raises is not None else (), stops.stops if stops is not None else (), now_ms)
+    lifting = examine_raises(raises, (*guard.policies, *extra), now_ms)
+    named = named_by(raises, stops, now_ms)
     others = [name for path in paths for name in path.policies]
     if settings is not None:
         named += [Named(kind=each.kind, name=each.name, of=each.of, where=each.where) for each in alert_names(settings)]
         others += deployment_policies(settings)
     if not named:
-        return []
+        return lifting
     keys = [*_keys(guard), *_keys_of_file(settings)]
     known = Known(
         policies=(*guard.policies, *extra),
@@ -51,7 +54,7 @@ def without_effect(
         prices=guard.prices,
         whole=alone and settings is not None and settings.gateway is not None,
     )
-    return examine_names(named, known)
+    return [*lifting, *examine_names(named, known)]
 
 
 def _departments(guard: Guard, settings: GuardSettings | None) -> Iterator[str]:

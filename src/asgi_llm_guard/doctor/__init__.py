@@ -13,7 +13,7 @@ from asgi_llm_guard.doctor.configuration import (
     models_named,
 )
 from asgi_llm_guard.doctor.findings import Finding, Severity, worst
-from asgi_llm_guard.doctor.names import Known, Named, examine_names, named_by
+from asgi_llm_guard.doctor.names import Known, Named, examine_names, examine_raises, named_by
 
 __all__ = [
     "Finding",
@@ -27,6 +27,7 @@ __all__ = [
     "examine_guard",
     "examine_names",
     "examine_prices",
+    "examine_raises",
     "examine_records",
     "examine_store",
     "guards_of",

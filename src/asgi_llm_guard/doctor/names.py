@@ -10,6 +10,7 @@ from typing import Final, Literal
 import msgspec
 
 from asgi_llm_guard.doctor.findings import Finding, Severity
+from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.overlay import Raise
 from asgi_llm_guard.policies.base import Metered, Policy
 from asgi_llm_guard.policies.providers import KNOWN_PROVIDERS, canonical_model, canonical_provider, provider_of
@@ -17,7 +18,7 @@ from asgi_llm_guard.pricing import PriceBook
 from asgi_llm_guard.pricing.snapshot import bundled
 from asgi_llm_guard.stops import Stop
 
-__all__ = ["Known", "Named", "examine_names", "named_by", "nearest"]
+__all__ = ["Known", "Named", "examine_names", "examine_raises", "named_by", "nearest"]
 
 Kind = Literal["policy", "scope", "department", "agent", "model"]
 
@@ -86,14 +87,33 @@ def named_by(raises: Iterable[Raise], stops: Iterable[Stop], now_ms: int) -> lis
             continue
         where = f"the raise {lifted.id!r}" if lifted.id else f"a raise of {lifted.policy}"
         named.append(Named(kind="policy", name=lifted.policy, where=where))
-        if lifted.scope is not None:
-            named.append(Named(kind="scope", name=lifted.scope, where=where, of=lifted.policy))
         named += _subject(lifted.scope, lifted.subject, where)
     for stop in stops:
         if stop.holds(now_ms):
             where = f"the stop {stop.id!r}" if stop.id else "a stop"
             named += _subject(stop.scope, stop.subject, where)
     return named
+
+
+def examine_raises(raises: Iterable[Raise], policies: Sequence[Policy], now_ms: int) -> list[Finding]:
+    """Which of the raises that hold now lift no limit, though there is a policy of that name: the policy was changed since."""
+    findings = []
+    for lifted in raises:
+        if now_ms >= lifted.until_ms:
+            continue
+        try:
+            lifted.check(policies)
+        except ConfigurationError as error:
+            said = f"the raise {lifted.id!r}: " if lifted.id else ""
+            findings.append(
+                Finding(
+                    severity="warning",
+                    code="raise_without_effect",
+                    seen=f"{said}{error}: it has no effect",
+                    next_step="make another one for a limit that there is, and take this one away",
+                )
+            )
+    return findings
 
 
 def nearest(name: str, candidates: Collection[str]) -> str | None:
