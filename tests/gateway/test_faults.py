@@ -126,7 +126,7 @@ async def faulty(
     if fault.hangs is not None:
         behaviour = Behaviour.slow(gate=gate) if fault.hangs else Behaviour.hang(gate=gate)
         gate.release(fault.hangs if streamed else 0)
-        limits[first]["timeouts"] = Timeouts(read_s=0.2)
+        limits[first]["timeouts"] = Timeouts(read_s=0.6)
     if fault.base is NOWHERE:
         limits[first]["api_base"] = f"http://{HOST}:{free_port()}/v1"
     options = {"strategy": "weighted", "retry": EXACT, "policies": [Budget(ENOUGH), Iterations(99)], **options}

@@ -189,7 +189,7 @@ async def test_errors_are_settled(stage: Stage) -> None:
             await stage.ask(api_base="http://127.0.0.1:1/v1")
         stage.provider.script(Behaviour.hang())
         with pytest.raises(litellm.exceptions.Timeout):
-            await stage.ask(timeout=0.2)
+            await stage.ask(timeout=1)
     outcomes = [record.outcome for record in await stage.records()]
     assert outcomes == ["provider_error", "unknown"]
     assert (await stage.records())[1].cost_nanousd
