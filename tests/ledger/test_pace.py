@@ -17,7 +17,11 @@ pytestmark = pytest.mark.anyio
 
 
 def paces(database: Database, pace: Pace, times: int) -> list[int]:
-    return [database.write_sync(pace.most) for _ in range(times)]
+    found = []
+    for _ in range(times):
+        database.write_sync(pace.note)
+        found.append(pace.most(database.dialect))
+    return found
 
 
 def wrote(database: Database, number: int) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from asgi_llm_guard.clock import Clock, SystemClock
-from asgi_llm_guard.ledger import keeping, reports, rollups, rows, unused
+from asgi_llm_guard.ledger import keeping, pieces, reports, rollups, rows, unused
 from asgi_llm_guard.ledger.tables import make_tables
 from asgi_llm_guard.ledger.values import (
     Page,
@@ -93,7 +93,13 @@ class Ledger:
         roller = self._rollers.pop() if self._rollers else rollups.Roller()
         done = 0
         while done < at_most:
-            count = await self._write(partial(roller.step, most=at_most - done))
+            most = min(roller.pace.most(self.database.dialect), at_most - done)
+            batch = await self._read(partial(pieces.look, most=most))
+            if batch is None:
+                break
+            count = await self._write(partial(roller.add, batch=batch))
+            if count is None:  # and must not be again and again
+                count = await self._write(partial(roller.step, most=most))
             roller.confirm()
             done += count
             if not count:

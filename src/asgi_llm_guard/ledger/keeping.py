@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from asgi_llm_guard.ledger.rollups import unrolled
+from asgi_llm_guard.ledger.pieces import unrolled
 from asgi_llm_guard.ledger.tables import DAY_MS, GRAINS, RECORD_SUMS, SUMS, lock, mark, set_mark
 from asgi_llm_guard.ledger.unused import note_removed
 from asgi_llm_guard.ledger.values import AMOUNTS, Amounts, Difference, NotKeptError, Reconciliation, Retained, Retention

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from asgi_llm_guard.sql import Connection
+from asgi_llm_guard.sql import Connection, Dialect
 
 __all__ = ["ALONE", "LARGE", "SMALL", "TOGETHER", "Pace"]
 
@@ -28,18 +28,23 @@ TOGETHER: Final = 2_000
 
 
 class Pace:
-    """Of one user of a database: asked once in each of its transactions."""
+    """Of one user of a database."""
 
     def __init__(self) -> None:
         self._version: int | None = None
         self._alone = 0
 
-    def most(self, connection: Connection) -> int:
-        """How many records this transaction may take."""
-        if connection.dialect == "postgresql":
+    def most(self, dialect: Dialect) -> int:
+        """How many records the next transaction may take."""
+        if dialect == "postgresql":
             return TOGETHER
+        return SMALL if self._alone < ALONE else LARGE
+
+    def note(self, connection: Connection) -> None:
+        """Look who else writes, in each transaction that does."""
+        if connection.dialect == "postgresql":
+            return
         # It changes with what other connections commit, and only with that.
         version: int = connection.execute("PRAGMA data_version")[0][0]
         self._alone = self._alone + 1 if version == self._version else 0
         self._version = version
-        return SMALL if self._alone < ALONE else LARGE

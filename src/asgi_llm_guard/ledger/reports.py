@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from asgi_llm_guard.ledger.filters import column_of, record_conditions, series_conditions
 from asgi_llm_guard.ledger.keeping import kept_since
-from asgi_llm_guard.ledger.rollups import Piece, list_of, unrolled
+from asgi_llm_guard.ledger.pieces import Piece, list_of, unrolled
 from asgi_llm_guard.ledger.spans import Segment, Span, cut, segment_at, segments
 from asgi_llm_guard.ledger.tables import DAY_MS, GRAINS, RECORD_SUMS, SERIES_COLUMNS, SETS, SUMS, Grain, mark
 from asgi_llm_guard.ledger.values import AMOUNTS, TIMES, Amounts, NotKeptError, UsageQuery, UsageReport, UsageRow

@@ -8,7 +8,7 @@ from typing import Any, Final
 from asgi_llm_guard.ledger.bulk import as_json, chunks, from_json, marks
 from asgi_llm_guard.ledger.filters import record_conditions
 from asgi_llm_guard.ledger.keeping import check_records
-from asgi_llm_guard.ledger.rollups import list_of
+from asgi_llm_guard.ledger.pieces import list_of
 from asgi_llm_guard.ledger.tables import lock
 from asgi_llm_guard.ledger.values import OTHER, Page, RecordQuery, RefusalCount, RefusalQuery, SessionUsage
 from asgi_llm_guard.sql import Connection

@@ -29,7 +29,8 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from asgi_llm_guard.ledger.bulk import chunks, marks
-from asgi_llm_guard.ledger.rollups import forget_numbers, list_of
+from asgi_llm_guard.ledger.pieces import list_of
+from asgi_llm_guard.ledger.rollups import forget_numbers
 from asgi_llm_guard.ledger.tables import GRAINS, lock, mark, set_mark
 from asgi_llm_guard.sql import Connection
 
