@@ -15,7 +15,9 @@ from asgi_llm_guard.cli.serve import application
 from asgi_llm_guard.control import Actor, Control
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.following import CHORE
+from asgi_llm_guard.gateway import Gateway
 from asgi_llm_guard.identity import Identity
+from asgi_llm_guard.settings import build_gateway_arguments, build_guard_arguments, load_settings, watch
 from asgi_llm_guard.settings.reload import CHORE as RELOAD
 from asgi_llm_guard.testing import FrozenClock, asgi_client
 
@@ -114,3 +116,46 @@ async def test_a_service_takes_no_file_over_that_it_would_not_start_with(
         assert [policy.name for policy in guard.policies] == ["spending"]
         with pytest.raises(ConfigurationError, match="there is no policy 'spending'"):
             application()
+
+
+SERVED = """
+storage = "memory://"
+
+[gateway]
+aliases = {{ quick = "openai/gpt-4o-mini" }}
+
+[gateway.tier_down]
+to = {{ "openai/gpt-4o" = "anthropic/claude-haiku-4-5" }}
+
+{deployments}
+"""
+DEPLOYMENT = """
+[[gateway.deployments]]
+name = "{0}"
+provider = "{1}"
+model_name = "{2}"
+api_key = "key-of-nobody"
+"""
+MINI, LARGE, SMALL = (
+    DEPLOYMENT.format("mini", "openai", "gpt-4o-mini"),
+    DEPLOYMENT.format("large", "openai", "gpt-4o"),
+    DEPLOYMENT.format("small", "anthropic", "claude-haiku-4-5"),
+)
+
+
+@pytest.mark.parametrize("left", [MINI + LARGE, LARGE + SMALL, ""])
+async def test_deployments_that_a_gateway_would_not_start_with(tmp_path: Path, left: str) -> None:
+    """M14: a changed file without the deployments that an alias or a cheaper model leads to changes nothing."""
+    file = tmp_path / "guard.toml"
+    file.write_text(SERVED.format(deployments=MINI + LARGE + SMALL), "utf-8")
+    read = load_settings(file)
+    async with Guard(**build_guard_arguments(read)) as guard, Gateway(
+        guard, **build_gateway_arguments(read)
+    ) as gateway:  # fmt: skip
+        reload = watch(guard, read, gateway=gateway)
+        file.write_text(SERVED.format(deployments=left), "utf-8")
+        assert not await reload.check()
+        assert reload.error is not None
+        assert [each.name for each in gateway.deployments] == ["mini", "large", "small"]
+        with pytest.raises(ConfigurationError):
+            Gateway(Guard(), **build_gateway_arguments(load_settings(file)))

@@ -269,11 +269,19 @@ class Gateway:
         changes = self._directory.changes
         self._directory.initialise(deployments)
         if self._directory.changes != changes:
-            if self.router.tier_down is not None:
-                for name in self.router.tier_down.to.values():
-                    self._check_served("tier_down", name)
+            self._check_served(self._directory)
             self._watch()
         return len(self)
+
+    def parse(self, entries: Iterable[Mapping[str, Any] | Deployment]) -> tuple[Deployment, ...]:
+        """The deployments that this gateway would have with these entries in place of its own. Nothing is changed.
+
+        Raises:
+            ConfigurationError: as `initialise`.
+        """
+        directory = self._directory.like(entries)
+        self._check_served(directory)
+        return directory.deployments
 
     def add(self, deployment: Deployment) -> None:
         """From now on it may be asked.
@@ -304,11 +312,14 @@ class Gateway:
                 self.limits.put(each.name, limit)
         self.cooldowns.watch(each.name for each in self.deployments)
 
-    def _check_served(self, where: str, name: str) -> None:
-        try:
-            self._directory.resolve(name)
-        except UnknownModel as error:
-            raise ConfigurationError(f"{where}: {error}") from None
+    def _check_served(self, directory: Directory) -> None:
+        """Whether it serves the cheaper models that are asked near the end of a budget."""
+        tier_down = self.router.tier_down
+        for name in () if tier_down is None else tier_down.to.values():
+            try:
+                directory.resolve(name)
+            except UnknownModel as error:
+                raise ConfigurationError(f"tier_down: {error}") from None
 
     def __len__(self) -> int:
         """How many deployments there are; 0 before there are any."""

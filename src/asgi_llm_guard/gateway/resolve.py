@@ -100,6 +100,14 @@ class Directory:
             self._initialised = True
         return len(self)
 
+    def like(self, deployments: Iterable[Mapping[str, Any] | Deployment]) -> Directory:
+        """Another one of other deployments, with the same aliases and providers.
+
+        Raises:
+            ConfigurationError: as `initialise`.
+        """
+        return type(self)(deployments, aliases=self._aliases, own=self._own)
+
     def add(self, deployment: Deployment) -> None:
         """From now on it may be asked.
 

@@ -134,8 +134,6 @@ class Reload:
         """Which deployments come, and which go; a changed one does both."""
         if self._gateway is None or settings.gateway == self._settings.gateway:
             return [], []
-        from asgi_llm_guard.gateway.entries import parse_deployments
-
         wanted, before = build_gateway_arguments(settings), build_gateway_arguments(self._settings)
         entries = wanted.pop("deployments")
         del before["deployments"]
@@ -145,9 +143,10 @@ class Reload:
                 f"{settings.origin}: gateway.{other[0]}: cannot change while the service runs; start it again, or take "
                 "the change back"
             )
-        new: Mapping[str, Deployment] = {each.name: each for each in parse_deployments(entries)}
-        if not new:
-            raise ConfigurationError(f"{settings.origin}: gateway.deployments: none is left")
+        try:
+            new: Mapping[str, Deployment] = {each.name: each for each in self._gateway.parse(entries)}
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{settings.origin}: gateway: {error}") from None
         old = {each.name: each for each in self._gateway.deployments}
         changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
         return (
