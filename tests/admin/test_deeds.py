@@ -38,7 +38,7 @@ _RAISE = {"policy": "quota", "unit": "usd", "amount": "12.500000000", "scope": "
         (_entry("put", "raise:r", new={**_RAISE, "unit": "tokens", "amount": "5"}), "raise", "quota by 5 tokens for department sales"),
         (_entry("put", "raise:r", new={**_RAISE, "amount": "much", "scope": None}), "raise", "quota by $much for sales"),
         (_entry("remove", "raise:raise-1"), "end of a raise", "raise raise-1"),
-        (_entry("new_key", "key:k1", new={"caller": "svc"}), "new key", "key k1 of svc"),
+        (_entry("new_key", "key:k1", new={"caller": "svc"}), "make", "key k1 of svc"),
         (_entry("logout", "session:0ab"), "log-out", "session 0ab"),
         (_entry("reset", "department:a", old={"limits": []}), "reset", "department a"),
         (_entry("POST", "/admin/keys", refused="needs the role admin"), "POST", "/admin/keys"),

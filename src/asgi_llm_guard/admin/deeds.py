@@ -19,7 +19,7 @@ __all__ = ["UNSAID", "Deed", "Difference", "deed"]
 
 _WORDS: Final = {
     "put": "change",
-    "new_key": "new key",
+    "new_key": "make",
     "rotate_key": "rotate",
     "revoke_key": "revoke",
     "login": "log-in",
