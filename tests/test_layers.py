@@ -65,6 +65,7 @@ ENTRANCES = {
 # Layers whose packages do not know each other: a storage imports no ledger, a skin no other skin.
 APART = {"adapters", "skins"}
 BESIDE = {
+    ("control.issuing", "identity"): "a key that is made has the digest that one of a file has",
     ("control.keys", "identity"): "its table is the one that resolves the keys of a file",
     ("control.store", "identity"): "makes keys by the same rules",
     ("gateway.app", "middleware"): "the mountable gateway admits its requests where nobody around it has",

@@ -13,9 +13,8 @@ Rule 4: no key and no secret is ever written. What is kept of a key is a keyed h
 from __future__ import annotations
 
 import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -26,17 +25,18 @@ from asgi_llm_guard.control.audit import Seals, append, find, verify
 from asgi_llm_guard.control.changes import Actor, AuditEntry, AuditQuery, Change, Conflict, NotThere, Verified, text_of
 from asgi_llm_guard.control.data import shown
 from asgi_llm_guard.control.entries import apply, check_size, entry_of, target_of, warm_prices
+from asgi_llm_guard.control.issuing import ended, issue, rotatable
 from asgi_llm_guard.control.keys import ControlKeys
 from asgi_llm_guard.control.live import LiveSettings, settings_of
+from asgi_llm_guard.control.meta import meta_of, release, state_of, take, version_of
 from asgi_llm_guard.control.numbers import check_sizes
-from asgi_llm_guard.control.state import ControlState, Head, NewerRelease, decode, encode, kept_kind, kept_row, made
+from asgi_llm_guard.control.state import ControlState, Head, NewerRelease, decode, encode
 from asgi_llm_guard.control.tries import SEVERAL, Counted, count, counted_before, has_ended
-from asgi_llm_guard.control.values import Key, Kind, Value, check_instant
+from asgi_llm_guard.control.values import Key, Kind, Value
 from asgi_llm_guard.errors import ConfigurationError, GuardError, StorageError
 from asgi_llm_guard.identity.base import Resolver
 from asgi_llm_guard.identity.keys import ApiKeys
 from asgi_llm_guard.sql import Connection, Database, open_database
-from asgi_llm_guard.windows import duration_ms
 
 __all__ = ["Control"]
 
@@ -89,7 +89,7 @@ class Control:
             StorageError: the database does not answer.
         """
         await self._ready()
-        return await self.database.read(_version)
+        return await self.database.read(version_of)
 
     async def state(self) -> ControlState:
         """Everything as it is now.
@@ -100,7 +100,7 @@ class Control:
         """
         await self._ready()
         known = self._known
-        state = await self.database.read(lambda connection: _state(connection, known))
+        state = await self.database.read(lambda connection: state_of(connection, known))
         self._known = state
         return state
 
@@ -128,7 +128,7 @@ class Control:
 
         def look(connection: Connection) -> Verified:
             rows = connection.iterate(f"{_SEQ} FROM control_audit ORDER BY seq")
-            return verify(rows, self._seals, _meta(connection)[1], since)
+            return verify(rows, self._seals, meta_of(connection)[1], since)
 
         return await self.database.read(look)
 
@@ -209,7 +209,7 @@ class Control:
         await self._ready()
 
         def work(connection: Connection) -> None:
-            version, head = _take(connection)
+            version, head = take(connection)
             at_ms = self._clock.now_ms()
             head = self._with_counts(connection, version, head, at_ms)
 
@@ -227,7 +227,7 @@ class Control:
                 add(None)
             else:
                 count(connection, actor.name, text_of(verb), at_ms, add=add)
-            _release(connection, version, head)
+            release(connection, version, head)
 
         await self.database.write(work)
 
@@ -238,8 +238,8 @@ class Control:
             return
 
         def work(connection: Connection) -> None:
-            version, head = _take(connection)
-            _release(connection, version, self._with_counts(connection, version, head, at_ms))
+            version, head = take(connection)
+            release(connection, version, self._with_counts(connection, version, head, at_ms))
 
         await self.database.write(work)
 
@@ -290,7 +290,7 @@ class Control:
             StorageError: as `put`; a key that was kept all the same is one that nobody knows.
         """
         try:
-            shown_once, key = self._made_key(
+            shown_once, key = self._issued(
                 caller,
                 user=user,
                 departments=tuple(departments),
@@ -325,40 +325,23 @@ class Control:
             Conflict, StorageError: as `put`.
         """
         state = await self.state()
-        old = state.keys.get(key_id)
         now_ms = self._clock.now_ms()
         try:
-            check_sizes(overlap, "overlap")
-            overlap_ms = 0 if overlap == "0s" else duration_ms(overlap, name="overlap")
-            if old is None:
-                raise NotThere("key", key_id)
-            if not old.value.is_active(now_ms):
-                raise ConfigurationError(f"key {key_id!r}: it is over, and cannot be rotated; make a new one")
-            for other in state.keys.values():
-                if other.value.replaces == key_id and other.value.is_active(now_ms):
-                    raise ConfigurationError(f"key {key_id!r}: was rotated already; rotate {other.value.id!r} instead")
-            if overlap_ms and (earlier := _active_before(state, old.value, now_ms)) is not None:
-                raise ConfigurationError(
-                    f"key {key_id!r}: the key before it, {earlier.id!r}, is still active, and two are at most; "
-                    "revoke that one first, or rotate without an overlap ('0s')"
-                )
+            old, overlap_ms = rotatable(state, key_id, overlap, now_ms)
         except GuardError as error:
             await self.note("rotate_key", f"key:{key_id}", actor=actor, reason=reason, refused=_why(error))
             raise
         key = old.value
-        ends = key.ends_ms()
-        shown_once, new = self._made_key(
+        shown_once, new = self._issued(
             key.caller,
             user=key.user,
             departments=key.departments,
             agent=key.agent,
             tags=key.tags,
             params=key.params,
-            expires_at_ms=None,
             replaces=key_id,
         )
-        stated = now_ms + overlap_ms if ends is None else min(ends, now_ms + overlap_ms)
-        ending = msgspec.structs.replace(key, expires_at_ms=stated)
+        ending = ended(key, now_ms + overlap_ms)
         changes = (
             Change(kind="key", name=key_id, value=ending, expected=old.version if expected is None else expected),
             Change(kind="key", name=new.id, value=new, expected=0),
@@ -486,7 +469,7 @@ class Control:
         tried: list[Change] = []
 
         def work(connection: Connection) -> int:
-            version, head = _take(connection)
+            version, head = take(connection)
             now_ms = self._clock.now_ms()
             changed = max(version + 1, now_ms)
             for change in changes:
@@ -501,7 +484,7 @@ class Control:
                 )  # fmt: skip
                 version = changed
             check_size(connection)
-            _release(connection, version, head)
+            release(connection, version, head)
             return version
 
         try:
@@ -519,31 +502,12 @@ class Control:
             )
         return self._secrets[0]
 
-    def _made_key(self, caller: str, **fields: Any) -> tuple[str, Key]:
-        name = f"k{secrets.token_hex(4)}"
-        prefix = f"lg-{name}"
-        shown_once = f"{prefix}-{secrets.token_urlsafe(32)}"
-        now_ms = self._clock.now_ms()
-        ends = fields.get("expires_at_ms")
-        if ends is not None and check_instant("key: expires_at_ms", ends) <= now_ms:
-            raise ConfigurationError(f"key: expires_at_ms: {ends} has passed")
-        digest = ApiKeys.hash(shown_once, self._secret())
-        return shown_once, Key(id=name, prefix=prefix, digest=digest, caller=caller, created_ms=now_ms, **fields)
+    def _issued(self, caller: str, **fields: Any) -> tuple[str, Key]:
+        return issue(caller, secret=self._secret(), now_ms=self._clock.now_ms(), **fields)
 
 
 def _verb(change: Change, given: str | None) -> str:
     return given or ("remove" if change.value is None else "put")
-
-
-def _active_before(state: ControlState, key: Key, now_ms: int) -> Key | None:
-    """The key that it takes the place of, or the one before that, and so on: the first that is still active."""
-    seen = {key.id}
-    while key.replaces is not None and key.replaces not in seen and (entry := state.keys.get(key.replaces)) is not None:
-        key = entry.value
-        seen.add(key.id)
-        if key.is_active(now_ms):
-            return key
-    return None
 
 
 def _audited(value: Value | None) -> dict[str, Any] | None:
@@ -557,49 +521,3 @@ def _why(error: GuardError) -> str:
     elif isinstance(error, NotThere):
         kind = "not there"
     return f"{kind}: {error}"
-
-
-# -------------------------------------------------------------------------------- in transactions
-
-
-def _meta(connection: Connection) -> tuple[int, Head]:
-    return _of_row(connection.execute("SELECT version, audit_seq, audit_digest FROM control_meta WHERE id = 1"))
-
-
-def _of_row(rows: Sequence[tuple[Any, ...]]) -> tuple[int, Head]:
-    if not rows:
-        raise StorageError("control: the row of control_meta is gone; restore the database")
-    ((version, seq, digest),) = rows
-    return version, Head(seq, digest)
-
-
-def _version(connection: Connection) -> int:
-    return _meta(connection)[0]
-
-
-def _take(connection: Connection) -> tuple[int, Head]:
-    """As `_meta`, and nobody else's until this transaction ends."""
-    return _of_row(
-        connection.execute(
-            "UPDATE control_meta SET version = version WHERE id = 1 RETURNING version, audit_seq, audit_digest"
-        )
-    )
-
-
-def _release(connection: Connection, version: int, head: Head) -> None:
-    connection.execute(
-        "UPDATE control_meta SET version = ?, audit_seq = ?, audit_digest = ? WHERE id = 1", (version, *head)
-    )
-
-
-def _state(connection: Connection, known: ControlState | None) -> ControlState:
-    version, head = _meta(connection)
-    if known is not None and known.version == version:
-        return known if known.head == head else msgspec.structs.replace(known, head=head)
-
-    def entries() -> Iterator[tuple[Kind, Value, int]]:
-        for kind, name, changed, value in connection.execute("SELECT kind, name, version, value FROM control_entries"):
-            known_kind = kept_kind(kind)
-            yield known_kind, kept_row(known_kind, name, value), changed
-
-    return made(version, head, entries())
