@@ -33,7 +33,8 @@ from asgi_llm_guard.gateway.listing import anthropic_list, anthropic_model, open
 from asgi_llm_guard.identity.base import IdentityError, Resolver
 from asgi_llm_guard.middleware import GuardMiddleware
 from asgi_llm_guard.middleware.answers import ASGIApp, Receive, Scope, Send, request_id, unidentified
-from asgi_llm_guard.middleware.request import STATE_KEY, ClientLeft
+from asgi_llm_guard.middleware.incoming import ClientLeft
+from asgi_llm_guard.middleware.request import STATE_KEY
 from asgi_llm_guard.routes import Route, route_path
 from asgi_llm_guard.wire import dialect_named
 from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body

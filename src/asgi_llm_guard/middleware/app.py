@@ -34,15 +34,9 @@ from asgi_llm_guard.middleware.answers import (
     unidentified,
 )
 from asgi_llm_guard.middleware.ending import Ending, Socket
-from asgi_llm_guard.middleware.request import (
-    STATE_KEY,
-    ClientLeft,
-    GuardedRequest,
-    Plan,
-    cache_control,
-    finished,
-    is_opaque,
-)
+from asgi_llm_guard.middleware.incoming import ClientLeft, cache_control
+from asgi_llm_guard.middleware.plan import Plan, is_opaque
+from asgi_llm_guard.middleware.request import STATE_KEY, GuardedRequest, finished
 from asgi_llm_guard.middleware.serving import Serving
 from asgi_llm_guard.replays import Replays
 from asgi_llm_guard.routes import Route, normalise, route_path

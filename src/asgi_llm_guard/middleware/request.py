@@ -8,10 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from asgi_llm_guard.admission import Admission, enter, leave
-from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Denied, Refusal
 from asgi_llm_guard.errors import LimitExceeded
@@ -29,24 +26,23 @@ from asgi_llm_guard.middleware.answers import (
     unidentified,
 )
 from asgi_llm_guard.middleware.ending import Ending
+from asgi_llm_guard.middleware.incoming import cache_control, read_body
+from asgi_llm_guard.middleware.plan import Plan, is_opaque
 from asgi_llm_guard.middleware.relay import CutOff, Relay, is_cut_off, say_last
-from asgi_llm_guard.policies.base import Policy
 from asgi_llm_guard.replays import Lead
-from asgi_llm_guard.routes import Route
-from asgi_llm_guard.stream_rules import StreamRules
 from asgi_llm_guard.streams import StreamGuard
 from asgi_llm_guard.wire import is_readable
 from asgi_llm_guard.wire.base import Answer, Ask, Dialect, Head, Meter
 from asgi_llm_guard.wire.fields import rate_limit_headers
 from asgi_llm_guard.wire.forms import read_any
 from asgi_llm_guard.wire.meters import Opaque
-from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding
+from asgi_llm_guard.wire.peek import BodyError, BodyView, check_encoding
 from asgi_llm_guard.wire.refusals import container_of, stream_error
 
 if TYPE_CHECKING:
     from asgi_llm_guard.middleware.app import GuardMiddleware
 
-__all__ = ["STATE_KEY", "ClientLeft", "GuardedRequest", "Plan", "cache_control", "finished", "is_opaque"]
+__all__ = ["STATE_KEY", "GuardedRequest", "finished"]
 
 STATE_KEY: Final = "asgi_llm_guard"
 """Where the admission stands in the ASGI scope, for code that has lost the context variable."""
@@ -56,24 +52,6 @@ _BETWEEN: Final = (b"\n\n", b"\r\n\r\n", b"}\n")
 _NO_CONTENT: Final = 204
 """Tells no length (RFC 9110 §8.6)."""
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """What a route means for its requests, worked out once."""
-
-    route: Route
-    extra: tuple[Policy, ...]
-    session_declared: bool
-    replay_ms: int | None
-    """How long answers are kept for their idempotency keys; `None`: not at all."""
-    streams: StreamRules
-    watches: bool
-    """`StreamRules.watches`, looked up for every request."""
-    configuration: Configuration
-
-
-class ClientLeft(Exception):  # noqa: N818 - not an error: nobody is there to answer
-    pass
 
 
 class GuardedRequest:
@@ -167,7 +145,7 @@ class GuardedRequest:
         try:
             if dialect is not None or (self.plan.session_declared and session.needs_body):
                 check_encoding(self.scope["headers"])
-                self.body = await self._read_body()
+                self.body = await read_body(self.receive, self.scope, self.guard.max_body_bytes)
                 self.view = read_any(self.body, self.scope["headers"])
             context = self.middleware.context(self.scope, self.view, session, route, configuration.identity)
             ask = None
@@ -223,38 +201,12 @@ class GuardedRequest:
 
     async def _whole_body(self) -> bytes:
         if self.body is None:
-            self.body = await self._read_body()
+            self.body = await read_body(self.receive, self.scope, self.guard.max_body_bytes)
         return self.body
 
     def _refused(self, refusal: Refusal) -> Denied:
         context = self.context or Context(route=self.plan.route.path)
         return self.guard.engine.refused(context, self.call, refusal)
-
-    async def _read_body(self) -> bytes:
-        limit = self.guard.max_body_bytes
-        length_sent: bytes = dict(self.scope["headers"]).get(b"content-length", b"")
-        if length_sent.isdigit() and int(length_sent[:20]) > limit:  # else it is counted as it comes
-            raise body_too_large(limit)
-        message = await self.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        chunk: bytes = message.get("body", b"")
-        if len(chunk) > limit:
-            raise body_too_large(limit)
-        if not message.get("more_body", False):
-            return chunk
-        chunks, length = [chunk], len(chunk)
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            chunk = message.get("body", b"")
-            length += len(chunk)
-            if length > limit:
-                raise body_too_large(limit)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
 
     def _rewrite(self, *, wants_usage: bool, stream: bool) -> None:
         """Put what the route asks for into the body: usage on streams, and the output limit that was held for."""
@@ -544,11 +496,6 @@ def _has_stream(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     return any(name.lower() == b"content-type" and _STREAMS.match(value) for name, value in headers)
 
 
-def cache_control(scope: Scope) -> str:
-    """What a request says of caches."""
-    return b",".join([value for name, value in scope["headers"] if name.lower() == b"cache-control"]).decode("latin-1")
-
-
 def _unreadable(error: BodyError) -> Refusal:
     return Refusal(policy="request", code=error.code, message=str(error), status=error.status)
 
@@ -563,7 +510,3 @@ async def finished(guard: Guard, admission: Admission) -> None:
         await admission.close()
     finally:
         guard.untrack(admission)
-
-
-def is_opaque(guard: Guard, route: Route) -> bool:
-    return not guard.hooked if route.calls == "auto" else route.calls == "opaque"

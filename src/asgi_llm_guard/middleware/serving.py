@@ -8,7 +8,7 @@ from typing import Literal
 from asgi_llm_guard.configuration import Configuration
 from asgi_llm_guard.guard import Guard
 from asgi_llm_guard.idempotency import ttl_ms
-from asgi_llm_guard.middleware.request import Plan
+from asgi_llm_guard.middleware.plan import Plan
 from asgi_llm_guard.routes import Route, RouteTable
 
 __all__ = ["Serving"]
