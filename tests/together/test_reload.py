@@ -159,3 +159,15 @@ async def test_deployments_that_a_gateway_would_not_start_with(tmp_path: Path, l
         assert [each.name for each in gateway.deployments] == ["mini", "large", "small"]
         with pytest.raises(ConfigurationError):
             Gateway(Guard(), **build_gateway_arguments(load_settings(file)))
+
+
+async def test_the_callers_page_of_a_service_that_knows_its_callers_no_more() -> None:
+    """M13: after a change that takes the identity away nobody is shown the figures of all, and none gets a failure."""
+    async with Guard([Iterations(50)], identity=lambda _: Identity(caller="ada")) as guard:
+        page: Any = guard.usage_app()
+        async with asgi_client(page) as client:
+            assert (await client.get("/v1/usage")).json()["caller"] == "ada"
+            guard.replace(identity=None)
+            answer = await client.get("/v1/usage")
+            assert answer.status_code == 404
+            assert answer.headers["content-type"] == "application/problem+json"

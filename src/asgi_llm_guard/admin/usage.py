@@ -122,9 +122,11 @@ class UsageApp:
 
     async def _limits(self, request: Request) -> Limits:
         guard = self._guard
-        assert guard.identity is not None, "looked at when this was made"  # noqa: S101
+        resolver = guard.identity
+        if resolver is None:  # a change of the configuration has taken it away
+            raise ProblemError(404, "This service does not tell its callers apart, so there is nothing to show.")
         try:
-            identity = guard.identity(request.scope)
+            identity = resolver(request.scope)
         except IdentityError as error:
             raise ProblemError(error.status, error.message) from None
         if identity is None:
