@@ -51,19 +51,19 @@ def process(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
 
 
-def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[bytes, int]:
-    """Run the program at a terminal of its own and type `answer` when it has said `until`; all that it said, and its
-    exit code."""
+def at_terminal(*arguments: str | Path, until: bytes, answer: bytes, asks: bool = True) -> tuple[bytes, int]:
+    """Run the program at a terminal of its own and type `answer` when it has said `until`, and reads what is typed if it
+    `asks`; all that it said, and its exit code."""
     command = ["-c", "from asgi_llm_guard.cli import main; main()", *map(str, arguments)]
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where the tests run in the background of a shell
         os.execve(sys.executable, [sys.executable, *command], clean_environment())
-    said, typed, ends_s = b"", False, time.monotonic() + 60
+    said, typed, ends_s = b"", False, time.monotonic() + 120
     try:
         while select.select([terminal], [], [], max(0.0, ends_s - time.monotonic()))[0]:
             try:
@@ -75,7 +75,8 @@ def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[by
             said += more
             if not typed and until in said:
                 typed = True
-                _until_reading(pid)
+                if asks:
+                    _until_reading(pid)
                 os.write(terminal, answer)
         else:
             os.kill(pid, signal.SIGKILL)
@@ -86,7 +87,7 @@ def at_terminal(*arguments: str | Path, until: bytes, answer: bytes) -> tuple[by
 
 def _until_reading(pid: int) -> None:
     """Wait until a program that has asked sleeps in its read: between the two it takes note of a signal, and reads on."""
-    asleep, ends_s = 0, time.monotonic() + 5
+    asleep, ends_s = 0, time.monotonic() + 30
     while asleep < 20 and time.monotonic() < ends_s:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         asleep = asleep + 1 if state == "S" else 0

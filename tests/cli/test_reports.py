@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.kit import call, clean_environment, document, fill, settings
-from tests.servers import RedisServer
+from tests.servers import POLL_S, RedisServer
 
 PRICES = '[prices.overrides."openai/gpt-4o"]\ninput = 5\noutput = 20\n'
 
@@ -178,7 +177,7 @@ def test_drain_follows_until_it_is_told(tmp_path: Path) -> None:
     ) as running:  # fmt: skip
         until = time.monotonic() + 60
         while not _summed(tmp_path) and time.monotonic() < until and running.poll() is None:
-            os.sched_yield()
+            time.sleep(POLL_S)
         running.send_signal(signal.SIGTERM)
         out, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (0, "")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,8 @@ from typing import Any
 
 import pytest
 from tests.cli.kit import clean_environment, document, process, settings
+from tests.ports import free_port
+from tests.servers import POLL_S
 
 from asgi_llm_guard.cli.serve import application
 from asgi_llm_guard.errors import ConfigurationError
@@ -46,9 +46,7 @@ def gateway(folder: Path, provider: str, text: str = BUDGET, *, storage: str | N
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server on a free port, once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = "from asgi_llm_guard.cli import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", program, "serve", "--port", str(port), "--log-level", "warning", *arguments],
@@ -63,10 +61,10 @@ def serving(folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Pop
             until = time.monotonic() + 60
             while running.poll() is None and time.monotonic() < until:
                 try:
-                    urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
+                    urllib.request.urlopen(f"{url}/healthz", timeout=60).close()
                     break
                 except OSError:
-                    os.sched_yield()
+                    time.sleep(POLL_S)
             yield url, running
         finally:
             if running.poll() is None:
@@ -78,7 +76,7 @@ def asked(url: str, body: dict[str, Any] | None = None, *, key: str = "") -> tup
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -159,8 +157,8 @@ def test_a_stop_reaches_a_running_service(tmp_path: Path) -> None:
 
 
 def _until(url: str, key: str, status: int) -> tuple[int, Any]:
-    """The first answer with this status, or the last one of ten seconds."""
-    until = time.monotonic() + 10
+    """The first answer with this status, or the last one of a minute."""
+    until = time.monotonic() + 60
     while True:
         answer = asked(f"{url}/v1/chat/completions", CHAT, key=key)
         if answer[0] == status or time.monotonic() > until:
