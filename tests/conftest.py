@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis draws from the constants of whatever modules of ours are loaded: with several processes, that is
     other examples on every run. Only where it is to search for new ones, it may.
     """
-    if config.getoption("--hypothesis-profile") != "full":
+    if config.getoption("--hypothesis-profile", None) != "full":
         none = Constants()
         providers._get_local_constants = lambda: none
 
