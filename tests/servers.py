@@ -162,6 +162,7 @@ class RedisServer:
         appendonly: bool = False,
         replica_of: RedisServer | None = None,
         cluster: bool = False,
+        node_timeout_ms: int = 1000,
         tls: bool = False,
         maxmemory: str | None = None,
         config: Sequence[str] = (),
@@ -196,7 +197,7 @@ class RedisServer:
             if replica_of.password is not None:
                 self._options.append(f"masterauth {replica_of.password}")
         if cluster:
-            self._options += ["cluster-enabled yes", "cluster-node-timeout 1000"]
+            self._options += ["cluster-enabled yes", f"cluster-node-timeout {node_timeout_ms}"]
         if maxmemory is not None:
             self._options.append(f"maxmemory {maxmemory}")
         self._options += config
@@ -411,19 +412,22 @@ class RedisCluster:
         replicas: int = 0,
         full_coverage: bool = False,
         password: str | None = None,
+        node_timeout_ms: int = 1000,
     ) -> None:
-        """`replicas`: how many each master has; `full_coverage`: with one slot lost, all are refused (-CLUSTERDOWN)."""
+        """`replicas`: how many each master has; `full_coverage`: with one slot lost, all are refused (-CLUSTERDOWN);
+        `node_timeout_ms`: without an answer for so long, a node is lost.
+        """
         config = [
             f"cluster-require-full-coverage {'yes' if full_coverage else 'no'}",
             "cluster-replica-validity-factor 0",
         ]
         self.password = password
-        self.masters = [RedisServer(program=program, cluster=True, password=password, config=config) for _ in range(3)]
+        options: dict[str, Any] = {
+            "program": program, "cluster": True, "node_timeout_ms": node_timeout_ms, "password": password, "config": config,
+        }  # fmt: skip
+        self.masters = [RedisServer(**options) for _ in range(3)]
         """Those that began as masters, by their slots: 0-5460, 5461-10921, 10922-16383."""
-        self.replicas = [
-            RedisServer(program=program, cluster=True, password=password, config=config)
-            for _ in self.masters * replicas
-        ]
+        self.replicas = [RedisServer(**options) for _ in self.masters * replicas]
         """Replica number i follows master number i modulo 3."""
 
     @property
@@ -703,6 +707,10 @@ def _info(node: RedisServer, *command: str) -> dict[str, str]:
 # ----------------------------------------------------------------------------------- shared servers
 
 
+_NEVER_MS: Final = 60_000
+"""Nobody stops a shared server, so one that does not answer has only been kept waiting by its machine."""
+
+
 def _shared(servers: Started) -> Started:
     """Started, and ended with the process."""
     atexit.register(servers.close)
@@ -724,10 +732,10 @@ def shared_valkey() -> RedisServer:
 @cache
 def shared_cluster() -> RedisCluster:
     """As `shared_redis`, of three masters."""
-    return _shared(RedisCluster())
+    return _shared(RedisCluster(node_timeout_ms=_NEVER_MS))
 
 
 @cache
 def shared_sentinel() -> RedisSentinel:
     """As `shared_redis`, of a master that Sentinels look after."""
-    return _shared(RedisSentinel())
+    return _shared(RedisSentinel(down_after_ms=_NEVER_MS))
