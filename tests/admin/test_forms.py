@@ -437,6 +437,8 @@ async def test_storages_that_tell_less(tmp_path: Path) -> None:
     ):
         assert told in overview
     assert "$0.00" not in overview.partition("Budgets")[0]
+    assert '<span class="unknown">unknown</span>' in overview.partition("<dt>Refused</dt>")[2].partition("</div>")[0]
+    assert "Nothing was refused" not in overview
     for path, told in (
         ("/department?name=research", "Limits"),
         ("/departments", "No department has a quota or has called yet"),
