@@ -3,7 +3,8 @@
 On SQLite settlements and admissions in the same file wait for the transaction. So its steps are small as long as anybody
 else writes, and grow only after that many of them in a row between which nobody has: in a service a second goes by in
 small steps after each write of others, so that at most one of them in a second waits for a large step. Who catches up
-with a backlog that nobody adds to (a file that was brought along, a service that does not run yet) is alone at once.
+with a backlog that nobody adds to (a file that was brought along, a service that does not run yet) takes small steps for
+a second only.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from asgi_llm_guard.sql import Connection, Dialect
 __all__ = ["ALONE", "LARGE", "SMALL", "TOGETHER", "Pace"]
 
 SMALL: Final = 300
-"""Records of a step on SQLite: some 12 ms."""
+"""Records of a step on SQLite: the file is kept for some 10 ms."""
 
 LARGE: Final = 5_000
-"""Of one where nobody else writes: some 150 ms, for half of the work."""
+"""Of one where nobody else writes: some 100 ms, for two thirds of the work."""
 
 ALONE: Final = 80
 """So many small steps, about a second, nobody else must have written before a large one."""

@@ -1,7 +1,8 @@
 """The ledger's tables, and what they keep sums of.
 
     ledger            one row per call, with `ledger_replaced`: see usage_rows.py
-    ledger_meta       the version of these tables, and marks: how far records are rolled up, since when what is kept
+    ledger_meta       the version of these tables, and marks: how far records are rolled up, since when what is kept,
+                      and counts by which processes notice each other (see rollups.py and unused.py)
     ledger_cursors    how far each source was read
     ledger_sets       each list of departments, or of tags, that any record has; with ledger_members: what is in it
     ledger_series     each combination of values that sums are kept for, by grain; rolled-up rows name it by number
