@@ -263,6 +263,19 @@ async def test_a_log_out_that_nobody_can_be_told_of(page: Desk) -> None:
     assert (await again.get("/admin/health")).status_code == 303
 
 
+async def test_a_log_out_without_administration_data(tmp_path: Path) -> None:
+    """Where nothing is administered a log-out holds in its process, and says that it holds there alone."""
+    made = desk(tmp_path, control=False)
+    client = await made.browser("viewer")
+    kept = client.cookies["llm_guard_admin"]
+    token = hidden((await client.get("/admin/health")).text, "form_token")
+    left = await client.post("/admin/logout", data={"form_token": token})
+    assert left.headers["location"] == "/admin/login?done=left_here"
+    again = made.client(headers={"cookie": f"llm_guard_admin={kept}"})
+    assert (await again.get("/admin/health")).status_code == 303
+    await made.aclose()
+
+
 async def test_pages_that_refresh_themselves_keep_nobody_logged_in(page: Desk) -> None:
     """A page that was left open and asks for its live part again and again ends with the idle time all the same."""
     client = await page.browser("viewer")

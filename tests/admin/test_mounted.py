@@ -54,21 +54,23 @@ def _guard(**more: Any) -> tuple[Guard, list[Event]]:
 async def test_pages_in_an_included_router() -> None:
     """The guard cannot see what is in a router that FastAPI includes, so it guards the pages there, too: the check of the
     application says so, and how to mount them; mounted so, they are free and the check is silent."""
-    for how in ("in a router", "in the application"):
+    for how, path in (("in a router", "/ops/admin"), ("in what is in one", "/ops/in/admin"), ("beside it", "/admin")):
         guard, _ = _guard()
         app = FastAPI()
-        where = APIRouter() if how == "in a router" else app
-        where.mount("/admin", guard.admin_app(options()))
-        if isinstance(where, APIRouter):
-            app.include_router(where, prefix="/ops")
+        router = APIRouter()
+        pages = guard.admin_app(options())
+        if how == "in what is in one":
+            router.mount("/in", Starlette(routes=[Mount("/admin", pages)]))
+        else:
+            (app if how == "beside it" else router).mount("/admin", pages)
+        app.include_router(router, prefix="/ops")
         app.add_middleware(GuardMiddleware, guard=guard)
         findings, paths = examine_application(app)
         told = [finding for finding in findings if finding.code == "pages_in_router"]
-        path = "/ops/admin" if how == "in a router" else "/admin"
         state = next(each.state for each in paths if each.path == path)
         async with asgi_client(app) as client:
             status = (await client.post(f"{path}/api/v1/stops", headers=_AUTH, json={})).status_code
-        if how == "in a router":
+        if how != "beside it":
             assert (state, status, [path in finding.seen for finding in told]) == ("guarded", 429, [True])
             assert f'app.mount("{path}"' in told[0].next_step
         else:
