@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -22,6 +23,8 @@ from tests.servers import (
     shared_valkey,
     unique_namespace,
 )
+
+from asgi_llm_guard import background
 
 # No test leaves this machine: its thousands of HTTP clients need not read everybody's certificates, 20 ms each.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("nobody.pem"))
@@ -51,6 +54,25 @@ def pytest_collection_finish() -> None:
 def anyio_backend() -> str:
     """Servers and SDKs of the tests are built on asyncio; one loop kind for all of them."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def end_what_is_left() -> Iterator[None]:
+    """A guard that a test has not closed beats, works and logs errors no more while the tests behind it run."""
+    hearts, chores = set(background._background._hearts), _chores()
+    yield
+    for heart in set(background._background._hearts) - hearts:
+        background.let_go(heart)
+    for chore in _chores() - chores:
+        background.later(chore.cancel)
+
+
+def _chores() -> set[asyncio.Task[object]]:
+    """What guards do now and then, in the background."""
+    loop = background._background._loop
+    if loop is None:
+        return set()
+    return {task for task in asyncio.all_tasks(loop) if getattr(task.get_coro(), "__qualname__", "") == "_repeat"}
 
 
 # Shared servers start when the first test asks, and end with the process. A test that needs to stop, flush or
