@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 from tests.ports import HOST, free_port
 
-PATIENCE_S: Final = 10.0
+PATIENCE_S: Final = 60.0
 """How long the proxy's own loop, or what a test awaits, may take."""
 
 

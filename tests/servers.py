@@ -49,7 +49,7 @@ __all__ = [
     "unique_namespace",
 ]
 
-READY_S: Final = 20.0
+READY_S: Final = 60.0
 """How long a server may take until it answers, on a machine that is busy with something else."""
 POLL_S: Final = 0.002
 

@@ -172,7 +172,7 @@ def run_processes(
 
 def next_ready(pipes: Sequence[Connection]) -> Connection:
     """The next process that says something."""
-    ready = wait(pipes, timeout=20)
+    ready = wait(pipes, timeout=60)
     assert ready, "more calls were granted than there is room for, and wait for their answers"
     return next(pipe for pipe in pipes if pipe in ready)
 

@@ -20,7 +20,7 @@ class Client:
     """One connection through a proxy, which says and hears RESP."""
 
     def __init__(self, proxy: FaultProxy) -> None:
-        self.link = socket.create_connection((proxy.host, proxy.port), timeout=5)
+        self.link = socket.create_connection((proxy.host, proxy.port), timeout=30)
         self.reader = hiredis.Reader(notEnoughData=Ellipsis)
         self.sizes: list[int] = []
         """How many bytes came each time that some came."""
@@ -396,7 +396,7 @@ def test_what_is_not_resp_passes_as_it_comes(fault_proxy: Callable[[str], FaultP
         thread = threading.Thread(target=echo)
         thread.start()
         proxy = fault_proxy(f"http://127.0.0.1:{server.getsockname()[1]}")
-        with socket.create_connection((proxy.host, proxy.port), timeout=5) as link:
+        with socket.create_connection((proxy.host, proxy.port), timeout=30) as link:
             for text in (b"get / http\r\n", b"*1\r\n"):
                 link.sendall(text)
                 assert link.recv(100) == text.upper()
