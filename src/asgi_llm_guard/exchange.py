@@ -138,16 +138,16 @@ class Exchange:
         """A longer body is refused: see `too_large`."""
         return self._hook.guard.max_body_bytes
 
-    def too_large(self) -> Denied:
-        """The refusal of a body that has more bytes than are read."""
-        return self._body_refused(body_too_large(self.max_body_bytes))
+    def too_large(self, seen: int | None = None) -> Denied:
+        """The refusal of a body that has more bytes than are read; `seen`: how many it has at least."""
+        return self._body_refused(body_too_large(self.max_body_bytes, seen))
 
     async def admit(self, body: bytes) -> Denied | None:
         """Read what is asked for, and claim it. A `Denied` has taken nothing."""
         hook, admission = self._hook, self._admission
         self.body = body
         if len(body) > self.max_body_bytes:
-            return self.too_large()
+            return self.too_large(len(body))
         self._key = _digest(self._outgoing, body)
         try:
             check_encoding(self._outgoing.headers)

@@ -52,7 +52,7 @@ async def test_body_of_other_routes_is_not_read() -> None:
 
 
 async def test_largest_body() -> None:
-    """A body of exactly the limit passes; one byte more is a 413, before it has been read to its end."""
+    """A body of exactly the limit passes; one byte more is a 413, before it has been read to its end, and says both."""
     limit = 8 * 1024 * 1024
     head = json.dumps(ASK)[:-1].encode() + b', "x": "'
     provider = Provider()
@@ -65,6 +65,9 @@ async def test_largest_body() -> None:
     exchange = await request(CHAT, body=pieces).run(app)
     assert (exchange.status, exchange.json["error"]["code"]) == (413, "body_too_large")
     assert exchange.received == 10
+    read = len(head) + 8 * 1_000_000 + 1_000_000
+    said = f"at least {read} bytes, and this route reads {limit}; send a shorter one"
+    assert said in exchange.json["error"]["message"]
     assert len(provider.bodies) == 1
 
 
@@ -73,6 +76,7 @@ async def test_declared_length_beyond_the_limit() -> None:
     exchange = request(CHAT, body=b"{}", headers=[(b"content-length", b"99999999999")])
     await exchange.run(guarded(Provider(), new_guard()))
     assert (exchange.status, exchange.received) == (413, 0)
+    assert "at least 99999999999 bytes" in exchange.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +337,9 @@ async def test_declared_dialect() -> None:
 async def test_too_long_in_one_piece() -> None:
     """A body that is too long at once is a 413 as well, where no length was declared."""
     app = guarded(Provider(), new_guard(max_body_bytes=100))
-    assert (await request(CHAT, body=b"x" * 101).run(app)).status == 413
+    exchange = await request(CHAT, body=b"x" * 101).run(app)
+    assert exchange.status == 413
+    assert "at least 101 bytes, and this route reads 100;" in exchange.json["error"]["message"]
 
 
 async def test_random_paths() -> None:

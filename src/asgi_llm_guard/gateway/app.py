@@ -323,7 +323,7 @@ async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
         piece = message.get("body", b"")
         size += len(piece)
         if size > most:
-            raise body_too_large(most)
+            raise body_too_large(most, size)
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

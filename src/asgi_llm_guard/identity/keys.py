@@ -265,7 +265,7 @@ class ApiKeys:
             return None
         identity = self._find(shown)
         if identity is None and self._unknown == "refuse":
-            raise IdentityError("The API key is not known, or not valid any more.", status=403)
+            raise IdentityError("The API key is not known, or not valid any more; ask for a new one.", status=403)
         return identity
 
     def _find(self, key: bytes) -> Identity | None:

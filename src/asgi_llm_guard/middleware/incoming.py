@@ -21,13 +21,13 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
     """
     length_sent: bytes = dict(scope["headers"]).get(b"content-length", b"")
     if length_sent.isdigit() and int(length_sent[:20]) > limit:  # else it is counted as it comes
-        raise body_too_large(limit)
+        raise body_too_large(limit, int(length_sent[:20]))
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientLeft
     chunk: bytes = message.get("body", b"")
     if len(chunk) > limit:
-        raise body_too_large(limit)
+        raise body_too_large(limit, len(chunk))
     if not message.get("more_body", False):
         return chunk
     chunks, length = [chunk], len(chunk)
@@ -38,7 +38,7 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
         chunk = message.get("body", b"")
         length += len(chunk)
         if length > limit:
-            raise body_too_large(limit)
+            raise body_too_large(limit, length)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)

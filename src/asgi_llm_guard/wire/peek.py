@@ -259,9 +259,14 @@ def check_encoding(headers: Iterable[tuple[bytes, bytes]]) -> None:
             )
 
 
-def body_too_large(max_bytes: int) -> BodyError:
-    """The error for a body that has more than `max_bytes` bytes, by whoever counts them."""
-    return BodyError("body_too_large", 413, f"the body is larger than the {max_bytes} bytes that this route reads")
+def body_too_large(max_bytes: int, seen: int | None = None) -> BodyError:
+    """The error for a body that has more than `max_bytes` bytes, by whoever counts them; `seen`: how many it has at least."""
+    return BodyError(
+        "body_too_large",
+        413,
+        f"the body has at least {seen or max_bytes + 1} bytes, and this route reads {max_bytes}; send a shorter one, "
+        "or have the max_body_bytes of this service raised",
+    )
 
 
 def _members(data: bytes, path: str | None) -> Mapping[str, msgspec.Raw]:
