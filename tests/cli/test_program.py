@@ -108,7 +108,7 @@ def test_a_store_that_is_away_exits_with_four(tmp_path: Path) -> None:
     assert ran.stderr.startswith("Error: ")
 
 
-def test_no_secret_is_shown(tmp_path: Path) -> None:
+def test_no_secret_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """T15: the password in a storage's URL is in no output and no error."""
     file = settings(tmp_path, BUDGET, storage="redis://:canary-5150@127.0.0.1:1")
     for arguments in (
@@ -118,8 +118,11 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
         ["usage"],
         ["reset", "user", "x", "--reason", "y"],
     ):
-        ran = process(*arguments, "--config", file, cwd=tmp_path)
-        assert "canary-5150" not in ran.stdout + ran.stderr, arguments
+        here = call(*arguments, "--config", file)
+        assert "canary-5150" not in f"{here.output}{here.exception!r}", arguments
+    ran = process("usage", "--config", file, cwd=tmp_path)
+    assert ran.stdout + ran.stderr
+    assert "canary-5150" not in ran.stdout + ran.stderr + caplog.text
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
