@@ -37,8 +37,10 @@ class Kept:
         """It was granted, or changed. What this process has decided by itself, the storage does not hold."""
         if hold.degraded:
             return
-        if _SLOTS in [claim.meter.unit for claim in hold.claims]:
-            self.slots[hold.call_id] = hold
+        for claim in hold.claims:
+            if claim.meter.unit is _SLOTS:
+                self.slots[hold.call_id] = hold
+                break
         if self._loss.totals is not None:
             self._loss.totals.opened(Bundle(hold.call_id, hold.claims, hold.draft))
 
