@@ -23,7 +23,7 @@ from asgi_llm_guard.admin.options import Role
 from asgi_llm_guard.admin.table import VERBS
 from asgi_llm_guard.testing import Behaviour, FakeProvider
 
-_FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
+_FLAGS: Final = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage")
 _PAGES: Final = [verb.path for verb in VERBS.verbs if verb.kind == "page"]
 _QUERY: Final = "?name=research&scope=department&subject=research"
 _SHORT_S: Final = 2.0
