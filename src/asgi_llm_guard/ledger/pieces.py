@@ -7,7 +7,8 @@ A `Batch` is what to add in one transaction. It is of one state of the ledger, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from itertools import chain
+from operator import add, itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -76,9 +77,9 @@ def look(connection: Connection, most: int) -> Batch | None:
         (rolled_to, most),
     )
     pieces, corrected = _corrections(connection, rolled_to, most)
-    pieces += map(_piece, rows)
-    if not pieces:
+    if not rows and not pieces:
         return None
+    instants = [row[1] for row in rows] + [piece.at_ms for piece in pieces]
     return Batch(
         rolls=mark(connection, "rolls"),
         size=len(rows) + len(corrected),
@@ -86,15 +87,15 @@ def look(connection: Connection, most: int) -> Batch | None:
         last=rows[-1][0] if rows else rolled_to,
         corrected=corrected,
         seen=connection.execute("SELECT COALESCE(MAX(seq), 0) FROM ledger_replaced")[0][0],
-        first_ms=min(piece.at_ms for piece in pieces),
-        last_ms=max(piece.at_ms for piece in pieces),
-        sums=_added_up(pieces),
+        first_ms=min(instants),
+        last_ms=max(instants),
+        sums=_added_up(chain(pieces, map(_piece, rows))),
     )
 
 
-def _added_up(pieces: Iterable[Piece]) -> list[Sums]:
+def _added_up(pieces: Iterable[Piece]) -> Sequence[Sums]:
     texts: dict[str, str] = {}
-    parts: list[dict[tuple[int, tuple[Any, ...]], list[Sequence[int]]]] = [{} for _ in GRAINS]
+    sums: list[dict[tuple[int, tuple[Any, ...]], Sequence[int]]] = [{} for _ in GRAINS]
     for at_ms, values, amounts in pieces:
         named = list(values)
         for place in _SET_PLACES:
@@ -102,9 +103,11 @@ def _added_up(pieces: Iterable[Piece]) -> list[Sums]:
             if text not in texts:
                 texts[text] = _encode(list_of(text)).decode()
             named[place] = texts[text]
-        for step_ms, values_of, found in zip(_STEPS_MS, _VALUES_OF, parts, strict=True):
-            found.setdefault((at_ms - at_ms % step_ms, values_of(named)), []).append(amounts)
-    return [{key: _total(some) for key, some in found.items()} for found in parts]
+        for step_ms, values_of, found in zip(_STEPS_MS, _VALUES_OF, sums, strict=True):
+            key = at_ms - at_ms % step_ms, values_of(named)
+            row = found.get(key)
+            found[key] = amounts if row is None else tuple(map(add, row, amounts))
+    return sums
 
 
 def unrolled(connection: Connection, since_ms: int = 0, until_ms: int = 2**53) -> Iterator[Piece]:
@@ -137,10 +140,6 @@ def _corrections(connection: Connection, rolled_to: int, most: int) -> tuple[lis
         rows = connection.execute(f"SELECT {_READ} FROM ledger WHERE row IN ({marks(some)})", some)  # noqa: S608
         pieces += map(_piece, rows)
     return pieces, list(old)
-
-
-def _total(rows: Sequence[Sequence[int]]) -> Sequence[int]:
-    return rows[0] if len(rows) == 1 else tuple(map(sum, zip(*rows, strict=True)))
 
 
 def _piece(row: tuple[Any, ...]) -> Piece:
