@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 from tests.gateway.kit import BILLED, PRICES
+from tests.plain import PLAIN
 from tests.sdk.service import InFlight
 
 from asgi_llm_guard import Guard, GuardMiddleware
@@ -57,17 +58,15 @@ class Service:
         await self._clients.aclose()
 
     async def http(self) -> httpx2.AsyncClient:
-        client = httpx2.AsyncClient(
-            base_url=self.url, trust_env=False, headers={"authorization": f"Bearer {KEY}"}, timeout=20
-        )
+        client = httpx2.AsyncClient(base_url=self.url, **PLAIN, headers={"authorization": f"Bearer {KEY}"}, timeout=20)
         return await self._clients.enter_async_context(client)
 
     async def openai(self, *, retries: int = 2, key: str = KEY) -> openai.AsyncOpenAI:
-        http = await self._clients.enter_async_context(httpx2.AsyncClient(trust_env=False, timeout=20))
+        http = await self._clients.enter_async_context(httpx2.AsyncClient(**PLAIN, timeout=20))
         return openai.AsyncOpenAI(api_key=key, base_url=f"{self.url}/v1", http_client=http, max_retries=retries)
 
     async def anthropic(self, *, retries: int = 2, key: str = KEY) -> anthropic.AsyncAnthropic:
-        http = await self._clients.enter_async_context(httpx2.AsyncClient(trust_env=False, timeout=20))
+        http = await self._clients.enter_async_context(httpx2.AsyncClient(**PLAIN, timeout=20))
         return anthropic.AsyncAnthropic(api_key=key, base_url=self.url, http_client=http, max_retries=retries)
 
     async def records(self) -> Sequence[UsageRecord]:

@@ -16,6 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
 from pydantic import SecretStr
 from tests.gateway.app_kit import ASKED, ECHO, KEY, WAYS, Service, Way, service
+from tests.plain import PLAIN
 
 from asgi_llm_guard import Budget, Iterations, ModelAllow, ProviderBudget, RateLimit
 from asgi_llm_guard.policies.base import Policy
@@ -112,7 +113,7 @@ async def test_openai_sync(stream: bool) -> None:
 
         def ask() -> str:
             with (
-                httpx2.Client(trust_env=False) as http,
+                httpx2.Client(**PLAIN) as http,
                 openai.OpenAI(api_key=KEY, base_url=f"{app.url}/v1", http_client=http) as client,
             ):
                 options: Any = {"model": SMALL, "messages": ASKED, "max_completion_tokens": 50}
@@ -213,7 +214,7 @@ async def test_anthropic_sync() -> None:
 
         def ask() -> str:
             with (
-                httpx2.Client(trust_env=False) as http,
+                httpx2.Client(**PLAIN) as http,
                 anthropic.Anthropic(api_key=KEY, base_url=app.url, http_client=http) as client,
                 client.messages.stream(model=OTHER, max_tokens=50, messages=ASKED) as stream,
             ):
@@ -409,7 +410,7 @@ async def test_agent_of_langgraph_is_stopped() -> None:
 
 async def run_agent(app: Service, model: str) -> str:
     """What a graph of a model and a tool comes to, with LangChain's own client for OpenAI."""
-    async with httpx2.AsyncClient(trust_env=False) as http:
+    async with httpx2.AsyncClient(**PLAIN) as http:
         chat = ChatOpenAI(
             model=model,
             api_key=SecretStr(KEY),

@@ -14,6 +14,7 @@ import uvicorn
 from examples.demo import PRICES, Requests
 from starlette.types import Receive, Scope, Send
 from tests.exits.kit import PromptServer
+from tests.plain import PLAIN
 from tests.sdk.proxy import create_app, provider_client
 
 from asgi_llm_guard import Guard, Route
@@ -106,11 +107,11 @@ class Service:
             return _read([chunk async for chunk in answer] if "stream" in wanted else answer)
 
     def client(self, retries: int = 0) -> openai.AsyncOpenAI:
-        http = httpx2.AsyncClient(trust_env=False)
+        http = httpx2.AsyncClient(**PLAIN)
         return openai.AsyncOpenAI(api_key=KEY, base_url=f"{self.url}/v1", http_client=http, max_retries=retries)
 
     def _ask_sync(self, wanted: dict[str, Any], retries: int) -> Answer:
-        http = httpx2.Client(trust_env=False)
+        http = httpx2.Client(**PLAIN)
         with openai.OpenAI(api_key=KEY, base_url=f"{self.url}/v1", http_client=http, max_retries=retries) as client:
             answer: Any = client.chat.completions.create(**wanted)
             return _read(list(answer) if "stream" in wanted else answer)

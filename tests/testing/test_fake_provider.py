@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
+from tests.plain import PLAIN
 
 from asgi_llm_guard.testing import Behaviour, Bill, ConnectionCut, FakeProvider, Gate, Price, asgi_client
 from asgi_llm_guard.usage import Usage
@@ -27,7 +28,7 @@ async def sdk(provider: FakeProvider, *, retries: int = 0) -> AsyncGenerator[ope
     """An SDK client of the provider, without the environment's proxies."""
     async with (
         provider.serve() as base_url,
-        httpx2.AsyncClient(trust_env=False) as http,
+        httpx2.AsyncClient(**PLAIN) as http,
         openai.AsyncOpenAI(api_key="any", base_url=base_url, http_client=http, max_retries=retries) as client,
     ):
         yield client
@@ -414,7 +415,7 @@ async def test_leaving_a_hanging_call(*, streamed: bool, billed: int) -> None:
 async def test_stopping_cuts_open_answers() -> None:
     """Leaving `serve` ends what is still being answered; nobody hangs."""
     provider = FakeProvider(default=Behaviour.slow())
-    async with httpx2.AsyncClient(trust_env=False) as http:
+    async with httpx2.AsyncClient(**PLAIN) as http:
         async with provider.serve() as base_url:
             request = http.build_request("POST", f"{base_url}/chat/completions", json={**BODY, "stream": True})
             answer = await http.send(request, stream=True)

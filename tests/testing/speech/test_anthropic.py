@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import httpx2
 import pytest
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider, Price
@@ -30,7 +31,7 @@ COUNTS = Behaviour.answer(
 async def sdk(provider: FakeProvider) -> AsyncGenerator[anthropic.AsyncAnthropic]:
     async with (
         provider.serve() as base_url,
-        httpx2.AsyncClient(trust_env=False) as http,
+        httpx2.AsyncClient(**PLAIN) as http,
         anthropic.AsyncAnthropic(api_key="any", base_url=base_url.root, max_retries=0, http_client=http) as client,
     ):
         yield client
@@ -153,7 +154,7 @@ def test_behind_bedrock() -> None:
     provider = FakeProvider(default=COUNTS)
     with (
         provider.serve() as base_url,
-        httpx2.Client(trust_env=False) as http,
+        httpx2.Client(**PLAIN) as http,
         anthropic.AnthropicBedrock(
             aws_access_key="any",
             aws_secret_key="any",
@@ -177,7 +178,7 @@ def test_behind_vertex() -> None:
     provider = FakeProvider()
     with (
         provider.serve() as base_url,
-        httpx2.Client(trust_env=False) as http,
+        httpx2.Client(**PLAIN) as http,
         anthropic.AnthropicVertex(
             region="eu", project_id="p", access_token="any", base_url=f"{base_url.root}/v1", http_client=http
         ) as client,

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from cohere.core.api_error import ApiError
 from cohere.core.request_options import RequestOptions
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider, Price, asgi_client
@@ -26,7 +27,7 @@ def provider() -> FakeProvider:
 
 @pytest.fixture
 def client(provider: FakeProvider) -> Iterator[cohere.ClientV2]:
-    with provider.serve() as base_url, httpx.Client(trust_env=False) as http:
+    with provider.serve() as base_url, httpx.Client(**PLAIN) as http:
         yield cohere.ClientV2(api_key="any", base_url=base_url.root, httpx_client=http)
 
 
@@ -123,7 +124,7 @@ def test_embed_and_rerank(client: cohere.ClientV2, provider: FakeProvider) -> No
 @pytest.mark.anyio
 async def test_async(provider: FakeProvider) -> None:
     """The asynchronous client reads the same."""
-    async with provider.serve() as base_url, httpx.AsyncClient(trust_env=False) as http:
+    async with provider.serve() as base_url, httpx.AsyncClient(**PLAIN) as http:
         client = cohere.AsyncClientV2(api_key="any", base_url=base_url.root, httpx_client=http)
         answer = await client.chat(model="m", messages=ASKED)
         events = [event.type async for event in client.chat_stream(model="m", messages=ASKED)]

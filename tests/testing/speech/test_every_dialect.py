@@ -8,6 +8,7 @@ import json
 
 import httpx2
 import pytest
+from tests.plain import PLAIN
 from tests.testing.speech.requests import HELLO, WAYS, Way
 
 from asgi_llm_guard.testing import Attempt, Behaviour, ConnectionCut, FakeProvider, Gate, Price, Trouble, asgi_client
@@ -335,7 +336,7 @@ async def test_client_that_leaves_is_billed_for_what_was_produced(dialect: str) 
     gate = Gate()
     provider = FakeProvider(default=Behaviour.slow(gate=gate), platform=WAYS[dialect].platform)
     way = WAYS[dialect]
-    async with provider.serve() as base_url, httpx2.AsyncClient(trust_env=False) as client:
+    async with provider.serve() as base_url, httpx2.AsyncClient(**PLAIN) as client:
         request = client.build_request("POST", base_url.root + way.streamed, json=way.body | way.asks)
         answer = await client.send(request, stream=True)
         gate.release(2)
@@ -368,7 +369,7 @@ async def test_stream_is_encoded_chunk_by_chunk() -> None:
     provider, gate = FakeProvider(), Gate()
     provider.script(Behaviour(paced=True, gate=gate, encoding="gzip"))
     way = WAYS["ollama_chat"]
-    async with provider.serve() as base_url, httpx2.AsyncClient(trust_env=False) as client:
+    async with provider.serve() as base_url, httpx2.AsyncClient(**PLAIN) as client:
         request = client.build_request("POST", base_url.root + way.streamed, json=way.body | way.asks)
         answer = await client.send(request, stream=True)
         lines = answer.aiter_lines()

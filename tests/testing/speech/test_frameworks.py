@@ -20,6 +20,7 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import BaseURL, Behaviour, FakeProvider
@@ -92,7 +93,7 @@ async def test_pydantic_ai(kind: str) -> None:
     """An agent of Pydantic AI calls its tool and ends, plain and streamed; its usage is the bill's."""
     provider = FakeProvider()
     provider.script(Behaviour.call_tool("add", one=2, two=3), Behaviour.answer("it is 5"), Behaviour.answer("so it is"))
-    async with provider.serve() as base_url, httpx2.AsyncClient(trust_env=False) as http:
+    async with provider.serve() as base_url, httpx2.AsyncClient(**PLAIN) as http:
         agent = Agent(pydantic_ai(kind, http, base_url))
 
         @agent.tool_plain
@@ -121,7 +122,7 @@ async def test_openai_agents(kind: str) -> None:
     def add(one: int, two: int) -> int:
         return one + two
 
-    async with provider.serve() as base_url, httpx2.AsyncClient(trust_env=False) as http:
+    async with provider.serve() as base_url, httpx2.AsyncClient(**PLAIN) as http:
         client = openai.AsyncOpenAI(api_key="any", base_url=base_url, http_client=http, max_retries=0)
         model: agents.Model = (
             agents.OpenAIChatCompletionsModel("m", client)

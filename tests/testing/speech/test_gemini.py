@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from google import genai
 from google.genai import errors, types
+from tests.plain import PLAIN
 from tests.testing.speech.requests import CONTENTS, ECHO, HELLO
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider, asgi_client
@@ -22,7 +23,7 @@ def provider() -> FakeProvider:
 
 @pytest.fixture
 def client(provider: FakeProvider) -> Iterator[genai.Client]:
-    with provider.serve() as base_url, httpx2.Client(trust_env=False) as http:
+    with provider.serve() as base_url, httpx2.Client(**PLAIN) as http:
         options = types.HttpOptions(base_url=base_url.root, httpx_client=http)
         made = genai.Client(api_key="any", http_options=options)
         yield made
@@ -186,7 +187,7 @@ def test_interactions_that_call_or_fail(provider: FakeProvider, client: genai.Cl
 @pytest.mark.anyio
 async def test_async(provider: FakeProvider) -> None:
     """The asynchronous client reads the same."""
-    async with provider.serve() as base_url, httpx2.AsyncClient(trust_env=False) as http:
+    async with provider.serve() as base_url, httpx2.AsyncClient(**PLAIN) as http:
         options = types.HttpOptions(base_url=base_url.root, httpx_async_client=http)
         client = genai.Client(api_key="any", http_options=options)
         answer = await client.aio.models.generate_content(model="m", contents=HELLO)

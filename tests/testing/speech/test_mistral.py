@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from mistralai.client import Mistral
 from mistralai.client.errors import HTTPValidationError, SDKError
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider
@@ -26,7 +27,7 @@ def provider() -> FakeProvider:
 def client(provider: FakeProvider) -> Iterator[Mistral]:
     with (
         provider.serve() as base_url,
-        httpx2.Client(trust_env=False) as http,
+        httpx2.Client(**PLAIN) as http,
         Mistral(api_key="any", server_url=base_url.root, client=http) as made,
     ):
         yield made
@@ -105,7 +106,7 @@ async def test_async(provider: FakeProvider) -> None:
     """The asynchronous client reads the same."""
     async with (
         provider.serve() as base_url,
-        httpx2.AsyncClient(trust_env=False) as http,
+        httpx2.AsyncClient(**PLAIN) as http,
         Mistral(api_key="any", server_url=base_url.root, async_client=http) as client,
     ):
         answer = await client.chat.complete_async(model="m", messages=ASKED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import ollama
 import pytest
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import Behaviour, FakeProvider, asgi_client
@@ -22,7 +23,7 @@ def provider() -> FakeProvider:
 @pytest.fixture
 def client(provider: FakeProvider) -> Iterator[ollama.Client]:
     with provider.serve() as base_url:
-        made = ollama.Client(host=base_url.root, trust_env=False)
+        made = ollama.Client(host=base_url.root, **PLAIN)
         yield made
         made._client.close()
 

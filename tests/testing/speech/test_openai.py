@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 from openai.types.audio.transcription import UsageDuration, UsageTokens
+from tests.plain import PLAIN
 from tests.testing.speech.requests import ECHO, HELLO
 
 from asgi_llm_guard.testing import BaseURL, Behaviour, FakeProvider, Price
@@ -46,7 +47,7 @@ def client(base_url: BaseURL) -> Iterator[openai.OpenAI]:
 
 def at(base_url: str) -> openai.OpenAI:
     """The SDK, pointed at an address, without the environment's proxies."""
-    http = httpx2.Client(trust_env=False)
+    http = httpx2.Client(**PLAIN)
     return openai.OpenAI(api_key="any", base_url=base_url, max_retries=0, http_client=http)
 
 
@@ -213,7 +214,7 @@ def test_audio(provider: FakeProvider, client: openai.OpenAI) -> None:
 def test_azure(provider: FakeProvider, base_url: BaseURL) -> None:
     """A deployment is answered by a model, which is billed; a stream begins without choices."""
     provider.script(Behaviour.answer(model="gpt-real"), Behaviour.answer(model="gpt-real"))
-    http = httpx2.Client(trust_env=False)
+    http = httpx2.Client(**PLAIN)
     with openai.AzureOpenAI(
         api_key="any", azure_endpoint=base_url.root, api_version="2026-01-01", http_client=http
     ) as client:
@@ -282,9 +283,7 @@ def test_groq() -> None:
     provider = FakeProvider(platform="groq")
     with (
         provider.serve() as base_url,
-        groq.Groq(
-            api_key="any", base_url=base_url.root, max_retries=0, http_client=httpx.Client(trust_env=False)
-        ) as client,
+        groq.Groq(api_key="any", base_url=base_url.root, max_retries=0, http_client=httpx.Client(**PLAIN)) as client,
     ):
         answer = client.chat.completions.create(model="m", messages=ASKED)
         chunks = list(client.chat.completions.create(model="m", messages=ASKED, stream=True))
