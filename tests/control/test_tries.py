@@ -9,7 +9,7 @@ import pytest
 from tests.control.kit import ANNA, run_sql
 
 from asgi_llm_guard.control import Actor, AuditEntry, AuditQuery, Control
-from asgi_llm_guard.control.tries import FIRST, MOST_COUNTS, MOST_ROWS, SEVERAL
+from asgi_llm_guard.control.tries import FIRST, MOST_COUNTS, MOST_ROWS, MOST_VERBS, SEVERAL
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.testing import FrozenClock
 
@@ -97,6 +97,28 @@ async def test_many_who_try_are_bounded_together(control: Control, database_url:
         "too many tries: those of all who come later within this hour are counted, and told when it ends"
     ]
     assert run_sql(database_url, "SELECT COUNT(*) FROM control_tries") == [(0,)]
+
+
+async def test_verbs_that_are_made_up_hide_nobody_else(control: Control, clock: FrozenClock) -> None:
+    """T13: whoever tries by ever other verbs is counted by the first ones, and then by all others together: who comes
+    after is told by name, with a row."""
+    for number in range(MOST_COUNTS + 5):
+        await knock(control, 1, verb=f"VERB{number}")
+    await knock(control, 1, actor=Actor(name="eve"))
+
+    (newest, *_) = await refused(control)
+    assert (newest.actor, newest.verb, newest.target) == ("eve", "DELETE", "/api/v1/keys/0")
+    clock.advance(seconds=3_600)
+    found = await refused(control)
+    assert told_of(found) == MOST_COUNTS + 5 + 1
+    assert [(row.actor, row.verb, row.refused) for row in found if row.target == SEVERAL] == [
+        (
+            "mallory",
+            SEVERAL,
+            f"{MOST_COUNTS + 5 - MOST_VERBS} more tries from 2026-11-18 11:00 to 11:59:59 UTC were refused",
+        ),
+        ("mallory", SEVERAL, "too many tries: those of this actor's other verbs are counted, and told when it ends"),
+    ]
 
 
 async def test_counts_are_those_of_all_processes(open_control: Callable[[], Control], clock: FrozenClock) -> None:

@@ -4,7 +4,8 @@ Rule 1: the first `FIRST` tries of an actor and verb within an hour have a row e
 they are counted. When the hour is over, a row says how many more there were.
 
 Rule 2: all actors together have `MOST_ROWS` such rows within an hour, and `MOST_COUNTS` are counted by name. Those who come
-later are counted, and at last all of them together.
+later are counted, and at last all of them together. Of one actor `MOST_VERBS` are counted by themselves, and all others
+together: methods of HTTP can be made up, and whoever does so takes no other actor's place.
 
 Rule 3: what was counted is in the database, for all processes: a count ends with its row in the audit, and not before.
 """
@@ -18,11 +19,22 @@ from typing import Final, NamedTuple
 from asgi_llm_guard.control.changes import Actor
 from asgi_llm_guard.sql import Connection
 
-__all__ = ["FIRST", "MOST_COUNTS", "MOST_ROWS", "SEVERAL", "Counted", "count", "counted_before", "has_ended"]
+__all__ = [
+    "FIRST",
+    "MOST_COUNTS",
+    "MOST_ROWS",
+    "MOST_VERBS",
+    "SEVERAL",
+    "Counted",
+    "count",
+    "counted_before",
+    "has_ended",
+]
 
 FIRST: Final = 50
 MOST_ROWS: Final = 1_000
 MOST_COUNTS: Final = 200
+MOST_VERBS: Final = 8
 SEVERAL: Final = "(several)"
 """The target, and where it is about many the actor and verb, of a row that stands for several tries."""
 
@@ -43,6 +55,8 @@ def count(connection: Connection, actor: str, verb: str, at_ms: int, *, add: Cal
     found = connection.execute("SELECT actor, verb, tries, told FROM control_tries WHERE hour_ms = ?", (hour_ms,))
     known = {(name, what): (tries, told) for name, what, tries, told in found}
     key = (actor, verb)
+    if key not in known and sum(name == actor for name, _ in known) >= MOST_VERBS:
+        key = (actor, SEVERAL)
     if key not in known and len(known) >= MOST_COUNTS:
         key = (SEVERAL, SEVERAL)
     tries, told = known.get(key, (0, 0))
@@ -51,13 +65,24 @@ def count(connection: Connection, actor: str, verb: str, at_ms: int, *, add: Cal
         add(None)
         told += 1
     elif tries == told:  # the first that has no row
-        again = "all who come later within this hour" if key[0] == SEVERAL else "this actor and verb"
-        add(Counted(Actor(name=key[0]), key[1], f"too many tries: those of {again} are counted, and told when it ends"))
+        add(
+            Counted(
+                Actor(name=key[0]),
+                key[1],
+                f"too many tries: those of {_whose(*key)} are counted, and told when it ends",
+            )
+        )
     connection.execute(
         "INSERT INTO control_tries (hour_ms, actor, verb, tries, told) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (hour_ms, actor, verb) DO UPDATE SET tries = excluded.tries, told = excluded.told",
         (hour_ms, *key, tries + 1, told),
     )
+
+
+def _whose(actor: str, verb: str) -> str:
+    if actor == SEVERAL:
+        return "all who come later within this hour"
+    return "this actor's other verbs" if verb == SEVERAL else "this actor and verb"
 
 
 def has_ended(connection: Connection, at_ms: int) -> bool:
