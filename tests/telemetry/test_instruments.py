@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +135,18 @@ async def test_nothing_is_done_for_nobody(clock: FrozenClock) -> None:
     assert guard.engine.store.verbs is guard.engine.storage
     instrumentation.uninstrument()
     await guard.aclose()
+
+
+async def test_guards_that_are_gone_are_forgotten(clock: FrozenClock) -> None:
+    """S17: a process that makes guards and lets go of them keeps none of them, also where no SDK ever comes."""
+    meters = NoOpMeterProvider()
+    guard = new(clock)
+    instrument(guard, meter_provider=meters).uninstrument()
+    await guard.aclose()
+    gone = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert gone() is None
 
 
 LATER = """

@@ -109,13 +109,20 @@ class Instruments:
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, _Gauge] = {}
 
-    def when_live(self, begin: Callable[[], None]) -> None:
-        """Call `begin` as soon as an SDK takes what is measured: at once, later, or never."""
+    def when_live(self, begin: Callable[[], None]) -> Callable[[], None]:
+        """Call `begin` as soon as an SDK takes what is measured: at once, later, or never. Gives what ends the waiting."""
         with self._lock:
-            if not self.live:
+            waits = not self.live
+            if waits:
                 self._waiting.append(begin)
-                return
-        begin()
+        if not waits:
+            begin()
+
+        def forget() -> None:
+            with self._lock:
+                self._waiting = [each for each in self._waiting if each is not begin]
+
+        return forget
 
     def counter(self, name: str, labels: Sequence[str] = (), *, unit: str, description: str, scale: int = 1) -> Counter:
         """The counter of a name; see `Counter`."""

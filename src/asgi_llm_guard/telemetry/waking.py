@@ -72,7 +72,7 @@ class Attachment:
             for kind, handler in each.items():
                 self._handlers[kind] = (*self._handlers.get(kind, ()), handler)
         self._stop = guard.observe(self._asleep) if tracing.ever and not instruments.live else _nothing
-        instruments.when_live(self._measure)
+        self._forget = instruments.when_live(self._measure)
         if tracing.live:
             self._wake()
 
@@ -80,6 +80,7 @@ class Attachment:
         """Have the guard tell nothing more."""
         with self._lock:
             self._closed = True
+        self._forget()
         self._guard.measure(None)
         self._stop()
 
