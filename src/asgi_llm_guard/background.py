@@ -86,11 +86,12 @@ class _Background:
         try:
             waiting = asyncio.run_coroutine_threadsafe(work, loop)
             return waiting.result()
-        except Exception:
-            raise
-        except BaseException:
-            # Interrupted (Ctrl-C): nobody takes the answer any more. In the loop's order: if the work is not done
-            # when it is cancelled, it undoes what it did itself.
+        except BaseException as error:
+            if isinstance(error, Exception) and (waiting is None or waiting.done()):
+                raise  # the work's own
+            # Interrupted (Ctrl-C, which inside of `Condition.wait` may come out as a RuntimeError): nobody takes the
+            # answer any more. In the loop's order: if the work is not done when it is cancelled, it undoes what it did
+            # itself.
             if waiting is not None:
                 waiting.cancel()
             if undo is not None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -59,6 +60,13 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def asleep(thread: int) -> bool:
+    """Whether this thread waits for an answer, where an interrupt is an interrupt: before, inside `Condition.wait`, the
+    interpreter makes "cannot release un-acquired lock" of it."""
+    frame = sys._current_frames()[thread]
+    return frame.f_code.co_name == "wait" and "gotit" in frame.f_locals
+
+
 def guard_over(storage: MemoryStorage) -> Guard:
     return Guard((Iterations(100), Concurrency(1, per="global")), storage=storage, prices=PRICES)
 
@@ -98,8 +106,8 @@ def test_interrupt_while_the_guard_decides(work: Callable[[Guard], None], steps:
     def interrupt() -> None:
         for _ in range(steps + 1):
             assert storage.decided.acquire(timeout=10)
-        while sys._current_frames()[main].f_code.co_name != "wait":
-            time.sleep(0)  # until the main thread waits for the answer
+        while not asleep(main):
+            time.sleep(0)
         signal.pthread_kill(main, signal.SIGINT)  # once: a second one could end the process of the tests
         for _ in range(100):
             if storage.interrupted.wait(0.1):
@@ -159,10 +167,37 @@ def test_interrupt_when_the_work_is_done() -> None:
     undone = threading.Event()
 
     async def work() -> None:
-        while sys._current_frames()[main].f_code.co_name != "wait":
-            pass  # until the main thread waits; nothing else has to run in this loop
+        while not asleep(main):
+            pass  # nothing else has to run in this loop
         signal.pthread_kill(main, signal.SIGINT)
 
     with interruptible(), pytest.raises(KeyboardInterrupt):
         background.run(work(), undo=undone.set)
     assert undone.wait(60)
+
+
+def test_interrupt_between_the_steps_of_waiting() -> None:
+    """Ctrl-C that the interpreter's own `wait` turns into a RuntimeError has the work cancelled and undone as well."""
+    cancelled, undone = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    def interrupt(frame: FrameType, _event: str, _argument: object) -> Any:
+        if frame.f_code.co_name == "wait" and "saved_state" in frame.f_locals and "gotit" not in frame.f_locals:
+            raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
+            background.run(work(), undo=undone.set)
+    finally:
+        sys.settrace(before)
+    assert isinstance(caught.value, KeyboardInterrupt) or isinstance(caught.value.__context__, KeyboardInterrupt)
+    assert undone.wait(10)
+    assert cancelled.wait(10)
