@@ -229,6 +229,24 @@ def test_wrong_tokens_take_a_bounded_memory() -> None:
     assert failures.note(NOW_MS + 300_000)
 
 
+def test_no_callers_tries_hide_those_of_another(caplog: pytest.LogCaptureFixture) -> None:
+    """T13: of one caller so many tries are noted within five minutes, of strangers so many; whoever comes after is noted all
+    the same. That others are not is told once."""
+    failures = Failures(10)
+    for number in range(2_000):
+        failures.add(f"2001:db8::{number:x}", NOW_MS)
+    noted = [failures.note(NOW_MS, "mallory") for _ in range(2_000)]
+    assert sum(noted) == 100
+    assert failures.note(NOW_MS, "eve")
+    assert [record.getMessage().partition(" within")[0] for record in caplog.records] == [
+        "administration: more than 1000 refused tries of strangers",
+        "administration: more than 100 refused tries of mallory",
+    ]
+    names = [f"caller-{number}" for number in range(6_000)]
+    assert sum(failures.note(NOW_MS, name) for name in names) == 1_000 - 101
+    assert failures.note(NOW_MS + 300_000, "mallory")
+
+
 def test_logged_out_sessions_take_a_bounded_memory() -> None:
     """Ended sessions are remembered up to a bound, the latest of them."""
     made = Sessions(options())

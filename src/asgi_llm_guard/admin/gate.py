@@ -134,7 +134,7 @@ async def _failed(desk: Desk, request: Request, detail: str) -> ProblemError:
 
 async def _refused_caller(desk: Desk, request: Request, caller: str) -> ProblemError:
     """Not counted as a guess: whoever the service knows by name guesses nothing."""
-    if desk.failures.note(desk.now_ms):
+    if desk.failures.note(desk.now_ms, caller):
         await _note(desk, request, caller)
     return ProblemError(403, "This is the credential of a caller. It opens nothing here.")
 

@@ -12,17 +12,21 @@ import binascii
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Final
 
 import msgspec
 
 from asgi_llm_guard.admin.options import AdminCredential, AdminOptions, peppers
+from asgi_llm_guard.admin.shown import cut
 from asgi_llm_guard.windows import duration_ms
 
 __all__ = ["LOGIN_COOKIE", "SESSION_COOKIE", "Failures", "Session", "Sessions"]
+
+_log = logging.getLogger("asgi_llm_guard")
 
 SESSION_COOKIE: Final = "llm_guard_admin"
 LOGIN_COOKIE: Final = "llm_guard_login"
@@ -33,6 +37,7 @@ _ENDED_KEPT: Final = 10_000
 _WINDOW_MS: Final = 300_000
 _ADDRESSES: Final = 4_096
 _NOTED: Final = 1_000
+_NOTED_OF_ONE: Final = 100
 
 
 class Session(msgspec.Struct, frozen=True, array_like=True):
@@ -143,12 +148,13 @@ def _mac(key: bytes, told: bytes) -> str:
 
 
 class Failures:
-    """Counts wrong credentials by address, in memory of a fixed size."""
+    """Counts wrong credentials by address, and which tries are to be noted, in memory of a fixed size."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._seen: OrderedDict[str, tuple[int, int]] = OrderedDict()
-        self._noted = (0, 0)
+        self._strangers = _Allowance("strangers", _NOTED, _NOTED)
+        self._callers = _Allowance("callers", _NOTED, _NOTED_OF_ONE)
         self._lock = threading.Lock()
 
     def wait_s(self, address: str, now_ms: int) -> int | None:
@@ -170,9 +176,49 @@ class Failures:
                 self._seen.popitem(last=False)
         return self.note(now_ms)
 
-    def note(self, now_ms: int) -> bool:
-        """Whether a try is to be noted. Not, where 1,000 were within five minutes: a flood fills no database."""
+    def note(self, now_ms: int, caller: str | None = None) -> bool:
+        """Whether a try of a caller, or of a stranger, is to be noted: a flood keeps no database busy.
+
+        Within five minutes 1,000 of strangers are, and 1,000 of callers, of each 100, so that nobody's flood hides what
+        another one tries. The first that is not is told in the log.
+        """
         with self._lock:
-            since_ms, count = self._noted
-            self._noted = (now_ms, 1) if now_ms - since_ms >= _WINDOW_MS else (since_ms, count + 1)
-            return self._noted[1] <= _NOTED
+            if caller is None:
+                return self._strangers.take("strangers", now_ms)
+            return self._callers.take(caller, now_ms)
+
+
+class _Allowance:
+    """So many within five minutes: in all, and of each name. For one thread at a time."""
+
+    def __init__(self, whose: str, most: int, of_one: int) -> None:
+        self._whose = whose
+        self._most = most
+        self._of_one = of_one
+        self._since_ms = 0
+        self._taken: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def take(self, name: str, now_ms: int) -> bool:
+        """Whether there is one left."""
+        if now_ms - self._since_ms >= _WINDOW_MS:
+            self._since_ms = now_ms
+            self._taken.clear()
+            self._told.clear()
+        if self._taken.total() >= self._most:
+            return self._exhausted(self._whose, self._most)
+        if self._taken[name] >= self._of_one:
+            return self._exhausted(name, self._of_one)
+        self._taken[name] += 1
+        return True
+
+    def _exhausted(self, whose: str, most: int) -> bool:
+        if whose not in self._told:
+            self._told.add(whose)
+            _log.warning(
+                "administration: more than %d refused tries of %s within five minutes: what follows within them is neither "
+                "in the audit nor in this log",
+                most,
+                cut(whose),
+            )
+        return False
