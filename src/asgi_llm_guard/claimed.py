@@ -503,12 +503,12 @@ class Claimed:
                 self.admission.settle(back)
             raise
         if isinstance(amended, Denied):
-            engine.telling.denied_any(context, refused)
             if asking.unknown:
                 donor.hold = msgspec.structs.replace(hold, uncertain=True)
             donor._take_back()
             if side is not None:
                 self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
+            engine.telling.denied_any(context, refused)  # last: nothing is to be undone if observers are interrupted
             return denied
         self._keep_side(side)
         if amended is None:  # it expired meanwhile and is charged; this call claims its own

@@ -12,6 +12,7 @@ from tests.engine.conftest import NewGuard
 
 from asgi_llm_guard import Budget, Concurrency, Context, Guard, Iterations, LimitExceeded, RateLimit, Usage
 from asgi_llm_guard.admission import Admission, enter, leave
+from asgi_llm_guard.events import Event, Refused
 
 pytestmark = pytest.mark.anyio
 
@@ -144,6 +145,28 @@ async def test_refused_adoption_leaves_the_request_as_it_was(new_guard: NewGuard
     await admission.end()
 
     assert await used(guard) == [("iterations", 1, 0), ("user_budget", 20_000, 0)]
+
+
+async def test_interrupted_while_a_refused_adoption_is_told(new_guard: NewGuard) -> None:
+    """A call that is interrupted while observers are told that it was refused leaves the request its hold, as any other
+    refused call."""
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Refused):
+            raise asyncio.CancelledError
+
+    guard = new_guard(Iterations(5), Budget("$0.001/1d"), observers=[interrupt])
+    admission = await opened(guard)
+    token = enter(admission.scope)
+    with pytest.raises(asyncio.CancelledError):
+        await guard.call(model=MODEL, input_tokens=1_000_000, max_output_tokens=1).__aenter__()
+    async with guard.call(model=MODEL, input_tokens=100, max_output_tokens=50) as call:
+        call.record(Usage(input_tokens=10, output_tokens=5))
+    leave(token)
+    await admission.end()
+
+    assert await used(guard) == [("iterations", 1, 0), ("user_budget", 20_000, 0)]
+    assert await guard.storage.open_holds() == 0
 
 
 async def test_request_whose_only_call_was_refused_is_charged_nothing(new_guard: NewGuard) -> None:
