@@ -532,7 +532,7 @@ async def test_too_large() -> None:
                 client.invoke_model(modelId=MODEL, body=body)
                 return ""
 
-            with pytest.raises(ClientError, match="larger than the 100 bytes"):
+            with pytest.raises(ClientError, match="and this route reads 100; send a shorter one"):
                 await asked(stage, client, ask)
         assert stage.provider.calls == 0
 
