@@ -263,7 +263,7 @@ async def test_sessions_are_found(page: Desk) -> None:
     await fill(
         page.guard,
         [
-            record(1, session="dear", cost_nanousd=10**10, caller="Anna", at_ms=NOW_MS - 9_000),
+            record(1, session="dear", cost_nanousd=10**10, caller="Anna", user="zoe", at_ms=NOW_MS - 9_000),
             record(2, session="late", cost_nanousd=1, caller="ben", at_ms=NOW_MS - 1_000),
             *(record(n, session="busy", cost_nanousd=2, agent="crawler", at_ms=NOW_MS - 5_000) for n in (3, 4)),
         ],
@@ -278,6 +278,7 @@ async def test_sessions_are_found(page: Desk) -> None:
     assert await shown("?sort=cost") == ["dear", "busy", "late"]
     assert await shown("?sort=calls") == ["busy", "late", "dear"]
     assert await shown("?find=anna") == ["dear"]
+    assert await shown("?find=zoe") == ["dear"]
     assert await shown("?find=CRAWL&sort=cost") == ["busy"]
     assert await shown("?find=research&sort=cost") == ["dear", "busy", "late"]
     assert "No session of the last hour has" in (await client.get("/admin/sessions?find=nobody")).text
@@ -291,6 +292,18 @@ async def test_more_sessions_than_are_shown(page: Desk) -> None:
     assert (text.count('data-label="Session"'), "There are more." in text) == (100, True)
     for number in range(101):
         assert f"<bdi>session-{number}</bdi>" in (await client.get(f"/admin/sessions?find=session-{number}")).text
+
+
+async def test_more_sessions_than_are_looked_at(page: Desk) -> None:
+    """Of very many sessions the latest are looked through, and the page says so, also where none of them is found."""
+    await fill(page.guard, [record(number, session=f"session-{number}") for number in range(2_000)])
+    client = page.client("viewer")
+    said = "the latest 2,000 sessions"
+    assert said not in (await client.get("/admin/sessions?find=nobody")).text
+    await fill(page.guard, [record(2_000, session="one-more")])
+    for query in "find=nobody", "find=session-1", "sort=cost":
+        assert said in (await client.get(f"/admin/sessions?{query}")).text
+    assert said not in (await client.get("/admin/sessions")).text
 
 
 async def test_quotas_of_code_and_files_are_seen_and_edited(page: Desk) -> None:

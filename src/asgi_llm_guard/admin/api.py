@@ -151,7 +151,7 @@ async def calls(asked: Asked) -> Response:
 
 
 async def sessions(asked: Asked) -> Response:
-    found, _ = await live.live_sessions(asked.desk)
+    found = (await live.live_sessions(asked.desk)).sessions
     return json_answer(
         [
             SessionRow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -15,10 +15,11 @@ from asgi_llm_guard.denials.receipts import capacity
 from asgi_llm_guard.standing import claimed_meters
 from asgi_llm_guard.storage.shared import OpenCall
 
-__all__ = ["ORDERS", "Iterated", "LiveSession", "Order", "iterated", "live_sessions"]
+__all__ = ["MOST_SESSIONS", "ORDERS", "Iterated", "LiveSession", "LiveSessions", "Order", "iterated", "live_sessions"]
 
 _LIVE_MS: Final = 3_600_000
-_MOST_SESSIONS: Final = 2_000
+MOST_SESSIONS: Final = 2_000
+"""So many are looked through for a name or an order, the latest."""
 _ANY_CALL: Final = Call(model="any", cost_nanousd=0)
 
 Order = Literal["last", "cost", "calls"]
@@ -43,6 +44,16 @@ class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
     held_nanousd: int
 
 
+class LiveSessions(NamedTuple):
+    """Those that were found."""
+
+    sessions: Sequence[LiveSession]
+    tells_open: bool
+    """Whether the storage can tell which calls are open."""
+    whole: bool
+    """Whether these were chosen from all of the hour, and not from the latest of them."""
+
+
 class Iterated(msgspec.Struct, frozen=True, kw_only=True):
     """How far a session is on its way to the end of its iterations."""
 
@@ -52,23 +63,24 @@ class Iterated(msgspec.Struct, frozen=True, kw_only=True):
     """As policies and agents say it: a limit of the caller's own is not known here. `None`: there is none."""
 
 
-async def live_sessions(
-    desk: Desk, *, limit: int = 200, find: str = "", order: Order = "last"
-) -> tuple[list[LiveSession], bool]:
-    """Sessions with calls within the last hour, those with open calls first; and whether open ones can be told.
+async def live_sessions(desk: Desk, *, limit: int = 200, find: str = "", order: Order = "last") -> LiveSessions:
+    """Sessions with calls within the last hour, those with open calls first.
 
     `find`: only those with this text in the name of the session, the caller, user, agent or a department.
     """
     calls = await desk.open_calls()
     found: dict[tuple[str | None, str | None], LiveSession] = {}
+    whole = True
     if desk.ledger is not None:
         since_ms = max(0, desk.now_ms - _LIVE_MS)
-        most = limit if order == "last" and not find else _MOST_SESSIONS
-        for each in await desk.ledger.sessions(since_ms=since_ms, limit=most):
+        most = limit if order == "last" and not find else MOST_SESSIONS
+        latest = await desk.ledger.sessions(since_ms=since_ms, limit=most + 1)
+        whole = len(latest) <= most
+        for each in latest[:most]:
             found[each.caller, each.session] = LiveSession(
                 caller=each.caller,
                 session=each.session,
-                user=None,
+                user=each.user,
                 agent=each.agent,
                 departments=each.departments,
                 first_ms=each.first_ms,
@@ -85,9 +97,8 @@ async def live_sessions(
             found[key] = _with(found.get(key), call)
     wanted = find.casefold()
     chosen = [each for each in found.values() if not wanted or any(wanted in name.casefold() for name in _names(each))]
-    return sorted(chosen, key=lambda each: (-min(each.open, 1), -_rank(each, order), -each.last_ms))[
-        :limit
-    ], calls is not None
+    chosen.sort(key=lambda each: (-min(each.open, 1), -_rank(each, order), -each.last_ms))
+    return LiveSessions(chosen[:limit], calls is not None, whole)
 
 
 def _rank(session: LiveSession, order: Order) -> int:

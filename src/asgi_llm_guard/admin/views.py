@@ -184,8 +184,9 @@ async def usage_file(asked: Asked) -> Response:
 async def sessions(asked: Asked) -> Response:
     find = asked.query.get("find", "").strip()
     order: live.Order = next((each for each in live.ORDERS if each == asked.query.get("sort")), "last")
-    found, tells = await live.live_sessions(asked.desk, limit=_LIVE + 1, find=find, order=order)
-    found, more = found[:_LIVE], len(found) > _LIVE
+    told = await live.live_sessions(asked.desk, limit=_LIVE + 1, find=find, order=order)
+    found, more = told.sessions[:_LIVE], len(told.sessions) > _LIVE
+    searched = find or order != "last"
     return page(
         asked,
         "sessions.html",
@@ -195,7 +196,8 @@ async def sessions(asked: Asked) -> Response:
         find=find,
         order=order,
         orders=live.ORDERS,
-        tells=tells,
+        tells=told.tells_open,
+        looked_at=live.MOST_SESSIONS if searched and not told.whole else None,
         administered=asked.desk.control is not None,
         tz=asked.desk.options.tz,
     )

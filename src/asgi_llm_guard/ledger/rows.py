@@ -100,22 +100,22 @@ def batch(
     return tuple(record_of_row(row[2:]) for row in rows), end
 
 
-# One row for a session, whatever agents and departments its calls have had: those of the last call stand for it.
+# One row for a session, whatever users, agents and departments its calls have had: those of the last call stand for it.
 _SESSIONS: Final = """
 WITH parts AS (
-    SELECT caller, session, agent, departments, MIN(at_ms) AS first_ms, MAX(at_ms) AS last_ms,
+    SELECT caller, session, "user", agent, departments, MIN(at_ms) AS first_ms, MAX(at_ms) AS last_ms,
         SUM(CASE WHEN attempt_of IS NULL THEN 1 ELSE 0 END) AS calls, SUM(COALESCE(cost_nanousd, 0)) AS cost,
         SUM(CASE WHEN cost_nanousd IS NULL THEN 1 ELSE 0 END) AS unpriced, SUM(COALESCE(tokens, 0)) AS tokens
-    FROM ledger WHERE at_ms >= ? AND session IS NOT NULL GROUP BY caller, session, agent, departments
+    FROM ledger WHERE at_ms >= ? AND session IS NOT NULL GROUP BY caller, session, "user", agent, departments
 ), whole AS (
-    SELECT caller, session, agent, departments, MIN(first_ms) OVER everything AS first_ms,
+    SELECT caller, session, "user", agent, departments, MIN(first_ms) OVER everything AS first_ms,
         MAX(last_ms) OVER everything AS last_ms, CAST(SUM(calls) OVER everything AS BIGINT) AS calls,
         CAST(SUM(cost) OVER everything AS BIGINT) AS cost, CAST(SUM(unpriced) OVER everything AS BIGINT) AS unpriced,
         CAST(SUM(tokens) OVER everything AS BIGINT) AS tokens,
-        ROW_NUMBER() OVER (PARTITION BY caller, session ORDER BY last_ms DESC, agent, departments) AS place
+        ROW_NUMBER() OVER (PARTITION BY caller, session ORDER BY last_ms DESC, "user", agent, departments) AS place
     FROM parts WINDOW everything AS (PARTITION BY caller, session)
 )
-SELECT caller, session, agent, departments, first_ms, last_ms, calls, cost, unpriced, tokens
+SELECT caller, session, "user", agent, departments, first_ms, last_ms, calls, cost, unpriced, tokens
 FROM whole WHERE place = 1 ORDER BY last_ms DESC, session LIMIT ?
 """
 
@@ -126,6 +126,7 @@ def sessions(connection: Connection, since_ms: int, limit: int) -> tuple[Session
         SessionUsage(
             caller=caller,
             session=session,
+            user=user,
             agent=agent,
             departments=list_of(departments),
             first_ms=first_ms,
@@ -135,7 +136,7 @@ def sessions(connection: Connection, since_ms: int, limit: int) -> tuple[Session
             unpriced=unpriced,
             tokens=tokens,
         )
-        for caller, session, agent, departments, first_ms, last_ms, calls, cost, unpriced, tokens in rows
+        for caller, session, user, agent, departments, first_ms, last_ms, calls, cost, unpriced, tokens in rows
     )
 
 

@@ -223,8 +223,9 @@ class SessionUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     caller: str | None
     session: str
+    user: str | None = None
+    """Of its last call, as the agent and the departments."""
     agent: str | None
-    """Of its last call, as the departments."""
     departments: tuple[str, ...]
     first_ms: int
     last_ms: int
