@@ -165,6 +165,17 @@ def _until(url: str, key: str, status: int) -> tuple[int, Any]:
             return answer
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_refuses_another_programs_file(tmp_path: Path, workers: str) -> None:
+    """S3: a file that is no database is told in a line, and not by workers that end and are started again for ever."""
+    (tmp_path / "notes.txt").write_text("Not a database.", "utf-8")
+    gateway(tmp_path, "http://127.0.0.1:1/v1", storage="sqlite:///notes.txt")
+    ran = process("serve", "--workers", workers, "--port", str(free_port()), cwd=tmp_path)
+    assert ran.returncode == 3
+    assert "notes.txt) is no SQLite file; correct the path" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "storage", "arguments", "said"),
     [

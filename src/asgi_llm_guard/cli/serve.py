@@ -77,7 +77,7 @@ def serve(
     if workers == 1:
         app = application()  # whatever is wrong with it is said here, in a line
     else:
-        _validate(settings)
+        _validate(tool, settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         # The server ends in good order, and sends itself the signal again: that is no failure.
         signal.signal(number, lambda _number, _frame: None)
@@ -128,13 +128,18 @@ def application() -> Served:
     return served
 
 
-def _validate(settings: GuardSettings) -> None:
+def _validate(tool: Tool, settings: GuardSettings) -> None:
+    """Say here what `application` would say in each worker: one that does not start is started again for ever."""
     from asgi_llm_guard.gateway.entries import parse_deployments
-    from asgi_llm_guard.settings import build_gateway_arguments, build_guard_arguments
+    from asgi_llm_guard.settings import build_gateway_arguments
+    from asgi_llm_guard.settings.build import build_admin_options
     from asgi_llm_guard.settings.names import check_alerts
 
     check_alerts(settings)
-    build_guard_arguments(settings)
+    tool.check("storage", settings, new=True)
+    tool.guard(settings, needs=("ledger", "control"), makes=EVERY)  # counts in memory: the workers' storage is theirs
+    if settings.admin is not None:
+        build_admin_options(settings)
     parse_deployments(build_gateway_arguments(settings)["deployments"])
 
 
