@@ -87,8 +87,8 @@ class _Background:
             waiting = asyncio.run_coroutine_threadsafe(work, loop)
             return waiting.result()
         except BaseException as error:
-            if isinstance(error, Exception) and (waiting is None or waiting.done()):
-                raise  # the work's own
+            if isinstance(error, Exception) and (waiting is None or _comes_from(waiting, error)):
+                raise
             # Interrupted (Ctrl-C, which inside of `Condition.wait` may come out as a RuntimeError): nobody takes the
             # answer any more. In the loop's order: if the work is not done when it is cancelled, it undoes what it did
             # itself.
@@ -97,6 +97,11 @@ class _Background:
             if undo is not None:
                 loop.call_soon_threadsafe(undo)
             raise
+
+
+def _comes_from(work: Future[Any], error: Exception) -> bool:
+    """Whether it is by this error that the work has ended. One that has come to another end is undone all the same."""
+    return work.done() and (work.cancelled() or work.exception() is error)
 
 
 def _in_event_loop() -> bool:

@@ -176,6 +176,27 @@ def test_interrupt_when_the_work_is_done() -> None:
     assert undone.wait(60)
 
 
+@contextmanager
+def interrupted_before_it_sleeps(until: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Ctrl-C between the steps of `Condition.wait`, which makes "cannot release un-acquired lock" of it; after `until`."""
+
+    def interrupt(frame: FrameType, _event: str, _argument: object) -> Any:
+        if frame.f_code.co_name == "wait" and "saved_state" in frame.f_locals and "gotit" not in frame.f_locals:
+            until()
+            raise KeyboardInterrupt
+        return interrupt
+
+    background.run(asyncio.sleep(0))  # its thread is there: starting one waits, too
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
+            yield
+    finally:
+        sys.settrace(before)
+    assert isinstance(caught.value, KeyboardInterrupt) or isinstance(caught.value.__context__, KeyboardInterrupt)
+
+
 def test_interrupt_between_the_steps_of_waiting() -> None:
     """Ctrl-C that the interpreter's own `wait` turns into a RuntimeError has the work cancelled and undone as well."""
     cancelled, undone = threading.Event(), threading.Event()
@@ -186,18 +207,42 @@ def test_interrupt_between_the_steps_of_waiting() -> None:
         finally:
             cancelled.set()
 
-    def interrupt(frame: FrameType, _event: str, _argument: object) -> Any:
-        if frame.f_code.co_name == "wait" and "saved_state" in frame.f_locals and "gotit" not in frame.f_locals:
-            raise KeyboardInterrupt
-        return interrupt
+    with interrupted_before_it_sleeps():
+        background.run(work(), undo=undone.set)
+    assert undone.wait(60)
+    assert cancelled.wait(60)
 
-    before = sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
-            background.run(work(), undo=undone.set)
-    finally:
-        sys.settrace(before)
-    assert isinstance(caught.value, KeyboardInterrupt) or isinstance(caught.value.__context__, KeyboardInterrupt)
-    assert undone.wait(10)
-    assert cancelled.wait(10)
+
+def test_interrupt_between_the_steps_of_waiting_when_the_work_is_done() -> None:
+    """So is work undone that has come to its end meanwhile: nobody takes its answer."""
+    waited_for, done, undone = threading.Event(), threading.Event(), threading.Event()
+
+    async def work() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: done.set())  # called after the one that hands the answer over
+        assert waited_for.wait(60)
+        return "granted"
+
+    def end() -> None:
+        waited_for.set()
+        assert done.wait(60)
+
+    with interrupted_before_it_sleeps(end):
+        background.run(work(), undo=undone.set)
+    assert undone.wait(60)
+
+
+def test_an_error_of_the_work_undoes_nothing() -> None:
+    """What fails by itself has undone what it did, and its error is passed on as it is."""
+    undone: list[bool] = []
+    error = RuntimeError("of the work")
+
+    async def work() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        background.run(work(), undo=lambda: undone.append(True))
+    background.run(asyncio.sleep(0))
+    assert caught.value is error
+    assert undone == []
