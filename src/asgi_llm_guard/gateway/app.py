@@ -31,13 +31,13 @@ from asgi_llm_guard.gateway.errors import GatewayError, UnknownModel
 from asgi_llm_guard.gateway.faults import Fault, MethodNotAllowed, NoSuchPath, Unexpected, rendered
 from asgi_llm_guard.gateway.listing import anthropic_list, anthropic_model, openai_list, openai_model
 from asgi_llm_guard.identity.base import IdentityError, Resolver
-from asgi_llm_guard.middleware import GuardMiddleware
+from asgi_llm_guard.middleware import GuardMiddleware, incoming
 from asgi_llm_guard.middleware.answers import ASGIApp, Receive, Scope, Send, request_id, unidentified
 from asgi_llm_guard.middleware.incoming import ClientLeft
 from asgi_llm_guard.middleware.request import STATE_KEY
 from asgi_llm_guard.routes import Route, route_path
 from asgi_llm_guard.wire import dialect_named
-from asgi_llm_guard.wire.peek import BodyError, BodyView, body_too_large, check_encoding, read_body
+from asgi_llm_guard.wire.peek import BodyError, BodyView, check_encoding, read_body
 from asgi_llm_guard.wire.refusals import Rendered
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class GatewayApp:
         try:
             if dialect is not None or path == _COUNT:
                 _allow(method, "POST")
-                body = await _read(scope, receive, self.guard.max_body_bytes)
+                check_encoding(scope["headers"])
+                body = await incoming.read_body(receive, scope, self.guard.max_body_bytes)
                 if dialect is None:
                     self._turn_strangers_away(scope)
                     await answering.whole(self._counted(body))
@@ -305,28 +306,6 @@ def _check_type(scope: Scope) -> None:
             kind = value.partition(b";")[0].strip().lower()
             if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
                 raise BodyError("invalid_request", 415, "content-type: expected application/json")
-
-
-async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
-    """The body.
-
-    Raises:
-        BodyError: it is too large, or encoded.
-        ClientLeft: before it was complete.
-    """
-    check_encoding(scope["headers"])
-    pieces, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > most:
-            raise body_too_large(most, size)
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
 
 
 def _allow(method: str, *allowed: str) -> None:
