@@ -66,7 +66,7 @@ class Iterated(msgspec.Struct, frozen=True, kw_only=True):
 async def live_sessions(desk: Desk, *, limit: int = 200, find: str = "", order: Order = "last") -> LiveSessions:
     """Sessions with calls within the last hour, those with open calls first.
 
-    `find`: only those with this text in its own name or that of its caller, user, agent or a department.
+    `find`: only those with this text in their own name or that of their caller, user, agent or a department.
     """
     calls = await desk.open_calls()
     found: dict[tuple[str | None, str | None], LiveSession] = {}
