@@ -1,4 +1,15 @@
-"""Storages: where counters live. `base` is the protocol; each storage has a file of its own."""
+"""Storages: where counters live. START HERE; then `base.py`, the protocol and its rules.
+
+    cells.py     the rules as pure functions over counters, with taking.py, releasing.py, counting.py and state.py
+    memory.py    runs them in this process
+    sqlite.py    runs them on rows of a file, with sqlite_*.py
+    redis.py     runs them as scripts in a server, with redis_*.py and lua/
+    sharded.py   is made of several storages, with shard_*.py
+    leases.py    is around another one, and spends chunks of its meters here, with lease_*.py
+    limits.py    counts rates by the `limits` package, with limits_*.py
+
+What they keep besides counters has a protocol of its own: `entries.py`, `shared.py`, `streams.py`, `open_calls.py`, `export.py`.
+"""
 
 from __future__ import annotations
 
