@@ -241,7 +241,8 @@ class Operated:
 
     def _known_policies(self) -> list[Policy]:
         own = {(type(policy).__name__, policy.name) for policy in self.policies}
-        return [*self.policies, *(policy for kind, policy in self._engine.bindings.seen.items() if kind not in own)]
+        seen = tuple(self._engine.bindings.seen.items())  # at once: other threads may bind more of them meanwhile
+        return [*self.policies, *(policy for kind, policy in seen if kind not in own)]
 
     def know_route(self, template: str, policies: Sequence[Policy]) -> None:
         """These policies of a route are asked in addition to the guard's."""
