@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from contextvars import Context as TaskContext
 from contextvars import copy_context
@@ -46,6 +47,28 @@ async def test_call_waits_for_the_hold_of_another(new_guard: NewGuard) -> None:
         second = await asyncio.wait_for(waiting, 60)
         second.release()
         await second.end()
+
+
+async def test_forked_child_has_none_of_those_who_wait(new_guard: NewGuard) -> None:
+    """In a forked process nobody waits yet: those of its parent take no place in its queue, and are not woken by it."""
+    guard = new_guard(Budget("$0.001/1d"), hold_wait_s=30)
+    read, write = os.pipe()
+    async with guard.open(CONTEXT):
+        siblings = copy_context()
+        async with guard.call(model=MODEL, input_tokens=1_000, max_output_tokens=0) as held:
+            waiting = beside(siblings, guard.call(model=MODEL, input_tokens=500, max_output_tokens=0).__aenter__())
+            await waiting_calls(guard, 1)
+            child = os.fork()
+            if child == 0:
+                os.write(write, str(guard.engine.waiting).encode())
+                os._exit(0)
+            held.record(Usage(input_tokens=100, output_tokens=0))
+        second = await asyncio.wait_for(waiting, 60)
+        await second.end()
+    await asyncio.to_thread(os.waitpid, child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert pipe.read() == "0"
 
 
 async def test_refusal_after_the_wait_says_that_others_hold(new_guard: NewGuard) -> None:

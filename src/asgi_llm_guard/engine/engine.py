@@ -111,6 +111,7 @@ class Engine:
         self.store.forked()
         self.loss.forked()
         self._kept.forget()
+        self.waiters.forked()
         self.overrides.forked()
         self._begun = False
         self.chores.forked()

@@ -31,6 +31,10 @@ class Waiters:
     def __init__(self, wait_s: float, most: int) -> None:
         self.wait_s = wait_s
         self.most = most
+        self.forked()
+
+    def forked(self) -> None:
+        """This is a new process: nobody waits in it."""
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
         self._lock = threading.Lock()
 
