@@ -183,6 +183,20 @@ def test_storage_that_is_another_file(tmp_path: Path) -> None:
         assert connection.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'cells'").fetchone() == (0,)
 
 
+@pytest.mark.parametrize("arguments", [("usage",), ("check",), ("usage", "--ledger")], ids=" ".join)
+def test_file_that_cannot_be_looked_at(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """A path that the operating system refuses is a mistake of the settings, exit 3 with what to do, and no finding, exit 1."""
+    refused = tmp_path / ("long" * 100)  # what its rights would refuse, they allow to a test that runs as root
+    named = arguments[-1] == "--ledger"
+    if named:
+        fill(tmp_path, calls=1)
+        arguments = (*arguments, f"sqlite:///{refused}")
+    file = settings(tmp_path, POLICY, storage=None if named else f"sqlite:///{refused}")
+    ran = call(*arguments, "--config", file)
+    assert ran.exit_code == 3, ran.output
+    assert f"{refused}: File name too long; let this user read and write the file, or correct the path" in ran.stderr
+
+
 def test_drain_says_that_it_makes_a_ledger(tmp_path: Path) -> None:
     """`ledger drain` makes the ledger that it is to fill, and says so: a path may still be mistyped."""
     url = f"sqlite:///{tmp_path / 'ledger.db'}"

@@ -39,9 +39,18 @@ def file_of(url: str) -> Path | None:
 
 
 def missing_file(url: str) -> Path | None:
-    """The file of a SQLite URL, if it is not there: opening it would make it."""
+    """The file of a SQLite URL, if it is not there: opening it would make it.
+
+    Raises:
+        ConfigurationError: it cannot be looked at.
+    """
     file = file_of(url)
-    return None if file is None or file.exists() else file
+    if file is None:
+        return None
+    try:
+        return None if file.exists() else file
+    except OSError as error:
+        raise _unreadable(str(file), error) from error
 
 
 def check_file(part: Part, url: str, *, said: str, new: bool = False, shared: bool = False) -> None:
@@ -57,15 +66,22 @@ def check_file(part: Part, url: str, *, said: str, new: bool = False, shared: bo
     if file is None:
         return
     where = str(file) if file.is_absolute() else f"{file} (looked at {file.absolute()})"
-    if not file.exists():
-        if new:
-            return
-        raise ConfigurationError(f"{said}: there is no file {where}; correct the path; {_MAKERS[part]}")
-    if not file.is_file():
-        raise ConfigurationError(f"{said}: {where} is no file; give the path of one")
-    problem = _problem(part, file, new=new or shared)
+    try:
+        if not file.exists():
+            if new:
+                return
+            raise ConfigurationError(f"{said}: there is no file {where}; correct the path; {_MAKERS[part]}")
+        if not file.is_file():
+            raise ConfigurationError(f"{said}: {where} is no file; give the path of one")
+        problem = _problem(part, file, new=new or shared)
+    except OSError as error:
+        raise _unreadable(f"{said}: {where}", error) from error
     if problem is not None:
         raise ConfigurationError(f"{said}: {where} {problem}")
+
+
+def _unreadable(said: str, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"{said}: {error.strerror}; let this user read and write the file, or correct the path")
 
 
 def _problem(part: Part, file: Path, *, new: bool) -> str | None:
