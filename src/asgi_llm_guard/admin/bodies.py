@@ -40,7 +40,6 @@ __all__ = [
 
 _MAX_DOLLARS: Final = 9_007_199
 
-Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[!-~]([ -~]{0,254}[!-~])?$")]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, description="For the audit.")]
 Whole = Annotated[int, Meta(ge=0, le=MAX_AMOUNT)]
