@@ -84,6 +84,12 @@ def test_keys_end_in_the_future(tmp_path: Path, when: str) -> None:
     assert "--expires" in ran.stderr
 
 
+def test_overlap_that_is_no_duration(tmp_path: Path) -> None:
+    """A mistake of the command line is one, exit 2, before anything is looked at."""
+    ran = call("keys", "rotate", "k1", "--config", settings(tmp_path, FILE), "--overlap", "long", "--reason", "x")
+    assert (ran.exit_code, "--overlap: expected a number and a unit" in ran.stderr) == (2, True), ran.output
+
+
 def test_revoking_needs_administration_data(tmp_path: Path) -> None:
     """Keys of a file are not changed by the program: it says where keys that can be are kept."""
     file = settings(tmp_path, FILE)

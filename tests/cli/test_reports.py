@@ -195,6 +195,15 @@ def _summed(folder: Path) -> bool:
         connection.close()
 
 
+def test_sessions_since(tmp_path: Path) -> None:
+    """Sessions take the times that other reports take; what is none is a mistake of the command line, exit 2."""
+    fill(tmp_path, calls=10)
+    arguments = ("sessions", "--config", settings(tmp_path, ""), "--since")
+    assert document(*arguments, "2020-01-01")["sessions"]
+    ran = call(*arguments, "soon")
+    assert (ran.exit_code, "--since: expected a time ago" in ran.stderr) == (2, True), ran.output
+
+
 @pytest.mark.parametrize("command", [("usage",), ("sessions",), ("ledger", "export"), ("ledger", "reconcile")])
 def test_a_ledger_that_is_not_there_is_not_made(tmp_path: Path, command: tuple[str, ...]) -> None:
     """`--ledger` with a mistaken path says so, exit 3, and leaves no empty ledger behind."""

@@ -15,7 +15,7 @@ import click
 from asgi_llm_guard.cli.changing import actor, administered
 from asgi_llm_guard.cli.common import Tool, command_options, confirm, control_option, reason_option, run
 from asgi_llm_guard.cli.failures import Exit, Failure
-from asgi_llm_guard.cli.periods import end_of
+from asgi_llm_guard.cli.periods import check_length, end_of
 from asgi_llm_guard.cli.root import Late
 from asgi_llm_guard.cli.tables import Column, instant, table
 from asgi_llm_guard.errors import ConfigurationError
@@ -144,7 +144,9 @@ def list_(tool: Tool, *, everything: bool) -> None:
 @command_options
 @control_option
 @click.argument("id_", metavar="ID")
-@click.option("--overlap", default="7d", show_default=True, help="How long the old key still holds.")
+@click.option(
+    "--overlap", default="7d", show_default=True, callback=check_length, help="How long the old key still holds."
+)
 @reason_option
 def rotate(tool: Tool, id_: str, overlap: str, reason: str) -> None:
     """Make a new key in place of one, which still holds for a while: both are known until then."""

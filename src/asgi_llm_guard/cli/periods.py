@@ -16,7 +16,7 @@ import click
 from asgi_llm_guard.errors import ConfigurationError
 from asgi_llm_guard.windows import duration_ms
 
-__all__ = ["Period", "end_of", "instant_of", "period_options"]
+__all__ = ["Period", "begin_of", "check_length", "end_of", "instant_of", "period_options"]
 
 _GRAMMAR: Final = (
     "a time ago (24h, 7d), today, yesterday, month, a month (2026-11), a day (2026-11-01), or an instant "
@@ -56,6 +56,28 @@ def instant_of(text: str, *, now_ms: int, tz: str = "UTC") -> int:
         return now_ms - duration_ms(text)
     except (ValueError, ConfigurationError):
         raise ConfigurationError(f"expected {_GRAMMAR}; got {text!r}") from None
+
+
+def begin_of(text: str, *, name: str) -> int:
+    """When something begins that is looked at, in milliseconds: as `instant_of`, from now.
+
+    Raises:
+        UsageError: `text` names no instant.
+    """
+    try:
+        return instant_of(text, now_ms=time.time_ns() // 1_000_000)
+    except ConfigurationError as error:
+        raise click.UsageError(f"{name}: {error}") from None
+
+
+def check_length(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """For `callback`: a duration as it was written, or `0s`."""
+    try:
+        if value != "0s":
+            duration_ms(value, name=f"--{parameter.name}")
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
+    return value
 
 
 def end_of(text: str, *, name: str) -> int:

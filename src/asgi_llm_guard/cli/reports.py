@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +9,7 @@ import click
 
 from asgi_llm_guard.cli.booked import with_ledger
 from asgi_llm_guard.cli.common import Tool, command_options, ledger_option, run
-from asgi_llm_guard.cli.periods import Period, period_options
+from asgi_llm_guard.cli.periods import Period, begin_of, period_options
 from asgi_llm_guard.cli.tables import Column, count, instant, table, usd
 from asgi_llm_guard.ledger.values import DIMENSIONS, TIMES
 
@@ -99,13 +98,11 @@ def top(
 @click.command()
 @command_options
 @ledger_option
-@click.option("--since", default="24h", show_default=True, metavar="TIME", help="Sessions with calls since then.")
+@click.option("--since", default="24h", show_default=True, metavar="WHEN", help="Sessions with calls since then.")
 @click.option("--limit", "-n", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
 def sessions(tool: Tool, since: str, limit: int) -> None:
     """Sessions with calls lately, the latest first: whose they are, how many calls, and what they cost."""
-    from asgi_llm_guard.windows import duration_ms
-
-    since_ms = time.time_ns() // 1_000_000 - duration_ms(since, name="--since")
+    since_ms = begin_of(since, name="--since")
     rows = run(with_ledger(tool, lambda ledger: ledger.sessions(since_ms=since_ms, limit=limit)))
     tool.show({"sessions": rows}, lambda: _sessions(rows))
 
