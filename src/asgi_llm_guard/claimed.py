@@ -21,6 +21,7 @@ from asgi_llm_guard.context import Call
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.engine.holds import Asking, Hold, Reserved
 from asgi_llm_guard.engine.plans import Candidate
+from asgi_llm_guard.engine.telling import Untold
 from asgi_llm_guard.errors import ContextError, LimitExceeded
 from asgi_llm_guard.gaps import Gaps
 from asgi_llm_guard.halting import Wait
@@ -163,25 +164,32 @@ class Claimed:
         if denied:
             raise LimitExceeded(denied[0])
 
-    async def claim_any(self, candidates: Sequence[Candidate]) -> Sequence[Denied]:
+    async def claim_any(self, candidates: Sequence[Candidate], *, untold: Untold | None = None) -> Sequence[Denied]:
         """As `claim`, for the first of several candidates that fits, whose policies and call become this one's.
 
         In one trip; where there is a hold to adopt, in one for each that is tried. The refusal of each candidate, in
         order, if none fits: then nothing was taken, and an enclosing hold is as it was.
+
+        `untold`: takes the refusals that observers are not told of here: whoever asks others then tells them
+        (`Telling.denied_any`) if those do not answer either. `None`: they are told at once.
         """
         route, describer = self.admission.context.route, self.admission.engine.describer
         return await self._in_turn(
             [(tuple(policies), None if call is None else describer.held(route, call)) for policies, call in candidates],
-            requests=False,
-        )
+            requests=False, untold=untold,
+        )  # fmt: skip
 
-    async def _in_turn(self, candidates: Sequence[Candidate], *, requests: bool) -> Sequence[Denied]:
+    async def _in_turn(
+        self, candidates: Sequence[Candidate], *, requests: bool, untold: Untold | None = None
+    ) -> Sequence[Denied]:
         if self.siblings is None:
-            return await self._claim(candidates, requests=requests)
+            return await self._claim(candidates, requests=requests, untold=untold)
         async with self.siblings.turns.take():
-            return await self._claim(candidates, requests=requests)
+            return await self._claim(candidates, requests=requests, untold=untold)
 
-    async def _claim(self, candidates: Sequence[Candidate], *, requests: bool) -> Sequence[Denied]:
+    async def _claim(
+        self, candidates: Sequence[Candidate], *, requests: bool, untold: Untold | None
+    ) -> Sequence[Denied]:
         admission, engine = self.admission, self.admission.engine
         if (halted := admission.halted or self.halted) is not None:
             self._not_granted()
@@ -194,7 +202,7 @@ class Claimed:
         answer: bool | Reserved | list[Denied] = False
         try:
             if donor is not None:
-                answer = await self._adopt(donor, candidates, requests=requests)
+                answer = await self._adopt(donor, candidates, requests=requests, untold=untold)
             if answer is False:
                 requests = requests and self.side is None
                 if self.siblings is not None:
@@ -203,7 +211,10 @@ class Claimed:
                 answer = await engine.reserve_any(
                     *(candidates, admission.context),
                     requests=requests, taken=outer, shared=admission.shared, attempt=self.attempt_number,
+                    told=untold is None,
                 )  # fmt: skip
+                if untold is not None and isinstance(answer, list):
+                    untold += [(call, denied) for (_, call), denied in zip(candidates, answer, strict=True)]
         except BaseException:
             self._not_granted()
             raise
@@ -435,7 +446,9 @@ class Claimed:
             if settlements:
                 self.admission.settle(settlements)
 
-    async def _adopt(self, donor: Claimed, candidates: Sequence[Candidate], *, requests: bool) -> bool | list[Denied]:
+    async def _adopt(
+        self, donor: Claimed, candidates: Sequence[Candidate], *, requests: bool, untold: Untold | None
+    ) -> bool | list[Denied]:
         """Take the hold of `donor` over, for the first candidate that fits. `False`: it expired meanwhile."""
         engine, context = self.admission.engine, self.admission.context
         hold = donor.hold
@@ -444,7 +457,7 @@ class Claimed:
         asking = Asking()
         amended: Hold | Denied | None = None
         denied: list[Denied] = []
-        refused: list[tuple[Call | None, Denied]] = []
+        refused: Untold = []
         try:
             if requests:
                 answer = await engine.reserve(
@@ -508,7 +521,10 @@ class Claimed:
             donor._take_back()
             if side is not None:
                 self.admission.settle([Settlement(side.call_id, (), None, side.receipts)])
-            engine.telling.denied_any(context, refused)  # last: nothing is to be undone if observers are interrupted
+            if untold is None:  # last: nothing is to be undone if observers are interrupted
+                engine.telling.denied_any(context, refused)
+            else:
+                untold += refused
             return denied
         self._keep_side(side)
         if amended is None:  # it expired meanwhile and is charged; this call claims its own

@@ -9,7 +9,7 @@ from tests.gateway.kit import CONTEXT, MESSAGES, Fleet, fleet
 
 from asgi_llm_guard import Budget, GuardMiddleware, LimitExceeded, ModelAllow, ProviderBudget
 from asgi_llm_guard.events import Refused
-from asgi_llm_guard.gateway import TierDown
+from asgi_llm_guard.gateway import Fallbacks, TierDown
 from asgi_llm_guard.ledger import RefusalQuery
 from asgi_llm_guard.testing import FrozenClock, asgi_client
 
@@ -35,9 +35,9 @@ async def by_middleware(made: Fleet) -> None:
     assert answer.json()["model"] == "model-d"
 
 
-async def by_a_call_around(made: Fleet) -> None:
+async def by_a_call_around(made: Fleet, model: str = "auto") -> None:
     async with made.guard.open(CONTEXT), made.guard.call(model="anthropic/model-d", max_output_tokens=20):
-        await made.gateway.chat("auto", MESSAGES, max_tokens=20)
+        await made.gateway.chat(model, MESSAGES, max_tokens=20)
 
 
 async def by_itself(made: Fleet) -> None:
@@ -53,6 +53,36 @@ async def test_what_another_deployment_answers_was_not_refused(clock: FrozenCloc
 
         assert await counted(made) == ([], [])
         assert [record.provider for record in await made.records()] == ["anthropic"]
+
+
+@pytest.mark.parametrize("around", [False, True])
+async def test_what_another_model_answers_was_not_refused(clock: FrozenClock, around: bool) -> None:
+    """A call that a fallback model has answered is no refusal, though no policy let the one that was named be asked."""
+    policies = [ProviderBudget({"openai": "$0.000001/1d"})]
+    fallbacks = Fallbacks({"openai/model-a": ["anthropic/model-d"]})
+    async with fleet(clock, "a", "d", policies=policies, fallbacks=fallbacks) as made:
+        assert made.guard.ledger is not None
+        if around:
+            await by_a_call_around(made, "openai/model-a")
+        else:
+            await made.chat("openai/model-a")
+
+        assert await counted(made) == ([], [])
+        assert [record.provider for record in await made.records()] == ["anthropic"]
+
+
+async def test_a_call_that_no_model_may_answer_is_one_refusal(clock: FrozenClock) -> None:
+    """Where neither the model that was named nor its fallback may be asked, that is one refusal of each policy."""
+    policies = [Budget("$0.0002/daily", per="global")]
+    fallbacks = Fallbacks({"openai/model-a": ["anthropic/model-d"]})
+    async with fleet(clock, "a", "d", policies=policies, fallbacks=fallbacks) as made:
+        assert made.guard.ledger is not None
+        with pytest.raises(LimitExceeded):
+            await made.chat("openai/model-a", max_tokens=20_000)
+
+        told, kept = await counted(made)
+        assert [policy for policy, _ in told] == ["global_budget"]
+        assert [(policy, count) for policy, _, count in kept] == [("global_budget", 1)]
 
 
 @pytest.mark.parametrize("around", [False, True])

@@ -159,10 +159,12 @@ class Engine:
         shared: bool = False,
         rates: bool = False,
         attempt: Attempt = FIRST,
+        told: bool = True,
     ) -> Reserved | list[Denied]:
         """As `reserve`, for the first of several candidates that fits, in one step: `Reserved.candidate` says which.
 
-        A list has the refusal of each candidate, in order; then nothing was changed.
+        A list has the refusal of each candidate, in order; then nothing was changed. `told`: observers are told of it;
+        if not, whoever asks tells them, once others were asked, too (`Telling.denied_any`).
         """
         if not self._begun:
             self._begun = True
@@ -171,7 +173,7 @@ class Engine:
         telling, overrides = self.telling, self.overrides
         if self.gate is not None and (closed := await self.gate()) is not None:
             shut = telling.refuse(closed, self.clock.now_ms())
-            return telling.denied_any(context, [(call, shut) for _, call in candidates])
+            return telling.denied_any(context, [(call, shut) for _, call in candidates], told=told)
         clamps = 2 if clamp else 0
         while True:
             now_ms = self.clock.now_ms()
@@ -214,7 +216,8 @@ class Engine:
                 candidates = smaller
                 clamps -= 1
                 continue
-            return telling.denied_any(context, [(call, denied[index]) for index, (_, call) in enumerate(candidates)])
+            refused = [(call, denied[index]) for index, (_, call) in enumerate(candidates)]
+            return telling.denied_any(context, refused, told=told)
 
     def _clamped(self, candidates: Sequence[Candidate], denied: Mapping[int, Denied]) -> Sequence[Candidate] | None:
         """The candidates, with a lower output bound where only that was too much; `None`: it was for none."""

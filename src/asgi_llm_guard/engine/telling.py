@@ -16,7 +16,10 @@ from asgi_llm_guard.events import Admission, Event, Observer, ShadowMisfit, emit
 from asgi_llm_guard.events import Refused as RefusedEvent
 from asgi_llm_guard.plan import Asked
 
-__all__ = ["Telling"]
+__all__ = ["Telling", "Untold"]
+
+Untold = list[tuple[Call | None, Denied]]
+"""Calls and their refusals, which observers were not told yet."""
 
 
 class Telling:
@@ -92,14 +95,16 @@ class Telling:
         """The decision for what the storage has refused. Nobody is told."""
         return deny(answer, call, disclose=self.disclose, jitter=self._jitter, statuses=self.statuses)
 
-    def denied_any(self, context: Context, refused: Sequence[tuple[Call | None, Denied]]) -> list[Denied]:
+    def denied_any(
+        self, context: Context, refused: Sequence[tuple[Call | None, Denied]], *, told: bool = True
+    ) -> list[Denied]:
         """The decision for a call that none of several could answer, each with its refusal: told once for each policy."""
-        told: set[tuple[str, str, str]] = set()
+        reasons: set[tuple[str, str, str]] = set()
         answer = []
         for call, denied in refused:
             why = denied.policy, denied.scope, denied.code
-            answer.append(self.denied(context, call, denied, told=why not in told))
-            told.add(why)
+            answer.append(self.denied(context, call, denied, told=told and why not in reasons))
+            reasons.add(why)
         return answer
 
     def denied(self, context: Context, call: Call | None, denied: Denied, *, told: bool = True) -> Denied:

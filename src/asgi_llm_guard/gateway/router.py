@@ -27,6 +27,7 @@ from asgi_llm_guard.admission import Admission
 from asgi_llm_guard.claims import Rule, Unit
 from asgi_llm_guard.decision import Denied
 from asgi_llm_guard.denials import together
+from asgi_llm_guard.engine.telling import Untold
 from asgi_llm_guard.errors import ConfigurationError, ContextError, LimitExceeded
 from asgi_llm_guard.gateway.attempt import Attempt, Whole
 from asgi_llm_guard.gateway.deployment import Deployment
@@ -116,6 +117,7 @@ class _Way:
         "policies",
         "tried",
         "unsaid",
+        "untold",
         "waited_s",
     )
 
@@ -128,6 +130,8 @@ class _Way:
         self.failures: list[Failure] = []
         self.denied: list[Denied] = []
         """Of those that no attempt was made at."""
+        self.untold: Untold = []
+        """Of these, what observers are told if the call is refused because of them."""
         self.unsaid: BodyError | CannotExpress | None = None
         """What could not be said to a deployment."""
         self.cooling: dict[str, Cooldown] = {}
@@ -426,7 +430,7 @@ class Router:
         run = self.stats.begin(places[0].name, places[0].call.total_tokens)
         call = way.call(places[0])
         try:
-            denied = await call.claim_any([(way.policies, place.call) for place in offered])
+            denied = await call.claim_any([(way.policies, place.call) for place in offered], untold=way.untold)
         except BaseException:
             run.drop()
             raise
@@ -497,6 +501,7 @@ class Router:
             waits = [each.retry_after_s for each in failures if each.retry_after_s is not None]
             return ProviderFailed(failures, retry_after_s=-int(-min(waits) // 1) if waits else None)
         if way.denied:
+            way.admission.engine.telling.denied_any(way.admission.context, way.untold)
             return LimitExceeded(together(way.denied, disclose=way.admission.engine.disclose))
         if way.unsaid is not None and not way.cooling:
             return way.unsaid
