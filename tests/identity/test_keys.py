@@ -89,7 +89,10 @@ def test_unknown_key(key: str) -> None:
     """An unknown key is refused with 403, not taken for anonymous; the message does not repeat it."""
     with pytest.raises(IdentityError) as caught:
         ApiKeys([RECORD], secret=SECRET)(scope(("x-api-key", key)))
-    assert (caught.value.status, str(caught.value)) == (403, "The API key is not known, or not valid any more; ask for a new one.")
+    assert (caught.value.status, str(caught.value)) == (
+        403,
+        "The API key is not known, or not valid any more; ask for a new one.",
+    )
 
 
 def test_unknown_key_as_anonymous() -> None:
