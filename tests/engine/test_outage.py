@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,11 @@ from asgi_llm_guard import (
     RateLimit,
     Usage,
 )
-from asgi_llm_guard.claims import Ended, Granted, Plan, Refused
+from asgi_llm_guard.claims import Ended, Granted, Plan, Refused, Settled, Settlement
 from asgi_llm_guard.engine.settling import MOST_UNSETTLED
 from asgi_llm_guard.errors import StorageError
 from asgi_llm_guard.events import Admission, BacklogFull, Event, SettledCall, StorageFailed, StorageRecovered
-from asgi_llm_guard.storage.base import Storage
+from asgi_llm_guard.storage.base import Pending, Storage
 from asgi_llm_guard.storage.memory import MemoryStorage
 from asgi_llm_guard.testing import FrozenClock, OutageStorage
 
@@ -85,7 +86,55 @@ async def test_what_calls_have_used_is_kept_beyond_the_bound(clock: FrozenClock)
     storage.up()
     await guard.heartbeat()
     assert guard.engine.unsettled == 0
+    async with asyncio.timeout(60):  # the heart, which beats in a thread of its own, may have some of them in its hands
+        while len(await storage.records()) < MOST_UNSETTLED + 1:  # noqa: ASYNC110 - the storage offers no event
+            await asyncio.sleep(0)
     assert len(await storage.records()) == MOST_UNSETTLED + 1
+
+
+class Slowly(MemoryStorage):
+    """A storage that takes its time for settlements of one thread."""
+
+    def __init__(self, clock: FrozenClock) -> None:
+        super().__init__(clock=clock)
+        self.slow: threading.Thread | None = None
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def settle(self, settlements: Sequence[Settlement]) -> Pending[tuple[Settled, ...]]:
+        if threading.current_thread() is self.slow:
+            self.begun.set()
+            assert self.go_on.wait(60)
+        return super().settle(settlements)
+
+
+def test_what_another_thread_hands_over_counts_in_what_is_decided_next(clock: FrozenClock) -> None:
+    """Whoever decides while the heart hands over what calls have used waits until it is counted."""
+    slowly = Slowly(clock)
+    storage = OutageStorage(slowly)
+    guard = guard_over(storage, clock, Budget("$0.00012/1d", on_outage="allow"))
+    storage.down()
+    asyncio.run(one_call(guard))  # takes so much of it that no second one fits
+    assert guard.engine.unsettled == 1
+    storage.up()
+    slowly.slow = heart = threading.Thread(target=guard.engine.settling.settle_again)
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            with guard.open_sync(CONTEXT), guard.call_sync(**CALL):
+                answers.append("granted")
+        except LimitExceeded as refused:
+            answers.append(refused.denied.code)
+
+    asking = threading.Thread(target=ask)
+    heart.start()
+    assert slowly.begun.wait(60)
+    asking.start()
+    asking.join(0.2)  # if it does not wait, it is through
+    slowly.go_on.set()
+    heart.join()
+    asking.join()
+    assert answers == ["budget_exhausted"]
 
 
 async def test_settlements_that_were_taken_are_not_remembered(clock: FrozenClock) -> None:

@@ -52,7 +52,7 @@ class Deciding:
         if store.leasing is not None and (granted := store.leasing.admit(store.owner, first)) is not None:
             return granted, plans, False
         try:
-            if self._settling.unsettled:
+            if self._settling.unsettled or self._settling.handing_over:
                 await self._settling.reconcile()
             if store.interruptible is not None:
                 store.check_available()
@@ -143,7 +143,7 @@ class Deciding:
         return answer, bundle, False
 
     async def _amend(self, bundle: Bundle, asking: Asking) -> Granted | Refused | Ended:
-        if self._settling.unsettled:
+        if self._settling.unsettled or self._settling.handing_over:
             await self._settling.reconcile()
         self._store.check_available()
         asking.unknown = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -42,6 +43,8 @@ class Settling:
     def __init__(self, store: Store, loss: DataLoss, kept: Kept, waiters: Waiters, telling: Telling) -> None:
         self.unsettled: deque[Settlement] = deque()
         """What waits for the storage to answer again."""
+        self.handing_over = False
+        """Whether some of it is neither here nor there: another thread hands it over just now."""
         self.tried: set[str] = set()
         """Calls that were settled without an answer: if they turn out to be settled, it was by us."""
         self._store = store
@@ -49,6 +52,7 @@ class Settling:
         self._kept = kept
         self._waiters = waiters
         self._telling = telling
+        self._handing_over = threading.RLock()
         self._told_at: int | None = None
         """In which one of the store's states it was told that too much waits; `None`: in none yet."""
 
@@ -95,17 +99,20 @@ class Settling:
                 self.hand_over()
 
     def hand_over(self) -> Pending[tuple[Settled, ...]]:
-        """Hand over the first of what waits.
+        """Hand over the first of what waits, when no other thread does. So whoever decides next comes behind them.
 
         Raises:
             StorageError: as `Storage.settle`; they wait again.
         """
         first: list[Settlement] = []
-        while (
-            self.unsettled and len(first) < _HANDED_OVER
-        ):  # one by one: the storage's thread may add to them meanwhile
-            first.append(self.unsettled.popleft())
-        return self._deliver(first) if first else Completed(())
+        with self._handing_over:
+            self.handing_over = True
+            try:
+                while self.unsettled and len(first) < _HANDED_OVER:  # one by one: the storage's thread may add to them
+                    first.append(self.unsettled.popleft())
+                return self._deliver(first) if first else Completed(())
+            finally:
+                self.handing_over = False
 
     def tell_lost(self) -> None:
         """The guard was closed: say what nobody will hand over any more."""
