@@ -271,6 +271,14 @@ class Describer:
         """`call` with this output limit in place of its own."""
         return self._bounded(replace(call, max_output_tokens=max_output_tokens), None)
 
+    def instead(self, call: Call, model: str) -> Call:
+        """The same call of another model, under the name that a list has for it."""
+        provider, bare = provider_of(model)
+        other = replace(
+            call, provider=provider or call.provider, model=bare, requested=model, priced_as=None, alternatives=()
+        )
+        return self._bounded(other, None)
+
     def longer(self, call: Call, output_tokens: int, *, capped: bool = True) -> Call:
         """`call` with this many output tokens in place of those that were expected; `capped`: at most as many as can be."""
         most = self.longest(call) if capped else None

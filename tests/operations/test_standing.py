@@ -239,6 +239,52 @@ async def test_m13_a_forbidden_model_names_those_that_are_allowed(clock: FrozenC
         assert body["details"] == ["allowed: anthropic/*"]
 
 
+CHEAPER = PriceBook.snapshot(
+    overrides={
+        "openai/gpt-test": {"input": 1, "output": 2},
+        "openai/gpt-small": {"input": 0.25, "output": 1},
+        "openai/gpt-mini": {"input": 0.45, "output": 1},
+        "openai/gpt-near": {"input": 0.9, "output": 1},
+        "openai/gpt-large": {"input": 5, "output": 9},
+    }
+)
+LIST = ["openai/gpt-test", "gpt-small", "openai/gpt-large", "openai/gpt-near", "openai/gpt-mini", "openai/none", "x/*"]
+BUDGET = Budget("$1.50/1d", per="user")
+OWN = ModelAllow({"mia": LIST}, per="user")
+
+
+@pytest.mark.parametrize(
+    "policies, options, details",
+    [
+        ([BUDGET, OWN], {}, ["would fit: gpt-small, openai/gpt-mini"]),  # one is dearer, one too dear, one unknown
+        ([BUDGET, OWN, ModelAllow(["openai/gpt-test", "openai/gpt-mini"])], {}, ["would fit: openai/gpt-mini"]),
+        ([BUDGET, ModelAllow(LIST)], {}, None),  # not the caller's list
+        ([BUDGET, ModelAllow(LIST)], {"disclose": "all"}, ["would fit: gpt-small, openai/gpt-mini"]),
+        ([BUDGET, OWN.shadow()], {}, None),
+        ([Budget("$1.50/1d", per="department"), OWN], {}, None),  # what is left of a shared budget is not told
+        ([Budget("1500000 tokens/1d", per="user"), OWN], {}, None),  # not a matter of prices
+        (
+            [BUDGET, OWN, ProviderBudget({"openai": "$1.60/1d"})],  # nor of one that refuses as well
+            {},
+            ["provider_budget: this provider (requested $1.000002), resets at 2027-01-16T08:00:00Z"],
+        ),
+        ([BUDGET, OWN, ProviderBudget({"openai": "$2.40/1d"})], {}, ["would fit: gpt-small, openai/gpt-mini"]),
+    ],
+)  # fmt: skip
+async def test_m13_a_refusal_names_cheaper_models_that_fit(
+    clock: FrozenClock, policies: list[Policy], options: dict[str, Any], details: list[str] | None
+) -> None:
+    """M13: where only money is too little, the models of the caller's own list are named that would have fitted."""
+    guard = Guard(policies, storage=MemoryStorage(clock=clock), clock=clock, prices=CHEAPER, **options)
+    await spend(guard)
+    body = await refusal(guard, MIA, **MILLION)
+    assert body.get("details") == details
+    told = [line.removeprefix("would fit: ") for line in details or () if line.startswith("would fit: ")]
+    for names in told:
+        async with guard.open(MIA), guard.call(**{**MILLION, "model": names.partition(",")[0]}):  # it is true
+            pass
+
+
 @pytest.mark.parametrize("url", ["ask.example", "https://a/{other}", "https://a/{", 5, "javascript:{policy}"])
 def test_m13_malformed_links(url: Any) -> None:
     """A link that cannot be made is refused when the guard is built."""

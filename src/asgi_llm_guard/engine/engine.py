@@ -21,6 +21,7 @@ from asgi_llm_guard.context import Call, Context
 from asgi_llm_guard.decision import Code, Denied, Refusal
 from asgi_llm_guard.describe import Describer
 from asgi_llm_guard.engine.bindings import Bindings, Follows
+from asgi_llm_guard.engine.cheaper import cheaper_models
 from asgi_llm_guard.engine.data_loss import DataLoss, OnDataLoss
 from asgi_llm_guard.engine.deciding import Deciding
 from asgi_llm_guard.engine.heart import Heart
@@ -211,13 +212,24 @@ class Engine:
                     if isinstance(verdict, Refusal):
                         denied[index] = telling.refuse(verdict, now_ms)
                     else:
-                        denied[index] = telling.deny(_in_order(verdict, policies), call)
+                        denied[index] = self._denied(_in_order(verdict, policies), policies, counted, call, taken)
             if clamps and (smaller := self._clamped(candidates, denied)) is not None:
                 candidates = smaller
                 clamps -= 1
                 continue
             refused = [(call, denied[index]) for index, (_, call) in enumerate(candidates)]
             return telling.denied_any(context, refused, told=told)
+
+    def _denied(
+        self, answer: Refused, policies: Sequence[Policy], context: Context, call: Call | None, taken: AbstractSet[str]
+    ) -> Denied:
+        """What the storage has refused, and what could be asked for instead."""
+        telling = self.telling
+        denied = telling.deny(answer, call)
+        models = cheaper_models(
+            denied, policies, context, call, describer=self.describer, disclose=telling.disclose, taken=taken
+        )
+        return telling.with_models(denied, models) if models else denied
 
     def _clamped(self, candidates: Sequence[Candidate], denied: Mapping[int, Denied]) -> Sequence[Candidate] | None:
         """The candidates, with a lower output bound where only that was too much; `None`: it was for none."""
@@ -305,7 +317,10 @@ class Engine:
                 self.settling.give_back(hold)  # nothing was charged for it
             return None
         if isinstance(answer, Refused):
-            return telling.denied(context, call, telling.deny(_in_order(answer, policies), call), told=not one_of)
+            denied = self._denied(
+                _in_order(answer, policies), policies, counted_as(context, shared=shared), call, taken
+            )
+            return telling.denied(context, call, denied, told=not one_of)
         amended = Hold(bundle.call_id, claims, answer.receipts, bundle.draft, degraded)
         if degraded:
             asking.unknown = False

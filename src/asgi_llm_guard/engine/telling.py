@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import msgspec
+
 from asgi_llm_guard.claims import Granted, Refused, Rule
 from asgi_llm_guard.clock import Clock
 from asgi_llm_guard.context import Call, Context
@@ -94,6 +96,10 @@ class Telling:
     def deny(self, answer: Refused, call: Call | None) -> Denied:
         """The decision for what the storage has refused. Nobody is told."""
         return deny(answer, call, disclose=self.disclose, jitter=self._jitter, statuses=self.statuses)
+
+    def with_models(self, denied: Denied, models: Sequence[str]) -> Denied:
+        """It says which cheaper models would have fitted."""
+        return msgspec.structs.replace(denied, details=(*denied.details, f"would fit: {', '.join(models)}"))
 
     def denied_any(
         self, context: Context, refused: Sequence[tuple[Call | None, Denied]], *, told: bool = True

@@ -20,6 +20,7 @@ __all__ = [
     "DeploymentFilter",
     "Eligibility",
     "Leased",
+    "Listing",
     "Metered",
     "Policy",
     "Quotas",
@@ -153,6 +154,15 @@ class Leased(Protocol):
     @property
     def leased(self) -> bool:
         """Whether it has: else its guard has no need of leases."""
+        ...
+
+
+@runtime_checkable
+class Listing(Protocol):
+    """A policy that knows models one by one which may be called."""
+
+    def listed(self, context: Context, call: Call, *, others: bool) -> tuple[str, ...]:
+        """Those that the caller may be told of: on their own lists, with `others` on everybody's."""
         ...
 
 

@@ -107,6 +107,20 @@ class ModelAllow(ScopedPolicy[tuple[tuple[Subject, ModelList | None], ...]]):
         else:
             self._default = ModelList(models, name=name)
 
+    def listed(self, context: Context, call: Call, *, others: bool) -> tuple[str, ...]:
+        """The models that the caller's lists name one by one. `others`: also where the list is not the caller's own."""
+        if not self._enforce:
+            return ()
+        return tuple(
+            entry
+            for subject in self._subjects(context, call) or (_NOBODY,)
+            if others or is_owned(self.per, subject)
+            for models in [self._list(subject)]
+            if models is not None
+            for entry in models.entries
+            if not entry.endswith("*")
+        )
+
     @property
     def entries(self) -> tuple[str, ...]:
         """What all of its lists say, each entry once."""
