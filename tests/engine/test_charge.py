@@ -214,6 +214,13 @@ def test_a_cut_stream_is_never_counted_above_its_hold() -> None:
     assert counted(call=None) == ("unknown", None, None, None)
 
 
+@pytest.mark.parametrize("cost, source", [(999, "list"), (1_000, "list"), (1_001, None), (None, None)])
+def test_a_cut_stream_names_the_price_that_makes_its_charge(cost: int | None, source: str | None) -> None:
+    """Its own price up to what was held; beyond, it is the hold that makes the charge, and has a price of its own."""
+    charge = became(success(text_bytes=9, model="answered"), call=CALL, cost=cost, complete=False)
+    assert (charge.price_source, charge.billed_model) == (source, "billed" if source else None)
+
+
 # ---------------------------------------------------------------------------------------- settled
 
 
